@@ -1,0 +1,22 @@
+"""The one exception that means "the user can mend this"."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InfMoEError(ValueError):
+    """A mistake the user can mend: one line that names the fix. The CLI prints it and exits with 2."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> InfMoEError:
+    """An error for `name`, which is not among `known`, that suggests the nearest one.
+
+    Args:
+        what: what the name stands for, e.g. "recipe".
+        name: the name that was given.
+        known: the names that exist.
+    """
+    options = sorted(known)
+    nearest = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(options)}"
+    return InfMoEError(f"unknown {what} {name!r}; {hint}")

@@ -1,0 +1,113 @@
+"""Configuration of the GPT-2 backbone with a chosen feed-forward variant."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+
+from infmoe.errors import InfMoEError, unknown_name
+from infmoe.layers import ffn_class
+
+# What transformers itself may pass to a config beside its fields.
+_HF_KEYS = frozenset(
+    "torch_dtype name_or_path _commit_hash output_attentions attn_implementation experts_implementation "
+    "per_layer_config num_labels model_type auto_map _attn_implementation_autoset quantization_config "
+    "_attn_implementation _output_attentions _name_or_path".split()
+)
+
+
+@strict
+class InfMoEConfig(PreTrainedConfig):
+    """GPT-2 with the feed-forward variant `ffn`; defaults are GPT-2 small's shape.
+
+    Options that belong to a variant default to None and are filled in with that variant's own default (see
+    the layer classes in `infmoe.layers`, whose keywords they are). An option that the chosen variant does not
+    have is refused, and so is an unknown key.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, max_position_embeddings: the backbone.
+        intermediate_size: FFN neurons per layer, all experts together, in parameters of a plain FFN.
+        hidden_act: "gelu", "gelu_new" (GPT-2's), "relu", "silu", "swiglu", "geglu".
+        ffn: "dense", "switch", "moe", "infinity".
+        layer_norm_epsilon, initializer_range, attn_pdrop, resid_pdrop, embd_pdrop: as in GPT-2; no dropout by
+            default (the paper names none).
+    """
+
+    model_type: ClassVar[str] = "infmoe"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "aux_loss", "routing_stats"]
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 1024
+    hidden_act: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    attn_pdrop: float | int = 0.0
+    resid_pdrop: float | int = 0.0
+    embd_pdrop: float | int = 0.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    ffn: str = "infinity"
+    # infinity
+    z_dim: int | None = None
+    num_samples: int | None = None
+    keep_ratio: float | int | None = None
+    routing_mode: str | None = None
+    router_hidden_size: int | None = None
+    sigma_activation: str | None = None
+    initial_sigma: float | int | None = None
+    min_sigma: float | int | None = None
+    max_sigma: float | int | None = None
+    block_size: int | None = None
+    mask_scale: str | None = None
+    wz_bias: bool | None = None
+    train_wz: bool | None = None
+    wz_lr_factor: float | int | None = None
+    wz_weight_decay: float | int | None = None
+    score_dtype: str | None = None
+    noise_seed: int | None = None
+    # switch and moe
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    balance_loss_weight: float | int | None = None
+    z_loss_weight: float | int | None = None
+    capacity_factor: float | int | None = None
+    expert_router: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = _HF_KEYS | set(GenerationConfig._get_default_generation_params())
+        for key in kwargs:
+            if key not in known:
+                raise unknown_name("config key", key, type(self).__dataclass_fields__)
+        self.check_options()
+        for name, default in ffn_class(self.ffn).option_defaults().items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        super().__post_init__(**kwargs)
+
+    def check_options(self) -> None:
+        """Raise if an option is set that the chosen variant does not have.
+
+        The model calls it again: `from_pretrained(..., num_samples=4)` sets attributes on a finished config.
+        """
+        own = ffn_class(self.ffn).option_defaults()
+        for name in variant_options():
+            if name not in own and getattr(self, name) is not None:
+                raise InfMoEError(f"ffn='{self.ffn}' has no option {name!r}: leave it out")
+        if self.hidden_size % self.num_attention_heads:
+            raise InfMoEError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
+
+def variant_options() -> tuple[str, ...]:
+    """Config fields that belong to some variants only."""
+    fields = list(InfMoEConfig.__dataclass_fields__)
+    return tuple(fields[fields.index("ffn") + 1 :])

@@ -1,0 +1,449 @@
+"""GPT-2 whose feed-forward layers are any of `infmoe.layers`.
+
+B batch rows, T new tokens, D model width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, GPT2LMHeadModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from infmoe.errors import InfMoEError
+from infmoe.hf.configuration_infmoe import InfMoEConfig
+from infmoe.layers import ConditionalFFN, FFNOutput, NoiseKey, PerLayer, Routing, RoutingStats, ffn_class
+from infmoe.layers.routing import FloatDial, IntDial, Mode
+
+
+@dataclass
+class InfMoEModelOutput(ModelOutput):
+    """The backbone's output.
+
+    Attributes:
+        last_hidden_state: (B, T, D).
+        past_key_values: the cache, if one is used.
+        hidden_states, attentions: per layer, if asked for.
+        aux_loss: 0-d float32, the layers' auxiliary losses added up.
+        routing_stats: one `RoutingStats` per layer.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    routing_stats: tuple[RoutingStats, ...] | None = None
+
+
+@dataclass
+class InfMoECausalLMOutput(ModelOutput):
+    """The language model's output.
+
+    Attributes:
+        loss: 0-d, cross-entropy in nats per token plus `aux_loss`, if labels were given.
+        logits: (B, T, V).
+        past_key_values, hidden_states, attentions, aux_loss, routing_stats: see `InfMoEModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    routing_stats: tuple[RoutingStats, ...] | None = None
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(q k^T * scaling + mask) v, the plain form; returns output (B, T, heads, dim) and weights."""
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class InfMoEAttention(nn.Module):
+    """GPT-2's causal self-attention."""
+
+    def __init__(self, config: InfMoEConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        B, T, D = hidden_states.shape
+        heads = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = heads.unbind(0)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attn_pdrop if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = self.c_proj(output.reshape(B, T, D).contiguous())
+        return self.resid_dropout(output), weights
+
+
+class InfMoEBlock(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward, each with its residual."""
+
+    def __init__(self, config: InfMoEConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = InfMoEAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = ffn_class(config.ffn).from_config(config, layer_idx)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None,
+        attention_mask: Tensor | None,
+        routing: Routing,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor, RoutingStats]:
+        attended, _ = self.attn(self.ln_1(hidden_states), past_key_values, attention_mask, **kwargs)
+        hidden_states = hidden_states + attended
+        ffn: FFNOutput = self.mlp(self.ln_2(hidden_states), routing)
+        return hidden_states + self.resid_dropout(ffn.y_BTD), ffn.aux_loss, ffn.stats
+
+
+class InfMoEPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialization."""
+
+    config: InfMoEConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InfMoEBlock"]  # noqa: RUF012 - transformers' own form
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": OutputRecorder(InfMoEBlock, index=0),
+        "attentions": OutputRecorder(InfMoEAttention, index=1),
+    }
+
+    def __init__(self, config: InfMoEConfig, *args, **kwargs):
+        config.check_options()
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: `_init_weights` initializes through `transformers.initialization`, as transformers' own models do.
+
+        For custom code transformers skips modules without parameters of their own, and with them the FFN
+        layers, whose weights all lie in submodules.
+        """
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ConditionalFFN):
+            for tensor, mean, std in module.inits():
+                if std:
+                    init.normal_(tensor, mean=mean, std=std)
+                else:
+                    init.constant_(tensor, mean)
+        elif isinstance(module, InfMoEAttention):
+            # GPT-2: the residual path's outputs start smaller by 1 / sqrt(2 * layers)
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            init.normal_(module.c_proj.weight, mean=0.0, std=std)
+
+
+class InfMoEModel(InfMoEPreTrainedModel):
+    """The backbone, without the output layer."""
+
+    def __init__(self, config: InfMoEConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([InfMoEBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        routing: Routing | None = None,
+        num_samples: IntDial | None = None,
+        keep_ratio: FloatDial | None = None,
+        num_experts_per_tok: IntDial | None = None,
+        routing_mode: Mode | None = None,
+        **kwargs,
+    ) -> InfMoEModelOutput:
+        """Run the blocks.
+
+        Args:
+            input_ids: int64, (B, T).
+            attention_mask: 1 for real tokens, 0 for padding, (B, past + T).
+            position_ids: int64, (B, T); None: counted over the tokens that `attention_mask` keeps, so that
+                left padding changes no result.
+            past_key_values, inputs_embeds, use_cache: as in transformers.
+            routing: dials, mode and noise key.
+            num_samples, keep_ratio, num_experts_per_tok, routing_mode: the same dials by name, for `generate`
+                and other callers that pass plain values; they take precedence over `routing`'s.
+            **kwargs: passed to the attention.
+
+        Raises:
+            InfMoEError: a dial that the variant does not have, a sequence longer than the context.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        B, T, _ = inputs_embeds.shape
+        device = inputs_embeds.device
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = _positions(attention_mask, past_length, T, device)
+        if T > self.config.max_position_embeddings:
+            raise InfMoEError(
+                f"{T} tokens do not fit the model's context of {self.config.max_position_embeddings}: "
+                "shorten the input"
+            )
+
+        dials = {
+            "num_samples": num_samples,
+            "keep_ratio": keep_ratio,
+            "num_experts_per_tok": num_experts_per_tok,
+            "mode": routing_mode,
+        }
+        routing = self._complete(routing or Routing(), dials, input_ids, position_ids, B, device)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        aux_loss = torch.zeros((), device=device)
+        routing_stats = []
+        cache = past_key_values if not (self.gradient_checkpointing and self.training) else None
+        for block in self.h:
+            hidden_states, block_aux_loss, stats = block(hidden_states, cache, causal_mask, routing, **kwargs)
+            aux_loss = aux_loss + block_aux_loss
+            routing_stats.append(stats)
+        return InfMoEModelOutput(
+            last_hidden_state=self.ln_f(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+            aux_loss=aux_loss,
+            routing_stats=tuple(routing_stats),
+        )
+
+    def _complete(
+        self,
+        routing: Routing,
+        dials: dict,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        batch_size: int,
+        device: torch.device,
+    ) -> Routing:
+        """Fill in what the blocks need: dials given by name, token ids, and the key with its positions.
+
+        The key is drawn here, once and outside checkpointed blocks, so that recomputation repeats it.
+        """
+        given = {name: value for name, value in dials.items() if value is not None}
+        routing = dataclasses.replace(routing, **given) if given else routing
+        for name in ("num_samples", "keep_ratio", "num_experts_per_tok"):
+            dial = getattr(routing, name)
+            if isinstance(dial, PerLayer) and len(dial.values) != len(self.h):
+                raise InfMoEError(f"{name} has {len(dial.values)} per-layer values for {len(self.h)} layers")
+        if routing.token_ids is None and input_ids is not None:
+            routing = dataclasses.replace(routing, token_ids=input_ids)
+        seed = self.config.noise_seed or 0
+        routing = routing.with_key(seed=seed, training=self.training, batch_size=batch_size, device=device)
+        key: NoiseKey = routing.key  # type: ignore[assignment]
+        if key.position is None:
+            routing = dataclasses.replace(routing, key=dataclasses.replace(key, position=position_ids))
+        return routing
+
+
+class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
+    """The language model: `generate(num_samples=K, keep_ratio=r)`, `from_pretrained(..., num_samples=K)`."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: InfMoEConfig):
+        super().__init__(config)
+        self.transformer = InfMoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        routing: Routing | None = None,
+        num_samples: IntDial | None = None,
+        keep_ratio: FloatDial | None = None,
+        num_experts_per_tok: IntDial | None = None,
+        routing_mode: Mode | None = None,
+        **kwargs,
+    ) -> InfMoECausalLMOutput:
+        """Logits, and the loss where labels are given (shifted inside; -100 is ignored).
+
+        Args:
+            labels: int64, (B, T); give `input_ids` itself to train a language model.
+            logits_to_keep: as in transformers.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, routing,
+                num_samples, keep_ratio, num_experts_per_tok, routing_mode: see `InfMoEModel.forward`.
+            **kwargs: passed to the attention and the loss (`num_items_in_batch` among them).
+        """
+        outputs: InfMoEModelOutput = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            routing=routing,
+            num_samples=num_samples,
+            keep_ratio=keep_ratio,
+            num_experts_per_tok=num_experts_per_tok,
+            routing_mode=routing_mode,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = loss + _aux_share(labels, kwargs.get("num_items_in_batch")) * outputs.aux_loss
+        return InfMoECausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=outputs.aux_loss,
+            routing_stats=outputs.routing_stats,
+        )
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):
+        """Repeat the per-row dials with the rows (beam search, several sequences per prompt)."""
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        if expand_size > 1:
+            dials = Routing(**{k: model_kwargs.get(k) for k in ("num_samples", "keep_ratio", "num_experts_per_tok")})
+            expanded = dials.expand_rows(expand_size)
+            for name in ("num_samples", "keep_ratio", "num_experts_per_tok"):
+                if model_kwargs.get(name) is not None:
+                    model_kwargs[name] = getattr(expanded, name)
+            if model_kwargs.get("routing") is not None:
+                model_kwargs["routing"] = model_kwargs["routing"].expand_rows(expand_size)
+        return input_ids, model_kwargs
+
+    @classmethod
+    def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> "InfMoEForCausalLM":
+        """The dense variant with the weights of a GPT-2; gives the same logits.
+
+        Raises:
+            InfMoEError: a GPT-2 with options that the backbone does not have.
+        """
+        source = gpt2.config
+        if source.scale_attn_by_inverse_layer_idx or not source.scale_attn_weights or source.add_cross_attention:
+            raise InfMoEError("this GPT-2 scales or crosses its attention in a way that the backbone does not have")
+        config = InfMoEConfig(
+            ffn="dense",
+            vocab_size=source.vocab_size,
+            hidden_size=source.n_embd,
+            num_hidden_layers=source.n_layer,
+            num_attention_heads=source.n_head,
+            intermediate_size=source.n_inner or 4 * source.n_embd,
+            max_position_embeddings=source.n_positions,
+            hidden_act=source.activation_function,
+            layer_norm_epsilon=source.layer_norm_epsilon,
+            initializer_range=source.initializer_range,
+            attn_pdrop=source.attn_pdrop,
+            resid_pdrop=source.resid_pdrop,
+            embd_pdrop=source.embd_pdrop,
+            tie_word_embeddings=source.tie_word_embeddings,
+            bos_token_id=source.bos_token_id,
+            eos_token_id=source.eos_token_id,
+        )
+        model = cls(config)
+        # GPT-2's Conv1D keeps its weights as (in, out)
+        transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        state = {
+            name.replace("mlp.c_fc", "mlp.w1").replace("mlp.c_proj", "mlp.w2"): (
+                tensor.T if name.endswith(transposed) else tensor
+            )
+            for name, tensor in gpt2.state_dict().items()
+        }
+        model.load_state_dict(state)
+        return model
+
+
+def _positions(attention_mask: Tensor | None, past_length: int, num_tokens: int, device: torch.device) -> Tensor:
+    """Each new token's place, int64, (1 or B, T): counted over real tokens where a 2-d mask says which are."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -num_tokens:]
+    return (torch.arange(num_tokens, device=device) + past_length)[None]
+
+
+def _aux_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """This call's share of the auxiliary loss, when the cross-entropy is divided over several micro-batches."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[:, 1:] != -100).sum() / num_items_in_batch

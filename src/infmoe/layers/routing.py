@@ -1,0 +1,181 @@
+"""Routing: everything a caller may say about one forward pass, in one frozen value.
+
+B batch rows, T tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from infmoe.errors import InfMoEError
+
+Mode = Literal["sample", "mu", "antithetic"]
+MODES: tuple[Mode, ...] = ("sample", "mu", "antithetic")
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class PerLayer(Generic[V]):
+    """A dial with one value for each layer, first layer first.
+
+    A plain tuple in a dial means one value per row of the batch; `PerLayer` tells the two apart, and its
+    values may themselves be tuples with one entry per row.
+    """
+
+    values: tuple[V, ...]
+
+    def __init__(self, values: Sequence[V]):
+        object.__setattr__(self, "values", tuple(values))
+
+
+IntDial = int | tuple[int, ...] | PerLayer
+FloatDial = float | tuple[float, ...] | PerLayer
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """What the router's noise is a function of, beside the layer and the sample's number.
+
+    Attributes:
+        seed: one integer for the run, in [0, 2**63); a 0-d int64 tensor is taken too (no graph break).
+        step: the optimizer step, so that an epoch's second pass draws anew; 0 outside training.
+        stream: int64, shape (B,): whose noise each row uses. In training the sample's number in the data
+            order, in evaluation the document or window, in generation the request. None: 0 for every row.
+        position: int64, shape (B, T) or (T,): the token's place in its sequence. None: 0 .. T-1.
+    """
+
+    seed: int | Tensor = 0
+    step: int | Tensor = 0
+    stream: Tensor | None = None
+    position: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, int) and not 0 <= self.seed < 2**63:
+            raise InfMoEError(f"the noise seed must lie in [0, 2**63), got {self.seed}")
+
+    @staticmethod
+    def draw(batch_size: int, device: torch.device) -> "NoiseKey":
+        """A fresh key from torch's default generator, another stream for each row (train mode's default)."""
+        seed = torch.randint(0, 2**62, (), dtype=torch.int64)
+        return NoiseKey(seed=seed, stream=torch.arange(batch_size, device=device))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How tokens are routed in one forward pass: the dials, the mode and the noise key.
+
+    It goes unchanged through layer, model, `generate`, evaluation and benchmarks. A dial left at None takes
+    the layer's own default; a dial that a variant does not have is refused, never ignored.
+
+    Attributes:
+        num_samples: K, how many expert indices each token draws (`infinity`). One int, a tuple with one int
+            per row of the batch, or `PerLayer`.
+        keep_ratio: N/100, the fraction of neurons that each sample keeps, in (0, 1] (`infinity`). One float,
+            a tuple with one float per row, or `PerLayer`.
+        num_experts_per_tok: k, how many experts each token runs (`moe`). One int or `PerLayer`.
+        mode: "sample" draws z from the router; "mu" takes its mean once (deterministic, K has no meaning);
+            "antithetic" draws pairs z = mu + sigma*eps, mu - sigma*eps. None: the layer's default.
+        key: what the noise is a function of. None: drawn from torch's default generator in train mode, the
+            layer's `noise_seed` in eval mode.
+        token_ids: int64, shape (B, T); what hash routing hashes. The model fills it in.
+        max_stats_tokens: the routing statistics look at this many evenly spaced tokens at most; None: at all.
+    """
+
+    num_samples: IntDial | None = None
+    keep_ratio: FloatDial | None = None
+    num_experts_per_tok: IntDial | None = None
+    mode: Mode | None = None
+    key: NoiseKey | None = None
+    token_ids: Tensor | None = None
+    max_stats_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for dial, check in (
+            ("num_samples", check_num_samples),
+            ("keep_ratio", check_keep_ratio),
+            ("num_experts_per_tok", check_num_experts_per_tok),
+        ):
+            for value in _flat(getattr(self, dial)):
+                check(value)
+        if self.mode is not None and self.mode not in MODES:
+            raise InfMoEError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.mode == "mu" and self.num_samples is not None:
+            raise InfMoEError("mode 'mu' takes z = mu once and draws nothing: leave num_samples out")
+
+    def at_layer(self, layer_index: int) -> "Routing":
+        """The routing of one layer: `PerLayer` dials become that layer's value."""
+        picked = {
+            name: _pick(name, value, layer_index)
+            for name in ("num_samples", "keep_ratio", "num_experts_per_tok")
+            if isinstance(value := getattr(self, name), PerLayer)
+        }
+        return dataclasses.replace(self, **picked) if picked else self
+
+    def with_key(self, *, seed: int, training: bool, batch_size: int, device: torch.device) -> "Routing":
+        """The same routing with a noise key: the given one, else a fresh one in training, else `seed`."""
+        if self.key is not None:
+            return self
+        key = NoiseKey.draw(batch_size, device) if training else NoiseKey(seed=seed)
+        return dataclasses.replace(self, key=key)
+
+    def expand_rows(self, repeats: int) -> "Routing":
+        """Repeat every per-row value `repeats` times in place, as `generate` does with the batch's rows."""
+
+        def expand(value):
+            if isinstance(value, PerLayer):
+                return PerLayer([expand(v) for v in value.values])
+            if isinstance(value, tuple):
+                return tuple(v for v in value for _ in range(repeats))
+            if isinstance(value, Tensor) and value.ndim > 0:
+                return value.repeat_interleave(repeats, dim=0)
+            return value
+
+        key = self.key
+        if key is not None:
+            position = expand(key.position) if key.position is not None and key.position.ndim == 2 else key.position
+            key = dataclasses.replace(key, stream=expand(key.stream), position=position)
+        return dataclasses.replace(
+            self,
+            num_samples=expand(self.num_samples),
+            keep_ratio=expand(self.keep_ratio),
+            num_experts_per_tok=expand(self.num_experts_per_tok),
+            key=key,
+            token_ids=expand(self.token_ids),
+        )
+
+
+def check_num_samples(value: int) -> None:
+    """Raise unless `value` is a usable K."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InfMoEError(f"num_samples must be an integer of at least 1, got {value!r}")
+
+
+def check_keep_ratio(value: float) -> None:
+    """Raise unless `value` is a usable keep ratio."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise InfMoEError(f"keep_ratio must lie in (0, 1], e.g. 0.25 for the paper's 25 %, got {value!r}")
+
+
+def check_num_experts_per_tok(value: int) -> None:
+    """Raise unless `value` is a usable k."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InfMoEError(f"num_experts_per_tok must be an integer of at least 1, got {value!r}")
+
+
+def _flat(value) -> tuple:
+    if value is None:
+        return ()
+    if isinstance(value, PerLayer):
+        return tuple(v for entry in value.values for v in _flat(entry))
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _pick(name: str, dial: PerLayer, layer_index: int):
+    if layer_index >= len(dial.values):
+        raise InfMoEError(f"{name} has {len(dial.values)} per-layer values, but the model has more layers")
+    return dial.values[layer_index]
