@@ -83,8 +83,8 @@ class Experts(nn.Module):
         ends_E = torch.searchsorted(expert_N, experts, right=True, out_int32=True)
         place_N = torch.empty_like(order_N)
         place_N.scatter_(0, order_N, torch.arange(order_N.numel(), device=x_TD.device))
-        # k copies of each token, then a permutation: the gradient is a permutation and a sum over k, where that
-        # of a gather from the tokens themselves would add with atomics on a GPU.
+        # k copies of each token, permuted: the gradient is the inverse permutation and a sum over k, where a
+        # gather from the tokens themselves would add with atomics on a GPU.
         copies_ND = x_TD.to(dtype)[:, None].expand(-1, k, -1).reshape(-1, self.hidden_size)
         x_ND = _Permute.apply(copies_ND, order_N, place_N)
         # The biases enter by a product with one-hot rows: as quick as indexing, and their gradient too is a
@@ -206,7 +206,7 @@ class _Permute(torch.autograd.Function):
         return x_ND.index_select(0, order_N)
 
     @staticmethod
-    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:
         (inverse_N,) = ctx.saved_tensors
         return grad_ND.index_select(0, inverse_N), None, None
 
