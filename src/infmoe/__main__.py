@@ -1,0 +1,5 @@
+"""`python -m infmoe`, which torchrun needs."""
+
+from infmoe.cli import main
+
+main()

@@ -1,0 +1,316 @@
+"""The command line: one function per command, heavy imports inside, so that `--help` is instant."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from infmoe.errors import InfMoEError
+
+app = typer.Typer(
+    name="infmoe",
+    help="∞-MoE language models: a continuum of experts, and the compute per token chosen at inference.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+ModelDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or a saved model.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Prepared data; default: what the run was trained on.")
+]
+SamplesOption = Annotated[
+    str | None, typer.Option("--num-samples", metavar="K,..", help="Expert samples per token, e.g. 1,2,4.")
+]
+KeepOption = Annotated[
+    str | None, typer.Option("--keep-ratio", metavar="R,..", help="Neurons kept per sample, e.g. 1/16,0.25.")
+]
+ExpertsOption = Annotated[
+    str | None, typer.Option("--num-experts-per-tok", metavar="k,..", help="Experts per token of a discrete MoE.")
+]
+ModeOption = Annotated[
+    str | None, typer.Option("--mode", help="sample, mu (z = mu, deterministic) or antithetic; default: the model's.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the routing noise.")]
+WindowsOption = Annotated[int, typer.Option("--windows", min=2, help="Held-out windows of the model's context.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]
+
+
+def main() -> None:
+    """Run a command; a mistake that the user can mend ends in one line and exit code 2."""
+    try:
+        app()
+    except InfMoEError as error:
+        sys.exit(_fail(str(error)))
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        # transformers' strict configs wrap what a check raised
+        if type(error).__module__.startswith("huggingface_hub"):
+            sys.exit(_fail(str(error.__cause__ or error).splitlines()[-1].strip()))
+        raise
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("runs/demo"),
+    again: Annotated[bool, typer.Option("--again", help="Train anew, in place of the run that is there.")] = False,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps; default: the recipe's.")] = None,
+) -> None:
+    """Train a small ∞-MoE model on Python's own source, sweep its dials, and write a report."""
+    from infmoe.demo import run_demo
+
+    run_demo(out, again=again, steps=steps)
+
+
+@app.command()
+def data(
+    source: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="'stdlib', files, folders or globs, or 'hub:NAME'.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="'bpe:N' trains one of N tokens; or a tokenizer.json or folder.")
+    ] = "bpe:4096",
+    val_fraction: Annotated[float, typer.Option("--val-fraction", help="Share of documents held out.")] = 0.01,
+    text_field: Annotated[str, typer.Option("--text-field", help="Field of jsonl, parquet and Hub records.")] = "text",
+    subset: Annotated[str | None, typer.Option("--subset", help="Configuration of a Hub dataset.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of a Hub dataset.")] = "train",
+    shard_tokens: Annotated[int, typer.Option("--shard-tokens", min=1, help="Tokens per shard.")] = 100_000_000,
+    as_json: Json = False,
+) -> None:
+    """Tokenize a corpus into shards, with a manifest."""
+    from infmoe.data import parse_source, prepare
+    from infmoe.progress import data_progress
+
+    parsed = parse_source(source, subset=subset, split=split, text_field=text_field)
+    with data_progress(quiet=as_json) as progress:
+        made = prepare(
+            parsed,
+            out,
+            tokenizer=tokenizer,
+            val_fraction=val_fraction,
+            shard_tokens=shard_tokens,
+            progress=progress,
+        )
+    counts = {
+        name: {"documents": info.documents, "tokens": info.tokens, "text_bytes": info.text_bytes}
+        for name, info in made.manifest.splits.items()
+    }
+    if as_json:
+        print(json.dumps({"out": str(out), "vocab_size": made.vocab_size, "splits": counts}))
+        return
+    for name, count in counts.items():
+        print(f"{name:<6}{count['documents']:>10,} documents {count['tokens']:>15,} tokens")
+    print(f"vocabulary {made.vocab_size:,}; in {out}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe, e.g. tiny/infinity; `infmoe recipes` lists them.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The run's folder.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optim.lr=1e-3.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data", help="Prepared data (the same as --set data.dir=).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its costs, and stop.")] = False,
+) -> None:
+    """Train a model; under torchrun or `accelerate launch` on several processes."""
+    from infmoe import train as training
+    from infmoe.recipes import recipe as recipe_named
+
+    settings = list(set_ or ())
+    if data_dir is not None:
+        settings.append(f"data.dir={data_dir}")
+    config = training.apply_overrides(recipe_named(recipe), settings)
+    if dry_run:
+        print(training.dry_run(config))
+        return
+    if out is None:
+        raise InfMoEError("give --out DIR, the folder for the run")
+    result = training.run(config, out, resume=resume)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from infmoe.recipes import describe_variant, recipe_names
+
+    for name in recipe_names():
+        print(f"{name:<28}{describe_variant(name)}")
+
+
+@app.command()
+def params(
+    recipe: Annotated[str, typer.Argument(help="A recipe, e.g. small/infinity.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count a recipe's parameters and FLOPs, in the paper's accounting and in full."""
+    from infmoe.hf import model_cost
+    from infmoe.recipes import recipe as recipe_named
+    from infmoe.train import apply_overrides
+    from infmoe.train.config import hf_config
+
+    counts = model_cost(hf_config(apply_overrides(recipe_named(recipe), set_ or ()))).as_dict()
+    if as_json:
+        print(json.dumps({"recipe": recipe} | counts))
+        return
+    notes = {
+        "total": "parameters, the paper's accounting (no W_z, no discrete router)",
+        "active": "used per token, the paper's accounting (K*r of the FFN)",
+        "total_with_wz": "every parameter",
+        "active_with_wz": "the paper's active, W_z and discrete router added",
+        "active_union": "used per token, counted by the union of independent masks",
+        "flops_executed": "forward, per token, what runs now",
+        "flops_ideal": "forward, per token, if only the union ran",
+        "ffn_flops_router": "of these, FFN routing: router maps and W_z z",
+    }
+    for name, note in notes.items():
+        print(f"{name:<18}{counts[name]:>15,}  {note}")
+
+
+@app.command()
+def generate(
+    model_dir: ModelDir,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "",
+    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Expert samples per token (K).")] = None,
+    keep_ratio: Annotated[str | None, typer.Option("--keep-ratio", help="Neurons kept per sample, e.g. 1/4.")] = None,
+    num_experts_per_tok: Annotated[int | None, typer.Option("--num-experts-per-tok", help="k of a discrete MoE.")] = None,
+    mode: ModeOption = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Default: 100, or what fits.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Draw from this many likeliest tokens.")] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of the routing noise and of the drawing of tokens.")] = 0,
+) -> None:
+    """Continue a prompt, token by token."""
+    from infmoe.eval.dials import grid, parse_ratios
+    from infmoe.eval.generation import generate_text
+    from infmoe.eval.loading import open_model
+
+    opened = open_model(model_dir)
+    points = grid(
+        opened.model.config,
+        num_samples=None if num_samples is None else (num_samples,),
+        keep_ratios=parse_ratios(keep_ratio, "--keep-ratio"),
+        num_experts_per_tok=None if num_experts_per_tok is None else (num_experts_per_tok,),
+        mode=mode,  # type: ignore[arg-type]
+    )
+    if len(points) > 1:
+        raise InfMoEError("generate takes one value per dial")
+    generate_text(
+        opened.model,
+        opened.tokenizer(),
+        prompt,
+        points[0],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        stream_to=sys.stdout,
+    )
+
+
+@app.command()
+def evaluate(
+    model_dir: ModelDir,
+    data_dir: DataOption = None,
+    num_samples: SamplesOption = None,
+    keep_ratio: KeepOption = None,
+    num_experts_per_tok: ExpertsOption = None,
+    mode: ModeOption = None,
+    windows: WindowsOption = 256,
+    batch_size: BatchOption = 16,
+    seed: SeedOption = 0,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss at each setting of the dials, with standard error and routing figures."""
+    from infmoe.eval.sweep import sweep_checkpoint
+
+    result = sweep_checkpoint(
+        model_dir,
+        data_dir=data_dir,
+        num_samples=num_samples,
+        keep_ratio=keep_ratio,
+        num_experts_per_tok=num_experts_per_tok,
+        mode=mode,
+        windows=windows,
+        batch_size=batch_size,
+        seed=seed,
+        quiet=as_json,
+    )
+    _show(result, as_json)
+
+
+@app.command()
+def sweep(
+    model_dir: ModelDir,
+    data_dir: DataOption = None,
+    num_samples: SamplesOption = None,
+    keep_ratio: KeepOption = None,
+    num_experts_per_tok: ExpertsOption = None,
+    mode: ModeOption = None,
+    windows: WindowsOption = 128,
+    batch_size: BatchOption = 16,
+    rounds: Annotated[int, typer.Option("--rounds", min=4, help="Timing rounds, all points interleaved.")] = 40,
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for sweep.json and sweep.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss against latency and FLOPs over a grid of the dials; table, picture and JSON."""
+    from infmoe.eval.plots import plot_sweep
+    from infmoe.eval.sweep import sweep_checkpoint
+    from infmoe.provenance import write_json
+
+    result = sweep_checkpoint(
+        model_dir,
+        data_dir=data_dir,
+        num_samples=num_samples,
+        keep_ratio=keep_ratio,
+        num_experts_per_tok=num_experts_per_tok,
+        mode=mode,
+        windows=windows,
+        batch_size=batch_size,
+        seed=seed,
+        rounds=rounds,
+        full_grid=True,
+        quiet=as_json,
+    )
+    out = out or model_dir
+    write_json(out / "sweep.json", result)
+    picture = plot_sweep(result["points"], out / "sweep.png", title=f"{model_dir}: one checkpoint, its dials")
+    _show(result, as_json)
+    if not as_json:
+        print(f"\npicture: {picture}\nfigures: {out / 'sweep.json'}")
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from infmoe.eval.report import table_cells
+
+    titles, cells = table_cells(result["points"])
+    table = Table(*titles, box=None, header_style="bold")
+    for row in cells:
+        table.add_row(*row)
+    # a pipe or a file gets whole rows, however wide
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
+    print(
+        f"{result['windows']} windows of {result['window']} tokens, split 'val' of {result['data']}; "
+        "loss in nats per token; MFLOPs per token, forward"
+    )

@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss, latency, sweeps over the dials, generation and the report."""

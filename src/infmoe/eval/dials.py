@@ -1,0 +1,118 @@
+"""Grids over the dials: from what a command line says to a list of routings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+
+from infmoe.errors import InfMoEError
+from infmoe.hf import InfMoEConfig
+from infmoe.layers import Routing, ffn_class
+from infmoe.layers.routing import Mode
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the dials; None where the variant does not have the dial or the mode ignores it."""
+
+    num_samples: int | None = None
+    keep_ratio: float | None = None
+    num_experts_per_tok: int | None = None
+    mode: Mode | None = None
+
+    def routing(self, max_stats_tokens: int | None = None) -> Routing:
+        """The routing of this point."""
+        return Routing(
+            num_samples=self.num_samples,
+            keep_ratio=self.keep_ratio,
+            num_experts_per_tok=self.num_experts_per_tok,
+            mode=self.mode,
+            max_stats_tokens=max_stats_tokens,
+        )
+
+    def label(self) -> str:
+        """Short text for tables: "K=2 keep=1/4", "k=2", "mu keep=1/4", "-"."""
+        parts = []
+        if self.num_experts_per_tok is not None:
+            parts.append(f"k={self.num_experts_per_tok}")
+        if self.mode == "mu":
+            parts.append("mu")
+        if self.num_samples is not None:
+            parts.append(f"K={self.num_samples}")
+        if self.keep_ratio is not None:
+            parts.append(f"keep={ratio_text(self.keep_ratio)}")
+        return " ".join(parts) or "-"
+
+
+def ratio_text(ratio: float) -> str:
+    """1/16 rather than 0.0625, where that is what it is."""
+    fraction = Fraction(ratio).limit_denominator(128)
+    return f"1/{fraction.denominator}" if fraction.numerator == 1 and float(fraction) == ratio else f"{ratio:g}"
+
+
+def parse_ints(text: str | None, option: str) -> tuple[int, ...] | None:
+    """"1,2,4" as integers.
+
+    Raises:
+        InfMoEError: not a list of integers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InfMoEError(f"{option} takes integers separated by commas, e.g. 1,2,4, got {text!r}") from None
+
+
+def parse_ratios(text: str | None, option: str) -> tuple[float, ...] | None:
+    """"0.125,1/4" as numbers.
+
+    Raises:
+        InfMoEError: not a list of numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(Fraction(part.strip())) for part in text.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise InfMoEError(f"{option} takes numbers separated by commas, e.g. 1/16,0.25, got {text!r}") from None
+
+
+def grid(
+    config: InfMoEConfig,
+    *,
+    num_samples: Sequence[int] | None = None,
+    keep_ratios: Sequence[float] | None = None,
+    num_experts_per_tok: Sequence[int] | None = None,
+    mode: Mode | None = None,
+) -> list[Point]:
+    """All combinations of the dials, in order; a dial left out stays at the model's own setting.
+
+    Args:
+        config: the model's, which says which dials there are.
+        num_samples: K values; left out in mode "mu".
+        keep_ratios: keep ratios.
+        num_experts_per_tok: k values of a discrete MoE.
+        mode: routing mode of every point.
+
+    Raises:
+        InfMoEError: a dial that the variant does not have, or a value out of range.
+    """
+    options = ffn_class(config.ffn).option_defaults()
+    for name, values in (
+        ("num_samples", num_samples),
+        ("keep_ratio", keep_ratios),
+        ("num_experts_per_tok", num_experts_per_tok),
+        ("routing_mode", mode),
+    ):
+        if values is not None and name not in options:
+            raise InfMoEError(f"a model with ffn='{config.ffn}' has no dial {name!r}: leave it out")
+    effective_mode = mode or config.routing_mode
+    draws = "num_samples" in options and effective_mode != "mu" and config.sigma_activation != "none"
+    samples: Sequence[int | None] = num_samples or ((config.num_samples,) if draws else (None,))
+    ratios: Sequence[float | None] = keep_ratios or (config.keep_ratio,)
+    experts: Sequence[int | None] = num_experts_per_tok or (config.num_experts_per_tok,)
+    points = [Point(k, r, e, mode) for k, r, e in product(samples, ratios, experts)]
+    for point in points:
+        point.routing()  # refuses values out of range before anything is measured
+    return points

@@ -1,0 +1,89 @@
+"""Opening what a command is pointed at: a checkpoint, its data, its tokenizer."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from infmoe.data import TokenData
+from infmoe.errors import InfMoEError
+from infmoe.hf import InfMoEForCausalLM
+from infmoe.train import resolve_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was opened for evaluation.
+
+    Attributes:
+        model: in eval mode.
+        checkpoint: the folder it came from.
+    """
+
+    model: InfMoEForCausalLM
+    checkpoint: Path
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The checkpoint's tokenizer.
+
+        Raises:
+            InfMoEError: there is none, or it does not fit the model's vocabulary.
+        """
+        if not (self.checkpoint / "tokenizer.json").is_file():
+            raise InfMoEError(f"{self.checkpoint} holds no tokenizer.json: copy the one it was trained with there")
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.checkpoint)
+        check_vocabulary(len(tokenizer), self.model.config.vocab_size, "tokenizer")
+        return tokenizer
+
+    def data(self, folder: Path | None = None) -> TokenData:
+        """Prepared data that fits the model: `folder`, else what the run was trained on.
+
+        Raises:
+            InfMoEError: no such folder is known, or its vocabulary does not fit.
+        """
+        folder = folder or self._training_data()
+        data = TokenData.open(folder)
+        check_vocabulary(data.vocab_size, self.model.config.vocab_size, f"data in {folder}")
+        return data
+
+    def _training_data(self) -> Path:
+        for place in (self.checkpoint, *self.checkpoint.parents[:2]):
+            run_file = place / "run.json"
+            if run_file.is_file():
+                folder = json.loads(run_file.read_text())["config"]["data"]["dir"]
+                if folder and Path(folder).is_dir():
+                    return Path(folder)
+                raise InfMoEError(f"the data that the run was trained on ({folder}) is gone: give --data")
+        raise InfMoEError(f"{self.checkpoint} does not say what it was trained on: give --data")
+
+
+def check_vocabulary(size: int, model_size: int, what: str) -> None:
+    """Raise if `what` knows tokens that the model does not."""
+    if size > model_size:
+        raise InfMoEError(
+            f"the {what} has {size} tokens, the model {model_size}: use the tokenizer that the model was trained with"
+        )
+
+
+def open_model(path: Path | str, device: str | None = None) -> Opened:
+    """Open a run folder (its newest valid checkpoint), a checkpoint, or a saved model.
+
+    Raises:
+        InfMoEError: nothing there, a damaged file, or another architecture.
+    """
+    checkpoint = resolve_checkpoint(path)
+    disable_progress_bar()  # a bar over a handful of tensors is noise
+    try:
+        model = InfMoEForCausalLM.from_pretrained(checkpoint)
+    except (OSError, RuntimeError) as error:
+        raise InfMoEError(f"cannot load a model from {checkpoint}: {str(error).splitlines()[0]}") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Opened(model.eval().to(device), checkpoint)

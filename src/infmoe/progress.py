@@ -1,0 +1,41 @@
+"""Progress for people: a live bar on a terminal, nothing where output is read by a program."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def data_progress(*, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
+    """A status line for `infmoe.data.prepare`; yields its callback."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("reading") as status:
+
+        def update(progress: Any) -> None:
+            if progress.stage == "tokenizer":
+                status.update("training the tokenizer")
+            else:
+                status.update(
+                    f"{progress.documents:,} documents, {progress.text_bytes / 1e6:,.1f} MB, {progress.tokens:,} tokens"
+                )
+
+        yield update
+
+
+@contextmanager
+def point_progress(total: int, *, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
+    """A bar over the points of a sweep; yields the callback to call after each."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("evaluating", total=total)
+        yield lambda point: bar.update(task, advance=1, description=point.label())
