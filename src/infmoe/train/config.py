@@ -1,0 +1,284 @@
+"""The configuration of a training run: everything that decides the weights, and how the run reports.
+
+Importing this module is cheap (no torch), so that listing recipes and `--help` stay fast.
+"""
+
+import difflib
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infmoe.errors import InfMoEError, unknown_name
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(_Strict):
+    """Where the tokens are.
+
+    Attributes:
+        dir: a folder made by `infmoe data`.
+        window: tokens per row; None: the model's `max_position_embeddings`.
+    """
+
+    dir: str | None = None
+    window: int | None = Field(default=None, ge=2)
+
+
+class OptimConfig(_Strict):
+    """AdamW. W_z's own learning rate factor and decay are fields of the model's config.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: the paper does not name them; (0.9, 0.95) is the usual choice for language models.
+        eps: AdamW's epsilon.
+        weight_decay: on every matrix, embeddings included (as nanoGPT).
+        clip_norm: the gradient's norm is cut to this; None: never.
+    """
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+
+
+class ScheduleConfig(_Strict):
+    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak at the last step.
+
+    Attributes:
+        warmup_steps: steps of the linear rise; a run shorter than this never leaves it.
+        min_lr_ratio: where the cosine ends, as a fraction of the peak.
+    """
+
+    warmup_steps: int = Field(ge=0)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+
+
+class EvalConfig(_Strict):
+    """The loss on the validation split.
+
+    Attributes:
+        every: steps between two evaluations (and one at the end); None: no evaluation.
+        windows: how many windows, always the split's first ones.
+    """
+
+    every: int | None = Field(default=100, ge=1)
+    windows: int = Field(default=64, ge=1)
+
+
+class LogConfig(_Strict):
+    """What is reported, and how often.
+
+    Attributes:
+        every: steps between two lines of `metrics.jsonl`.
+        stats_tokens: the routing statistics look at this many tokens of a micro-batch.
+        tensorboard: write TensorBoard events beside the JSON lines.
+    """
+
+    every: int = Field(default=10, ge=1)
+    stats_tokens: int = Field(default=4096, ge=1)
+    tensorboard: bool = False
+
+
+class CheckpointConfig(_Strict):
+    """When checkpoints are written.
+
+    Attributes:
+        every: steps between two checkpoints (and one at the end).
+        keep_last: how many stay on disk; None: all.
+    """
+
+    every: int = Field(default=100, ge=1)
+    keep_last: int | None = Field(default=2, ge=1)
+
+
+class RunConfig(_Strict):
+    """One training run.
+
+    Attributes:
+        name: the recipe it came from.
+        seed: of the initial weights, the data order, the router's noise and dropout.
+        steps: optimizer steps.
+        batch_tokens: tokens per optimizer step, over all processes and micro-batches.
+        micro_batch_size: rows per process and forward pass.
+        precision: "bf16" runs forward and backward under autocast; weights and optimizer stay float32.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        model: fields of `InfMoEConfig`, which checks them.
+    """
+
+    name: str
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    steps: int = Field(ge=1)
+    batch_tokens: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    model: dict[str, Any]
+    data: DataConfig = DataConfig()
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> "RunConfig":
+        positions = self.model.get("max_position_embeddings")
+        if not isinstance(positions, int) or positions < 2:
+            raise ValueError(
+                f"model.max_position_embeddings must be an integer of at least 2, got {positions!r}"
+            )
+        if self.data.window is not None and self.data.window > positions:
+            raise ValueError(
+                f"data.window={self.data.window} exceeds model.max_position_embeddings={positions}: lower it"
+            )
+        return self
+
+    @property
+    def window(self) -> int:
+        """Tokens per row."""
+        return self.data.window or int(self.model["max_position_embeddings"])
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows per optimizer step, over all processes and micro-batches."""
+        return self.batch_tokens // self.window
+
+    def accumulation(self, num_processes: int) -> int:
+        """Micro-batches per process and optimizer step.
+
+        Raises:
+            InfMoEError: `batch_tokens` is no multiple of what one forward pass of all processes takes.
+        """
+        unit = self.window * self.micro_batch_size * num_processes
+        if self.batch_tokens % unit:
+            nearest = max(1, round(self.batch_tokens / unit)) * unit
+            raise InfMoEError(
+                f"batch_tokens={self.batch_tokens} is no multiple of {unit} (window {self.window} x "
+                f"micro_batch_size {self.micro_batch_size} x {num_processes} processes): "
+                f"take batch_tokens={nearest}, or another micro_batch_size"
+            )
+        return self.batch_tokens // unit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `load_config` reads them back."""
+        return self.model_dump(mode="json")
+
+
+# What may differ between a run and its resumption: it leaves the weights as they are. The data folder may
+# have moved; its contents are compared by hash.
+REPORTING_KEYS = ("name", "data.dir", "eval", "log", "checkpoint")
+
+
+def load_config(values: Mapping[str, Any]) -> RunConfig:
+    """Validate plain values.
+
+    Raises:
+        InfMoEError: an unknown setting or a value that does not fit; names the setting.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise _unknown_setting(path) from None
+        if first["type"] == "value_error":
+            raise InfMoEError(str(first["ctx"]["error"])) from None
+        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        raise InfMoEError(f"setting {path!r}: {first['msg'][:1].lower()}{first['msg'][1:]}{got}") from None
+
+
+def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration with `a.b=value` settings applied; values are read as JSON, else taken as text.
+
+    Raises:
+        InfMoEError: no `=`, an unknown key (names the nearest), or a value that does not fit.
+    """
+    values = config.to_dict()
+    model_changed = False
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InfMoEError(f"cannot read {override!r}: write it as key=value, e.g. optim.lr=1e-3")
+        *parents, leaf = key.strip().split(".")
+        section = values
+        for parent in parents:
+            if not isinstance(section.get(parent), dict):
+                raise _unknown_setting(key)
+            section = section[parent]
+        if isinstance(section.get(leaf), dict):
+            raise InfMoEError(
+                f"{key!r} is a section: set one of its keys, e.g. {key}.{min(section[leaf])}=..."
+            )
+        section[leaf] = _parse_scalar(text.strip())
+        model_changed = model_changed or parents == ["model"]
+    changed = load_config(values)
+    if model_changed:
+        hf_config(changed)
+    return changed
+
+
+def hf_config(config: RunConfig) -> Any:
+    """The model's `InfMoEConfig`, which checks the fields under `model` (imports transformers)."""
+    from infmoe.hf import InfMoEConfig
+
+    return InfMoEConfig(**config.model)
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Dotted keys that decide the weights and differ between two dumped configurations."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return sorted(
+        key
+        for key in flat_old.keys() | flat_new.keys()
+        if flat_old.get(key) != flat_new.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in REPORTING_KEYS)
+    )
+
+
+def _parse_scalar(text: str) -> Any:
+    words = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and typing.get_origin(kind) is None and issubclass(kind, BaseModel):
+            names += _setting_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _unknown_setting(path: str) -> InfMoEError:
+    """Suggest by the last word too: `lr` is meant to find `optim.lr`."""
+    names = _setting_names()
+    leaf = path.rpartition(".")[2]
+    same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
+    if same_leaf and not difflib.get_close_matches(path, names, n=1, cutoff=0.8):
+        return InfMoEError(f"unknown setting {path!r}; did you mean {same_leaf[0]!r}?")
+    return unknown_name("setting", path, names)

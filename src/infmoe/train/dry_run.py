@@ -1,0 +1,45 @@
+"""What a run would be, without running it."""
+
+import dataclasses
+import json
+
+from infmoe.train.config import RunConfig, hf_config
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved configuration as JSON, then parameters, FLOPs and the batch's make-up."""
+    from infmoe.hf import model_cost
+
+    model_config = hf_config(config)
+    cost = model_cost(model_config)
+    resolved = config.to_dict()
+    resolved["model"] = {
+        field.name: value
+        for field in dataclasses.fields(model_config)
+        # without what every transformers config inherits
+        if field.name in type(model_config).__annotations__
+        and (value := getattr(model_config, field.name)) is not None
+    }
+    rows = [
+        ("parameters", f"{cost.total:,}", f"with W_z and discrete routers {cost.total_with_wz:,}"),
+        ("active per token", f"{cost.active:,}", f"with W_z and discrete routers {cost.active_with_wz:,}"),
+        (
+            "forward FLOPs per token",
+            f"{cost.flops_executed:,}",
+            f"{cost.flops_ideal:,} if only the masks' union ran",
+        ),
+        ("FFN part of it", f"{cost.ffn_flops_executed:,}", f"{cost.ffn_flops_ideal:,} likewise"),
+        (
+            "batch",
+            f"{config.batch_tokens:,} tokens",
+            f"{config.batch_rows} rows of {config.window}; a process takes {config.micro_batch_size} at once",
+        ),
+        ("run", f"{config.steps * config.batch_tokens:,} tokens", f"{config.steps:,} steps"),
+    ]
+    return "\n".join(
+        [
+            json.dumps(resolved, indent=2),
+            "",
+            *(f"{name:<24}{value:>20}   {note}" for name, value, note in rows),
+        ]
+    )

@@ -1,0 +1,96 @@
+"""Runs that are killed, signalled, or spread over processes."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infmoe.train import checkpoint as ckpt
+
+
+def logged_steps(out: Path) -> list[dict]:
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # the line that is being written
+            break
+    return [r for r in records if "loss" in r]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(ckpt.resolve_checkpoint(out) / "model.safetensors")
+
+
+def wait(processes: list) -> list[int]:
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def wait_for_step(process, out: Path, step: int) -> None:
+    while process.is_alive() and not any(r["step"] >= step for r in logged_steps(out)):
+        process.join(0.002)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_killed_three_times_and_resumed_is_bit_identical(small, start_training, tmp_path):
+    config = small("steps=30", "checkpoint.every=4", "eval.every=10", "model.resid_pdrop=0.1")
+    other_seed = small("steps=30", "checkpoint.every=4", "eval.every=10", "model.resid_pdrop=0.1", "seed=1")
+    assert wait(start_training(config, tmp_path / "whole")) == [0]
+    assert wait(start_training(other_seed, tmp_path / "control")) == [0]
+
+    killed = tmp_path / "killed"
+    moments = random.Random()
+    for low, high in ((1, 8), (11, 17), (19, 25)):
+        (process,) = start_training(config, killed, resume=True)
+        wait_for_step(process, killed, moments.randint(low, high))
+        process.join(moments.uniform(0, 0.02))
+        process.kill()
+        assert wait([process]) == [-signal.SIGKILL]
+    assert wait(start_training(config, killed, resume=True)) == [0]
+
+    assert same(weights(tmp_path / "whole"), weights(killed))
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "control"))
+    timeless = [
+        [{k: v for k, v in r.items() if k != "tokens_per_sec"} for r in logged_steps(out)]
+        for out in (tmp_path / "whole", killed)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_stops(number, ranks, small, start_training, tmp_path):
+    config = small("steps=4000", "checkpoint.every=4000", "eval.every=null", "micro_batch_size=4")
+    processes = start_training(config, tmp_path / "run", ranks=ranks)
+    wait_for_step(processes[0], tmp_path / "run", 3)
+    os.kill(processes[-1].pid, number)  # one rank hears it, all stop
+    assert wait(processes) == [128 + number] * ranks
+    steps = [r["step"] for r in logged_steps(tmp_path / "run")]
+    saved = ckpt.resolve_checkpoint(tmp_path / "run")
+    assert saved.name == f"step-{steps[-1]:06d}"
+    assert steps == list(range(1, steps[-1] + 1))
+
+
+@pytest.mark.parametrize("variant", ["infinity", "moe"])
+def test_two_processes_train_as_one(variant, small, start_training, tmp_path):
+    # micro-batches of 4 rows in both, which the balance loss depends on
+    config = small("micro_batch_size=4", variant=variant)
+    assert wait(start_training(config, tmp_path / "one")) == [0]
+    assert wait(start_training(config, tmp_path / "two", ranks=2)) == [0, 0]
+    records = [logged_steps(tmp_path / name) for name in ("one", "two")]
+    assert [r["step"] for r in records[0]] == list(range(1, 7))
+    for a, b in zip(*records, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["routing"] == pytest.approx(b["routing"], rel=1e-3)
