@@ -65,7 +65,7 @@ class EvalConfig(_Strict):
 
     Attributes:
         every: steps between two evaluations (and one at the end); None: no evaluation.
-        windows: how many windows, always the split's first ones.
+        windows: how many windows, always the same, spread over the split.
     """
 
     every: int | None = Field(default=100, ge=1)
@@ -82,7 +82,7 @@ class LogConfig(_Strict):
     """
 
     every: int = Field(default=10, ge=1)
-    stats_tokens: int = Field(default=4096, ge=1)
+    stats_tokens: int = Field(default=512, ge=1)
     tensorboard: bool = False
 
 

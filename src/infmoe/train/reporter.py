@@ -115,7 +115,7 @@ class Reporter:
 
     def validation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record an evaluation."""
-        self._write({"step": step, **metrics})
+        self._write({"step": step, "tokens": step * self.batch_tokens, **metrics})
         self.say(f"step {step}  val_loss {metrics['val_loss']:.4f} ± {metrics['val_loss_se']:.4f}")
 
     def say(self, line: str) -> None:

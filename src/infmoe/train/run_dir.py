@@ -1,19 +1,17 @@
 """The run's folder: who owns it, what may resume in it."""
 
-import importlib.metadata
 import json
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infmoe.errors import InfMoEError
+from infmoe.provenance import git_commit, versions
 from infmoe.train import checkpoint as ckpt
 from infmoe.train.config import RunConfig, differing_keys
 
 RUN_FILE = "run.json"
-_PACKAGES = ("infmoe", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ def run_record(config: RunConfig, data_sha256: str) -> dict[str, Any]:
     return {
         "config": config.to_dict(),
         "data_sha256": data_sha256,
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "git_commit": _git_commit(),
+        "versions": versions(),
+        "git_commit": git_commit(),
     }
 
 
@@ -108,22 +106,3 @@ def _read(run_file: Path) -> dict[str, Any]:
         return {"config": dict(record["config"]), "data_sha256": str(record["data_sha256"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InfMoEError(f"{run_file} is not readable: restore it, or choose another --out") from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout this package runs from; None where it is installed otherwise."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

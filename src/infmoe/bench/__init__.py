@@ -1,0 +1,47 @@
+"""Measurements of the product itself, each regenerable by `infmoe bench NAME`.
+
+Every measurement returns `rows` and `summary`; arms that are compared take turns.
+"""
+
+import importlib
+from typing import Any
+
+from infmoe.errors import unknown_name
+
+# name -> (module, function, one line)
+BENCHES: dict[str, tuple[str, str, str]] = {
+    "loop": ("training", "loop_overhead", "the training loop over bare forward, backward and step"),
+    "gpt2": (
+        "training",
+        "against_gpt2",
+        "tiny/dense against transformers' GPT-2 of the same shape, same loop",
+    ),
+    "stats": ("training", "stats_cost", "what the routing statistics cost in a training step"),
+    "variants": ("training", "variant_speed", "training speed of every tiny recipe, in fp32 and bf16"),
+    "select": ("selection", "select_speed", "top-N selection: numpy's quickselect against torch.topk"),
+    "startup": ("startup", "startup", "time of `infmoe --help` and of `import infmoe` over `import torch`"),
+    "resume": ("resume", "kill_and_resume", "a run killed by SIGKILL and resumed, bit for bit"),
+    "data": ("tokenize", "tokenize", "`infmoe data` against tokenizers' encode_batch alone"),
+}
+
+
+def run_bench(name: str, *, quick: bool = False) -> dict[str, Any]:
+    """Run one measurement.
+
+    Args:
+        name: a key of `BENCHES`.
+        quick: fewer rounds, for a first look.
+
+    Returns:
+        `bench`, `quick`, `rows`, `summary` and `provenance`.
+
+    Raises:
+        InfMoEError: an unknown name.
+    """
+    if name not in BENCHES:
+        raise unknown_name("bench", name, BENCHES)
+    module, function, _ = BENCHES[name]
+    rows, summary = getattr(importlib.import_module(f"infmoe.bench.{module}"), function)(quick=quick)
+    from infmoe.provenance import provenance
+
+    return {"bench": name, "quick": quick, "rows": rows, "summary": summary, "provenance": provenance()}
