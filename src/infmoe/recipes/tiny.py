@@ -17,7 +17,7 @@ def tiny(variant: str) -> RunConfig:
         steps=600,
         batch_tokens=4096,  # 32 rows of 128
         micro_batch_size=32,
-        precision="fp32",  # CPUs gain nothing from bf16 at this width
+        precision="bf16",
         model={
             "vocab_size": 2048,
             "max_position_embeddings": 128,
