@@ -19,6 +19,4 @@ for num_samples, keep_ratio in ((1, 1 / 8), (2, 1 / 4), (8, 1 / 2)):
 # Rows of one batch may turn the dials differently; each gets what it would get alone.
 mixed = ffn(x, Routing(num_samples=(1, 2, 4, 8), keep_ratio=(0.125, 0.25, 0.25, 0.5), key=NoiseKey(seed=0)))
 alone = ffn(x[2:3], Routing(num_samples=4, keep_ratio=0.25, key=NoiseKey(seed=0)))
-print(
-    "row 2 of a mixed batch equals the row alone:", torch.allclose(mixed.y_BTD[2:3], alone.y_BTD, atol=1e-5)
-)
+print("row 2 of a mixed batch equals the row alone:", torch.allclose(mixed.y_BTD[2:3], alone.y_BTD, atol=1e-5))

@@ -27,9 +27,7 @@ class LinearFFN(ConditionalFFN):
     def forward(self, x_BTD: Tensor, routing: Routing | None = None) -> FFNOutput:
         tokens = x_BTD.numel() // self.hidden_size
         no_loss = torch.zeros((), device=x_BTD.device)
-        return FFNOutput(
-            self.w2(self.w1(x_BTD)), no_loss, uniform_stats(tokens, self.intermediate_size, x_BTD.device)
-        )
+        return FFNOutput(self.w2(self.w1(x_BTD)), no_loss, uniform_stats(tokens, self.intermediate_size, x_BTD.device))
 
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
         params, flops = self.num_params(), 4 * self.hidden_size * self.intermediate_size

@@ -24,7 +24,7 @@ _HOMES = {
     "infmoe.hf": ("InfMoEConfig", "InfMoEForCausalLM"),
     "infmoe.layers": ("DenseFFN", "InfinityFFN", "MoEFFN", "NoiseKey", "PerLayer", "Routing", "SwitchFFN"),
 }
-__all__ = [name for names in _HOMES.values() for name in names]  # noqa: PLE0604
+__all__ = [name for names in _HOMES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:

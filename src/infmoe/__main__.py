@@ -1,5 +1,7 @@
 """`python -m infmoe`, which torchrun needs."""
 
+import sys
+
 from infmoe.cli import main
 
-main()
+sys.exit(main())

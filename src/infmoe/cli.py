@@ -1,7 +1,9 @@
 """The command line: one function per command, heavy imports inside, so that `--help` is instant."""
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +14,13 @@ from infmoe.errors import InfMoEError
 app = typer.Typer(
     name="infmoe",
     help="∞-MoE language models: a continuum of experts, and the compute per token chosen at inference.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 ModelDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, a checkpoint or a saved model.")]
-DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Prepared data; default: what the run was trained on.")
-]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Prepared data; default: what the run was trained on.")]
 SamplesOption = Annotated[
     str | None, typer.Option("--num-samples", metavar="K,..", help="Expert samples per token, e.g. 1,2,4.")
 ]
@@ -29,34 +28,68 @@ KeepOption = Annotated[
     str | None, typer.Option("--keep-ratio", metavar="R,..", help="Neurons kept per sample, e.g. 1/16,0.25.")
 ]
 ExpertsOption = Annotated[
-    str | None, typer.Option("--num-experts-per-tok", metavar="k,..", help="Experts per token of a discrete MoE.")
+    str | None,
+    typer.Option("--num-experts-per-tok", metavar="k,..", help="Experts per token of a discrete MoE."),
 ]
 ModeOption = Annotated[
-    str | None, typer.Option("--mode", help="sample, mu (z = mu, deterministic) or antithetic; default: the model's.")
+    str | None,
+    typer.Option("--mode", help="sample, mu (z = mu, deterministic) or antithetic; default: the model's."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the routing noise.")]
 WindowsOption = Annotated[int, typer.Option("--windows", min=2, help="Held-out windows of the model's context.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]
 
 
-def main() -> None:
-    """Run a command; a mistake that the user can mend ends in one line and exit code 2."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a mistake that the user can mend ends in one line on stderr and exit code 2.
+
+    Args:
+        argv: the words after `infmoe`; None: this process's own.
+
+    Returns:
+        The exit code: 0, 1 where the reader of the output has gone, 2 for a mistake, 130 after Ctrl-C.
+    """
+    # our own lines say what matters; transformers reads this when it is first imported
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        app()
-    except InfMoEError as error:
-        sys.exit(_fail(str(error)))
+        command = typer.main.get_command(app)
+        with command.make_context("infmoe", words) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as done:
+        return done.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
-        sys.exit(1)
+        # else Python would complain when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
+        message = _mendable(error)
+        if message is None:
+            raise
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to tell the user about a mistake of theirs, or of their machine's; None: it is ours."""
+    if isinstance(error, InfMoEError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{error.filename}: "
+        return where + (error.strerror or str(error).partition("\n")[0])
+    if hasattr(error, "format_message"):  # a word on the command line that typer does not know
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+        return error.format_message().rstrip(".") + hint
+    if type(error).__module__.startswith("huggingface_hub"):
         # transformers' strict configs wrap what a check raised
-        if type(error).__module__.startswith("huggingface_hub"):
-            sys.exit(_fail(str(error.__cause__ or error).splitlines()[-1].strip()))
-        raise
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        return str(error.__cause__ or error).strip().splitlines()[-1].strip()
+    return None
 
 
 @app.command()
@@ -74,11 +107,13 @@ def demo(
 @app.command()
 def data(
     source: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="'stdlib', files, folders or globs, or 'hub:NAME'.")
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="'stdlib', files, folders or globs, or 'hub:NAME'."),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="'bpe:N' trains one of N tokens; or a tokenizer.json or folder.")
+        str,
+        typer.Option("--tokenizer", help="'bpe:N' trains one of N tokens; or a tokenizer.json or folder."),
     ] = "bpe:4096",
     val_fraction: Annotated[float, typer.Option("--val-fraction", help="Share of documents held out.")] = 0.01,
     text_field: Annotated[str, typer.Option("--text-field", help="Field of jsonl, parquet and Hub records.")] = "text",
@@ -118,25 +153,33 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe, e.g. tiny/infinity; `infmoe recipes` lists them.")],
     out: Annotated[Path | None, typer.Option("--out", help="The run's folder.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optim.lr=1e-3.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optim.lr=1e-3."),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option("--data", help="Prepared data (the same as --set data.dir=).")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data", help="Prepared data (the same as --set data.dir=).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its costs, and stop.")] = False,
 ) -> None:
     """Train a model; under torchrun or `accelerate launch` on several processes."""
     from infmoe import train as training
+    from infmoe.hf import model_cost
     from infmoe.recipes import recipe as recipe_named
+    from infmoe.train.config import hf_config
+    from infmoe.train.dry_run import describe
 
     settings = list(set_ or ())
     if data_dir is not None:
         settings.append(f"data.dir={data_dir}")
     config = training.apply_overrides(recipe_named(recipe), settings)
     if dry_run:
-        print(training.dry_run(config))
+        # not `training.dry_run`: once called, its name stands for the module that it imports
+        print(describe(config))
         return
     if out is None:
         raise InfMoEError("give --out DIR, the folder for the run")
+    model_cost(hf_config(config))  # a model that cannot be built is refused before anything is written
     result = training.run(config, out, resume=resume)
     raise typer.Exit(result.exit_code)
 
@@ -186,7 +229,9 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "",
     num_samples: Annotated[int | None, typer.Option("--num-samples", help="Expert samples per token (K).")] = None,
     keep_ratio: Annotated[str | None, typer.Option("--keep-ratio", help="Neurons kept per sample, e.g. 1/4.")] = None,
-    num_experts_per_tok: Annotated[int | None, typer.Option("--num-experts-per-tok", help="k of a discrete MoE.")] = None,
+    num_experts_per_tok: Annotated[
+        int | None, typer.Option("--num-experts-per-tok", help="k of a discrete MoE.")
+    ] = None,
     mode: ModeOption = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Default: 100, or what fits.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
@@ -194,7 +239,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", help="Of the routing noise and of the drawing of tokens.")] = 0,
 ) -> None:
     """Continue a prompt, token by token."""
-    from infmoe.eval.dials import grid, parse_ratios
+    from infmoe.eval.dials import grid, parse_mode, parse_ratios
     from infmoe.eval.generation import generate_text
     from infmoe.eval.loading import open_model
 
@@ -204,10 +249,10 @@ def generate(
         num_samples=None if num_samples is None else (num_samples,),
         keep_ratios=parse_ratios(keep_ratio, "--keep-ratio"),
         num_experts_per_tok=None if num_experts_per_tok is None else (num_experts_per_tok,),
-        mode=mode,  # type: ignore[arg-type]
+        mode=parse_mode(mode),
     )
     if len(points) > 1:
-        raise InfMoEError("generate takes one value per dial")
+        raise InfMoEError(f"--keep-ratio takes one value here, got {keep_ratio!r}")
     generate_text(
         opened.model,
         opened.tokenizer(),
@@ -272,6 +317,7 @@ def sweep(
     from infmoe.eval.sweep import sweep_checkpoint
     from infmoe.provenance import write_json
 
+    out = out or model_dir
     result = sweep_checkpoint(
         model_dir,
         data_dir=data_dir,
@@ -284,14 +330,39 @@ def sweep(
         seed=seed,
         rounds=rounds,
         full_grid=True,
+        out=out,
         quiet=as_json,
     )
-    out = out or model_dir
     write_json(out / "sweep.json", result)
     picture = plot_sweep(result["points"], out / "sweep.png", title=f"{model_dir}: one checkpoint, its dials")
     _show(result, as_json)
     if not as_json:
         print(f"\npicture: {picture}\nfigures: {out / 'sweep.json'}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which measurement; 'list' names them.")] = "list",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, for a first look.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the result to this JSON file too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the product itself: training loop, start-up, exact resumption, selection, tokenizing."""
+    from infmoe.bench import BENCHES, run_bench
+    from infmoe.provenance import write_json
+
+    if name == "list":
+        for known, (_, _, text) in BENCHES.items():
+            print(f"{known:<12}{text}")
+        return
+    result = run_bench(name, quick=quick)
+    if out is not None:
+        write_json(out, result)
+    if not as_json:
+        for row in result["rows"]:
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
+    # the last line is for programs, whatever stands above it
+    print(json.dumps(result if as_json else {"bench": name, "summary": result["summary"]}))
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
@@ -304,13 +375,25 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     from infmoe.eval.report import table_cells
 
     titles, cells = table_cells(result["points"])
-    table = Table(*titles, box=None, header_style="bold")
+    console = Console(highlight=False)
+    # a pipe gets whole lines; on a narrow terminal titles are broken at spaces, and no figure ever is
+    columns = [[title, *(row[i] for row in cells)] for i, title in enumerate(titles)]
+    if console.is_terminal and _width(columns) > console.width:
+        columns = [[title.replace(" ", "\n"), *column] for title, *column in columns]
+    console.width = max(console.width, _width(columns))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, (title, *_) in enumerate(columns):
+        table.add_column(title, justify="right" if i else "left")
     for row in cells:
         table.add_row(*row)
-    # a pipe or a file gets whole rows, however wide
-    console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
     print(
-        f"{result['windows']} windows of {result['window']} tokens, split 'val' of {result['data']}; "
-        "loss in nats per token; MFLOPs per token, forward"
+        f"* reference of Δ; {result['windows']} windows of {result['window']} tokens, split 'val' of "
+        f"{result['data']};\nloss in nats per token; union: share of the FFN that a token uses; "
+        "MFLOPs per token, forward"
     )
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    """Characters of a table of these columns, two between any two."""
+    return sum(max(len(line) for cell in column for line in cell.split("\n")) + 2 for column in columns)

@@ -16,6 +16,7 @@ VOCAB_SIZE = 2048
 VAL_FRACTION = 0.05
 WINDOWS = 64  # held-out windows per point of the sweep
 TIMING_ROUNDS = 20
+NEW_TOKENS = 90
 PROMPTS = (
     "def read_lines(path):\n    ",
     "class Counter:\n    def __init__(self",
@@ -63,9 +64,19 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
     config = apply_overrides(recipe("tiny/infinity"), settings)
     if again and run_dir.exists():
         _discard_run(run_dir)
-    _say(f"2/4  training tiny/infinity, {config.steps * config.batch_tokens:,} tokens ({run_dir})")
-    result = run(config, run_dir, resume=run_dir.exists())
+    there = run_dir.exists()
+    tokens = f"{config.steps * config.batch_tokens:,} tokens"
+    if (run_dir / "checkpoints" / f"step-{config.steps:06d}").is_dir():
+        _say(f"2/4  {run_dir} is trained already, on {tokens}: nothing to do (--again trains anew)")
+    else:
+        _say(f"2/4  training tiny/infinity, {tokens} ({run_dir})")
+    try:
+        result = run(config, run_dir, resume=there)
+    except InfMoEError as error:
+        hint = f"; `infmoe demo --again --out {out}` trains anew" if there else ""
+        raise InfMoEError(f"{error}{hint}") from error
     if result.exit_code:
+        _say("     the same command goes on from there")
         raise SystemExit(result.exit_code)
 
     _say("3/4  sweeping K and the keep ratio, all from the one checkpoint")
@@ -88,7 +99,7 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
     samples = [
         (
             f"{point.label()}, temperature 0.8, seed 0",
-            generate_text(opened.model, tokenizer, prompt, point, max_new_tokens=90),
+            generate_text(opened.model, tokenizer, prompt, point, max_new_tokens=NEW_TOKENS),
         )
         for prompt in PROMPTS
         for point in (Point(2, 0.25), Point(1, 0.125))

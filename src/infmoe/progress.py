@@ -20,9 +20,8 @@ def data_progress(*, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
             if progress.stage == "tokenizer":
                 status.update("training the tokenizer")
             else:
-                status.update(
-                    f"{progress.documents:,} documents, {progress.text_bytes / 1e6:,.1f} MB, {progress.tokens:,} tokens"
-                )
+                megabytes = f"{progress.text_bytes / 1e6:,.1f} MB"
+                status.update(f"{progress.documents:,} documents, {megabytes}, {progress.tokens:,} tokens")
 
         yield update
 

@@ -2,12 +2,15 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from infmoe.errors import InfMoEError
 
 PACKAGES = ("infmoe", "torch", "transformers", "accelerate", "numpy", "tokenizers", "safetensors")
 
@@ -24,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree this package runs from, "+changes" where it has any; None outside a tree."""
+    """The commit of the source tree that runs, "+changes" where it has any; None outside of a tree."""
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
@@ -64,6 +67,21 @@ def provenance() -> dict[str, Any]:
         "versions": versions(),
         "commit": git_commit(),
     }
+
+
+def require_writable(folder: Path) -> None:
+    """Make `folder`, and write to it once, before the work whose results go there.
+
+    Raises:
+        InfMoEError: it cannot be made or written to.
+    """
+    probe = folder / f".{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InfMoEError(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

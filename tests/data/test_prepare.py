@@ -77,9 +77,7 @@ def test_manifest_tells_what_was_written(data: TokenData) -> None:
         assert info["documents"] == len(texts)
         assert info["text_bytes"] == sum(len(text.encode()) for text in texts)
         assert info["tokens"] == len(tokens(data, split)) == sum(shard["tokens"] for shard in info["shards"])
-        assert [shard["file"] for shard in info["shards"]] == sorted(
-            p.name for p in data.folder.glob(f"{split}-*")
-        )
+        assert [shard["file"] for shard in info["shards"]] == sorted(p.name for p in data.folder.glob(f"{split}-*"))
 
 
 def test_same_corpus_and_settings_make_identical_folders(corpus: MemorySource, tmp_path: Path) -> None:
@@ -150,9 +148,7 @@ def test_progress_ends_at_the_whole(corpus: MemorySource, tmp_path: Path) -> Non
     )
 
 
-def test_memory_does_not_grow_with_the_corpus(
-    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_does_not_grow_with_the_corpus(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "_BATCH_CHARS", 20_000)
     tokenizer = TokenizerFile(data.folder / "tokenizer" / "tokenizer.json")
 

@@ -57,9 +57,7 @@ def test_fewer_tokens_than_one_window(data: TokenData) -> None:
 
 def test_fewer_windows_than_one_batch(data: TokenData) -> None:
     count = data.num_windows("val", 64)
-    with pytest.raises(
-        InfMoEError, match=f"{count} windows of 64, and {count + 1} are needed.*shrink the batch"
-    ):
+    with pytest.raises(InfMoEError, match=f"{count} windows of 64, and {count + 1} are needed.*shrink the batch"):
         data.num_windows("val", 64, at_least=count + 1)
 
 

@@ -99,9 +99,7 @@ def test_hub_options_reach_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None
         pytest.param(lambda path: path.touch(), False, id="time"),
     ],
 )
-def test_description_follows_the_content(
-    tmp_path: Path, change: Callable[[Path], None], differs: bool
-) -> None:
+def test_description_follows_the_content(tmp_path: Path, change: Callable[[Path], None], differs: bool) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a")
     source = FileSource((str(path),))
@@ -122,9 +120,7 @@ def test_description_tells_where_documents_end() -> None:
         (["x.txt", "*.md"], FileSource(("x.txt", "*.md"))),
     ],
 )
-def test_parse_source(
-    text: str | list[str], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parse_source(text: str | list[str], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("x.txt", "y.md"):
         Path(name).write_text(name)
@@ -140,9 +136,7 @@ def test_parse_source(
         ("empty", "holds no files"),
     ],
 )
-def test_source_that_is_not_there(
-    pattern: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_source_that_is_not_there(pattern: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     with pytest.raises(InfMoEError, match=message):

@@ -14,9 +14,7 @@ from infmoe.data import EOT, GPT2Files, TokenData, TokenizerFile, TrainBPE, load
 from infmoe.data.tokenizer import pieces, splits_at_words
 from infmoe.errors import InfMoEError
 
-TRAINED = TrainBPE(400).build(
-    ["def f(x):\n    return  x's  value, 12 or\n\n\tso", "the quick  brown fox \n\n \n"] * 3
-)
+TRAINED = TrainBPE(400).build(["def f(x):\n    return  x's  value, 12 or\n\n\tso", "the quick  brown fox \n\n \n"] * 3)
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> Path:
@@ -85,9 +83,7 @@ def test_gpt2_files_make_the_tokenizer_they_were_taken_from(data: TokenData, gpt
 def test_gpt2_files_may_have_openais_names(gpt2_folder: Path) -> None:
     (gpt2_folder / "vocab.json").rename(gpt2_folder / "encoder.json")
     (gpt2_folder / "merges.txt").rename(gpt2_folder / "vocab.bpe")
-    assert parse_tokenizer(str(gpt2_folder)) == GPT2Files(
-        gpt2_folder / "encoder.json", gpt2_folder / "vocab.bpe"
-    )
+    assert parse_tokenizer(str(gpt2_folder)) == GPT2Files(gpt2_folder / "encoder.json", gpt2_folder / "vocab.bpe")
 
 
 @pytest.mark.skipif(
@@ -140,9 +136,7 @@ def test_vocab_size_out_of_range(size: int) -> None:
     ("text", "message"),
     [("bpe:many", "unknown tokenizer"), ("nowhere", "unknown tokenizer"), (".", "holds no tokenizer")],
 )
-def test_tokenizer_that_is_not_there(
-    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokenizer_that_is_not_there(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InfMoEError, match=message):
         parse_tokenizer(text)

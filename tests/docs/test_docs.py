@@ -63,7 +63,9 @@ def test_the_paper_page_names_what_exists():
 
 def test_the_parameter_table_is_what_the_code_counts():
     page = (ROOT / "docs" / "paper.md").read_text()
-    rows = re.findall(r"^\| (small|medium) (\S+) \| [\d /]+ \| ([\d.]+) / ([\d.]+) \| ([\d.]+) / ([\d.]+) \|$", page, re.M)
+    rows = re.findall(
+        r"^\| (small|medium) (\S+) \| [\d /]+ \| ([\d.]+) / ([\d.]+) \| ([\d.]+) / ([\d.]+) \|$", page, re.M
+    )
     assert len(rows) == 8
     variants = {"dense": "dense", "Switch": "switch", "MoE": "moe", "∞-MoE": "infinity"}
     for size, name, *printed in rows:

@@ -58,9 +58,7 @@ def test_experts_equal_a_double_loop(num_tokens, hidden_size, width, num_experts
     expert_Tk, gate_Tk = choose(num_tokens, num_experts, min(k, num_experts), dtype)
     grad_TD = torch.randn(num_tokens, hidden_size, dtype=dtype)
     got = outputs_and_grads(experts, experts, x_TD, expert_Tk, gate_Tk, grad_TD)
-    naive = outputs_and_grads(
-        lambda *args: naive_experts(experts, *args), experts, x_TD, expert_Tk, gate_Tk, grad_TD
-    )
+    naive = outputs_and_grads(lambda *args: naive_experts(experts, *args), experts, x_TD, expert_Tk, gate_Tk, grad_TD)
     for a, b in zip(got, naive, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-9)
 
@@ -90,9 +88,7 @@ def test_gradcheck():
     names = [name for name, _ in experts.named_parameters()]
 
     def f(x_TD, gate_Tk, *params):
-        return torch.func.functional_call(
-            experts, dict(zip(names, params, strict=True)), (x_TD, expert_Tk, gate_Tk)
-        )
+        return torch.func.functional_call(experts, dict(zip(names, params, strict=True)), (x_TD, expert_Tk, gate_Tk))
 
     assert torch.autograd.gradcheck(f, (x_TD, gate_Tk, *experts.parameters()))
 
@@ -138,9 +134,7 @@ def test_runs_repeat_bit_for_bit():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("num_experts", "intermediate_size", "fitting"), [(4, 10, "8"), (4, 15, "16"), (7, 2, "7")]
-)
+@pytest.mark.parametrize(("num_experts", "intermediate_size", "fitting"), [(4, 10, "8"), (4, 15, "16"), (7, 2, "7")])
 def test_unequal_experts_are_refused_with_the_nearest_width(num_experts, intermediate_size, fitting):
     with pytest.raises(InfMoEError, match=rf"nearest that does is {fitting}$"):
         Experts(8, intermediate_size, num_experts, "relu")

@@ -32,9 +32,7 @@ def naive_moe(layer, x_TD, k):
         logits_E = layer.router.weight @ x
         chosen = sorted(range(layer.num_experts), key=lambda e, logits=logits_E: -logits[e].item())[:k]
         weights = [logits_E[e].exp() for e in chosen]
-        parts = [
-            w / sum(weights) * naive_expert(layer.experts, e, x) for w, e in zip(weights, chosen, strict=True)
-        ]
+        parts = [w / sum(weights) * naive_expert(layer.experts, e, x) for w, e in zip(weights, chosen, strict=True)]
         y.append(sum(parts))
     return torch.stack(y)
 
@@ -138,9 +136,7 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_runs_repeat_bit_for_bit():
     layer = make_layer()
     x_BTD = torch.randn(8, 64, 12)
-    grads = [
-        torch.autograd.grad(layer(x_BTD).y_BTD.square().sum(), list(layer.parameters())) for _ in range(2)
-    ]
+    grads = [torch.autograd.grad(layer(x_BTD).y_BTD.square().sum(), list(layer.parameters())) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -217,10 +213,7 @@ def test_hash_routing_is_fixed_by_the_token_id(k):
     assert len(set(y.values())) > 2
     other = make_layer(expert_router="hash", num_experts_per_tok=k, layer_index=1)
     differing = [
-        other(x_D.expand(1, 12), Routing(token_ids=torch.tensor([i])))
-        .stats.counts_U.nonzero()
-        .flatten()
-        .tolist()
+        other(x_D.expand(1, 12), Routing(token_ids=torch.tensor([i]))).stats.counts_U.nonzero().flatten().tolist()
         != list(chosen)
         for i, chosen in y.items()
     ]
@@ -300,12 +293,7 @@ def test_cost_in_the_papers_accounting():
     assert cost.total == 2 * 768 * 6144 + 6144 + 768
     assert cost.active_params == layer.num_active_params() == 2 * 768 * 3072 + 3072 + 768
     assert cost.params == layer.num_params() == cost.total + 4 * 768
-    assert (
-        cost.active_params_union
-        == cost.weights_executed
-        == cost.weights_ideal
-        == cost.active_params + 4 * 768
-    )
+    assert cost.active_params_union == cost.weights_executed == cost.weights_ideal == cost.active_params + 4 * 768
     assert cost.flops_router == 2 * 768 * 4
     assert cost.flops_executed == cost.flops_ideal == cost.flops_router + 2 * 2 * 768 * 3072
     every = layer.cost(Routing(num_experts_per_tok=4))

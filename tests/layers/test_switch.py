@@ -111,9 +111,7 @@ def test_ample_capacity_drops_nothing():
     assert limited(x_BTD).stats.dropped.item() == 0
 
 
-@pytest.mark.parametrize(
-    "dial", [{"num_samples": 2}, {"keep_ratio": 0.5}, {"num_experts_per_tok": 1}, {"mode": "mu"}]
-)
+@pytest.mark.parametrize("dial", [{"num_samples": 2}, {"keep_ratio": 0.5}, {"num_experts_per_tok": 1}, {"mode": "mu"}])
 def test_dials_are_refused(dial):
     layer = make_layer()
     with pytest.raises(InfMoEError, match=f"SwitchFFN has no dial '{next(iter(dial))}'"):

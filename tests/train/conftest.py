@@ -47,9 +47,7 @@ def small(data_dir: Path):
 
     def make(*overrides: str, variant: str = "infinity") -> RunConfig:
         z_dim = ("model.z_dim=8",) if variant.startswith("infinity") else ()
-        return apply_overrides(
-            recipe(f"tiny/{variant}"), [*SMALL, *z_dim, f"data.dir={data_dir}", *overrides]
-        )
+        return apply_overrides(recipe(f"tiny/{variant}"), [*SMALL, *z_dim, f"data.dir={data_dir}", *overrides])
 
     return make
 

@@ -22,8 +22,6 @@ def select_speed(*, quick: bool = False) -> Measured:
         }
         seconds = interleave(list(arms.values()), rounds=rounds)
         for name, arm in zip(arms, seconds, strict=True):
-            rows.append(
-                {"arm": name, "units": num_units, "unit": "us/row", **spread([1e6 * s / 2048 for s in arm])}
-            )
+            rows.append({"arm": name, "units": num_units, "unit": "us/row", **spread([1e6 * s / 2048 for s in arm])})
         summary[f"topk_over_kth_largest_{num_units}"] = paired_ratio(seconds[1], seconds[0])["ratio_median"]
     return rows, summary | {"rounds": rounds}

@@ -110,9 +110,7 @@ def stats_cost(*, quick: bool = False) -> Measured:
 
         def with_stats(tokens: int) -> Callable[[], None]:
             routing = Routing(key=NoiseKey(0, 0, torch.arange(len(batch))), max_stats_tokens=tokens)
-            return _step(
-                model, config, lambda m: m(input_ids=batch, labels=batch, routing=routing, use_cache=False)
-            )
+            return _step(model, config, lambda m: m(input_ids=batch, labels=batch, routing=routing, use_cache=False))
 
         seconds = interleave([with_stats(config.log.stats_tokens), with_stats(1)], rounds=rounds)
     rows: Rows = [
@@ -164,9 +162,7 @@ def _batches(config: RunConfig, steps: int) -> list[Tensor]:
     rows = config.batch_rows
     return [
         torch.from_numpy(
-            data.windows(
-                "train", order.indices(np.arange(s * rows, (s + 1) * rows, dtype=np.int64)), config.window
-            )
+            data.windows("train", order.indices(np.arange(s * rows, (s + 1) * rows, dtype=np.int64)), config.window)
         )
         for s in range(steps)
     ]

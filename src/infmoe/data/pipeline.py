@@ -111,9 +111,7 @@ def prepare(
     if not 0 <= val_fraction < 1:
         raise InfMoEError(f"val fraction {val_fraction} is out of range: give 0 for none, or one below 1")
     if not 1 <= shard_tokens <= MAX_SHARD_TOKENS:
-        raise InfMoEError(
-            f"{shard_tokens} tokens per shard is out of range: give one of 1 .. {MAX_SHARD_TOKENS}"
-        )
+        raise InfMoEError(f"{shard_tokens} tokens per shard is out of range: give one of 1 .. {MAX_SHARD_TOKENS}")
     settings: dict[str, Any] = {
         "source": source.describe(),
         "tokenizer": spec.describe(),
@@ -233,9 +231,7 @@ def _require_text(splits: dict[Split, SplitInfo], val_fraction: float) -> None:
     if not documents:
         raise InfMoEError("the corpus is empty: give a source that holds text")
     if not splits["train"].documents:
-        raise InfMoEError(
-            f"the train split is empty ({documents} documents): lower the val fraction {val_fraction}"
-        )
+        raise InfMoEError(f"the train split is empty ({documents} documents): lower the val fraction {val_fraction}")
     if val_fraction and not splits["val"].documents:
         raise InfMoEError(
             f"the validation split is empty ({documents} documents): raise the val fraction {val_fraction}, "
@@ -250,9 +246,7 @@ def _require_same(out: Path, settings: dict[str, Any]) -> None:
     there = Manifest.read(out).settings
     differing = [name for name, value in settings.items() if there.get(name) != value]
     if differing:
-        raise InfMoEError(
-            f"{out} holds another dataset ({', '.join(differing)}): choose another folder or delete it"
-        )
+        raise InfMoEError(f"{out} holds another dataset ({', '.join(differing)}): choose another folder or delete it")
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -267,23 +261,17 @@ def _appearing(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
     except OSError as error:
-        raise InfMoEError(
-            f"cannot write to {out.parent} ({error.strerror}): choose another folder"
-        ) from error
+        raise InfMoEError(f"cannot write to {out.parent} ({error.strerror}): choose another folder") from error
     try:
         yield folder
         try:
             folder.rename(out)
         except OSError as error:
-            raise InfMoEError(
-                f"{out} was made by another process meanwhile: choose another folder"
-            ) from error
+            raise InfMoEError(f"{out} was made by another process meanwhile: choose another folder") from error
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise InfMoEError(
-                f"no space left for {out}: free some, or choose a folder on another disk"
-            ) from error
+            raise InfMoEError(f"no space left for {out}: free some, or choose a folder on another disk") from error
         raise
 
 

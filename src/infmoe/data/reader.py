@@ -29,8 +29,7 @@ class TokenData:
         self.folder = folder
         self.manifest = manifest
         self._shards = {
-            split: [map_shard(folder / shard.file) for shard in info.shards]
-            for split, info in manifest.splits.items()
+            split: [map_shard(folder / shard.file) for shard in info.shards] for split, info in manifest.splits.items()
         }
 
     def __reduce__(self) -> tuple[type["TokenData"], tuple[Path, Manifest]]:

@@ -221,9 +221,7 @@ def _decode(raw: bytes, path: Path, offset: int = 0) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InfMoEError(
-            f"{path} is not UTF-8 at byte {offset + error.start}: convert it or leave it out"
-        ) from error
+        raise InfMoEError(f"{path} is not UTF-8 at byte {offset + error.start}: convert it or leave it out") from error
 
 
 def _text(path: Path, document_bytes: int) -> Iterator[str]:
@@ -262,16 +260,12 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if field not in names:
-                raise InfMoEError(
-                    f"{path} has no column {field!r}: set the text field to one of {', '.join(names)}"
-                )
+                raise InfMoEError(f"{path} has no column {field!r}: set the text field to one of {', '.join(names)}")
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 for row in batch.to_pylist():
                     yield _field(row, field, str(path))
     except pyarrow.ArrowInvalid as error:
-        raise InfMoEError(
-            f"{path} is not a Parquet file that can be read: replace it or leave it out"
-        ) from error
+        raise InfMoEError(f"{path} is not a Parquet file that can be read: replace it or leave it out") from error
 
 
 def _field(record: object, field: str, where: str) -> str:
@@ -284,7 +278,5 @@ def _field(record: object, field: str, where: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise InfMoEError(
-            f"{where}: field {field!r} holds {type(text).__name__}, not text: set another text field"
-        )
+        raise InfMoEError(f"{where}: field {field!r} holds {type(text).__name__}, not text: set another text field")
     return text

@@ -57,9 +57,7 @@ class TrainBPE:
 
     def __post_init__(self) -> None:
         if not _MIN_VOCAB <= self.vocab_size <= MAX_VOCAB:
-            raise InfMoEError(
-                f"vocab size {self.vocab_size} is out of range: give one of {_MIN_VOCAB} .. {MAX_VOCAB}"
-            )
+            raise InfMoEError(f"vocab size {self.vocab_size} is out of range: give one of {_MIN_VOCAB} .. {MAX_VOCAB}")
 
     def describe(self) -> dict[str, Any]:
         """See `TokenizerSpec.describe`."""
@@ -130,9 +128,7 @@ class GPT2Files:
                 "take both from the same tokenizer"
             )
         if self.eot not in vocab:
-            raise InfMoEError(
-                f"{self.vocab} has no {self.eot!r} token: add it, or take the vocabulary of GPT-2"
-            )
+            raise InfMoEError(f"{self.vocab} has no {self.eot!r} token: add it, or take the vocabulary of GPT-2")
         return _byte_level(models.BPE(vocab, merges), self.eot)
 
     def _read(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -140,21 +136,15 @@ class GPT2Files:
             vocab = json.loads(self.vocab.read_bytes())
             lines = self.merges.read_text(encoding="utf-8").split("\n")
         except OSError as error:
-            raise InfMoEError(
-                f"cannot read {error.filename} ({error.strerror}): give the tokenizer's file"
-            ) from error
+            raise InfMoEError(f"cannot read {error.filename} ({error.strerror}): give the tokenizer's file") from error
         except ValueError as error:
             raise InfMoEError(f"{self.vocab} is not JSON or {self.merges} not UTF-8 text: {error}") from error
         if not isinstance(vocab, dict) or not all(isinstance(index, int) for index in vocab.values()):
-            raise InfMoEError(
-                f"{self.vocab} does not map tokens to ids: give GPT-2's vocab.json or encoder.json"
-            )
+            raise InfMoEError(f"{self.vocab} does not map tokens to ids: give GPT-2's vocab.json or encoder.json")
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
         if len(merges) < len(pairs):
-            raise InfMoEError(
-                f"{self.merges} has a line that is no pair: give GPT-2's merges.txt or vocab.bpe"
-            )
+            raise InfMoEError(f"{self.merges} has a line that is no pair: give GPT-2's merges.txt or vocab.bpe")
         return vocab, merges
 
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 
-from infmoe.errors import InfMoEError
+import torch
+
+from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf import InfMoEConfig
 from infmoe.layers import Routing, ffn_class
-from infmoe.layers.routing import Mode
+from infmoe.layers.routing import MODES, Mode
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Point:
         parts = []
         if self.num_experts_per_tok is not None:
             parts.append(f"k={self.num_experts_per_tok}")
-        if self.mode == "mu":
-            parts.append("mu")
+        if self.mode is not None and self.mode != "sample":
+            parts.append(self.mode)
         if self.num_samples is not None:
             parts.append(f"K={self.num_samples}")
         if self.keep_ratio is not None:
@@ -47,11 +49,15 @@ class Point:
 def ratio_text(ratio: float) -> str:
     """1/16 rather than 0.0625, where that is what it is."""
     fraction = Fraction(ratio).limit_denominator(128)
-    return f"1/{fraction.denominator}" if fraction.numerator == 1 and float(fraction) == ratio else f"{ratio:g}"
+    return (
+        f"1/{fraction.denominator}"
+        if fraction.numerator == 1 < fraction.denominator and float(fraction) == ratio
+        else f"{ratio:g}"
+    )
 
 
 def parse_ints(text: str | None, option: str) -> tuple[int, ...] | None:
-    """"1,2,4" as integers.
+    """Integers from "1,2,4".
 
     Raises:
         InfMoEError: not a list of integers.
@@ -65,7 +71,7 @@ def parse_ints(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def parse_ratios(text: str | None, option: str) -> tuple[float, ...] | None:
-    """"0.125,1/4" as numbers.
+    """Numbers from "0.125,1/4".
 
     Raises:
         InfMoEError: not a list of numbers.
@@ -74,8 +80,22 @@ def parse_ratios(text: str | None, option: str) -> tuple[float, ...] | None:
         return None
     try:
         return tuple(float(Fraction(part.strip())) for part in text.split(","))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):  # 1/0, 1e999
         raise InfMoEError(f"{option} takes numbers separated by commas, e.g. 1/16,0.25, got {text!r}") from None
+
+
+def parse_mode(text: str | None) -> Mode | None:
+    """The mode of this name.
+
+    Raises:
+        InfMoEError: there is none; suggests the nearest.
+    """
+    if text is None:
+        return None
+    for mode in MODES:
+        if text == mode:
+            return mode
+    raise unknown_name("mode", text, MODES)
 
 
 def grid(
@@ -103,9 +123,9 @@ def grid(
         ("num_samples", num_samples),
         ("keep_ratio", keep_ratios),
         ("num_experts_per_tok", num_experts_per_tok),
-        ("routing_mode", mode),
+        ("mode", mode),
     ):
-        if values is not None and name not in options:
+        if values is not None and {"mode": "routing_mode"}.get(name, name) not in options:
             raise InfMoEError(f"a model with ffn='{config.ffn}' has no dial {name!r}: leave it out")
     effective_mode = mode or config.routing_mode
     draws = "num_samples" in options and effective_mode != "mu" and config.sigma_activation != "none"
@@ -113,6 +133,8 @@ def grid(
     ratios: Sequence[float | None] = keep_ratios or (config.keep_ratio,)
     experts: Sequence[int | None] = num_experts_per_tok or (config.num_experts_per_tok,)
     points = [Point(k, r, e, mode) for k, r, e in product(samples, ratios, experts)]
+    with torch.device("meta"):
+        layer = ffn_class(config.ffn).from_config(config)
     for point in points:
-        point.routing()  # refuses values out of range before anything is measured
+        layer.cost(point.routing())  # the layer refuses what it cannot run, before anything is measured
     return points

@@ -47,7 +47,7 @@ def generate_text(
         InfMoEError: a prompt that leaves no room in the context, or a dial that the model does not have.
     """
     context = model.config.max_position_embeddings
-    ids = tokenizer(prompt)["input_ids"] if prompt else [tokenizer.eos_token_id]
+    ids = tokenizer(prompt)["input_ids"] if prompt else _document_start(model, tokenizer)
     room = context - len(ids)
     wanted = min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
     if room < 1:
@@ -56,10 +56,10 @@ def generate_text(
         )
     if not 1 <= wanted <= room:
         raise InfMoEError(
-            f"max_new_tokens must lie in 1 .. {room}, which the context of {context} leaves after a prompt of "
-            f"{len(ids)} tokens, got {wanted}"
+            f"max_new_tokens must lie in 1 .. {room}, which the context of {context} leaves after a prompt "
+            f"of {len(ids)} tokens, got {wanted}"
         )
-    if temperature < 0:
+    if not temperature >= 0:
         raise InfMoEError(f"temperature must be 0 or more, got {temperature}")
     device = next(model.parameters()).device
     input_ids = torch.tensor([ids], device=device)
@@ -78,7 +78,15 @@ def generate_text(
         streamer=streamer,
         **sampling,
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _document_start(model: Any, tokenizer: Any) -> list[int]:
+    """The token that precedes every document, as `infmoe.data` writes them."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.bos_token_id
+    if end is None:
+        raise InfMoEError("neither tokenizer nor model names an end-of-text token: give a prompt")
+    return [end]
 
 
 def _streamer(tokenizer: Any, target: TextIO) -> Any:

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from infmoe.data import TokenData
 from infmoe.data.manifest import Split
+from infmoe.errors import InfMoEError
 from infmoe.layers import NoiseKey, Routing, RoutingStats
 
 
@@ -35,13 +37,19 @@ class HeldOut:
         """Windows spread evenly over the split; all of them where it has fewer than `num_windows`.
 
         Raises:
-            InfMoEError: the split holds fewer than two windows of this length.
+            InfMoEError: the split is empty, or holds fewer than two windows of this length.
         """
+        if not data.info(split).tokens:
+            raise InfMoEError(f"{data.folder} has no {split} split: prepare the data with a --val-fraction above 0")
         available = data.num_windows(split, length, at_least=2)
-        count = min(num_windows, available)
-        indices = np.arange(count, dtype=np.int64) * available // count
+        indices = spread_windows(available, min(num_windows, available))
         tokens = torch.from_numpy(data.windows(split, indices, length))
         return HeldOut(tokens, torch.from_numpy(indices))
+
+
+def spread_windows(available: int, count: int) -> NDArray[np.int64]:
+    """`count` of the windows 0 .. available - 1, evenly spread, so that they fall on as many documents as they can."""
+    return np.arange(count, dtype=np.int64) * available // count
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,7 @@ def window_losses(model: Any, tokens_BT: Tensor, routing: Routing) -> tuple[Tens
     return loss_BT.double().mean(dim=1), output.routing_stats
 
 
-def evaluate_loss(
-    model: Any, held_out: HeldOut, routing: Routing, *, seed: int = 0, batch_size: int = 16
-) -> LossPoint:
+def evaluate_loss(model: Any, held_out: HeldOut, routing: Routing, *, seed: int = 0, batch_size: int = 16) -> LossPoint:
     """The loss under `routing`; each window is its own noise stream, so batch size and order change nothing.
 
     Args:

@@ -53,9 +53,7 @@ def interleave(arms: Sequence[Callable[[], Any]], *, rounds: int, warmup: int = 
 
 
 @torch.no_grad()
-def decode_latency(
-    model: Any, routings: Sequence[Routing], *, prompt_length: int, rounds: int = 30
-) -> list[Timing]:
+def decode_latency(model: Any, routings: Sequence[Routing], *, prompt_length: int, rounds: int = 30) -> list[Timing]:
     """Time of one decoding step at batch 1: one new token after `prompt_length` cached ones."""
     device = next(model.parameters()).device
     prompt = torch.zeros((1, prompt_length), dtype=torch.int64, device=device)

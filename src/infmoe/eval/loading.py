@@ -1,14 +1,18 @@
 """Opening what a command is pointed at: a checkpoint, its data, its tokenizer."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from infmoe.data import TokenData
+from infmoe.data import TokenData, load_tokenizer
+from infmoe.data.shards import sha256
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.train import resolve_checkpoint
@@ -47,18 +51,33 @@ class Opened:
         """Prepared data that fits the model: `folder`, else what the run was trained on.
 
         Raises:
-            InfMoEError: no such folder is known, or its vocabulary does not fit.
+            InfMoEError: no such folder is known, or its vocabulary is not the model's.
         """
         folder = folder or self._training_data()
         data = TokenData.open(folder)
         check_vocabulary(data.vocab_size, self.model.config.vocab_size, f"data in {folder}")
+        own = self.checkpoint / "tokenizer.json"
+        # a tokenizer may be written in more than one way: what counts is which id is which token
+        if (
+            own.is_file()
+            and sha256(own) != data.manifest.tokenizer.sha256
+            and self.tokenizer().get_vocab() != load_tokenizer(folder).get_vocab()
+        ):
+            raise InfMoEError(
+                f"the data in {folder} was made with another tokenizer than the model's: "
+                f"prepare it with --tokenizer {self.checkpoint}"
+            )
         return data
 
     def _training_data(self) -> Path:
-        for place in (self.checkpoint, *self.checkpoint.parents[:2]):
+        checkpoint = self.checkpoint.resolve()
+        for place in (checkpoint, *checkpoint.parents[:2]):
             run_file = place / "run.json"
             if run_file.is_file():
-                folder = json.loads(run_file.read_text())["config"]["data"]["dir"]
+                try:
+                    folder = json.loads(run_file.read_text())["config"]["data"]["dir"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InfMoEError(f"{run_file} is not readable: give --data") from error
                 if folder and Path(folder).is_dir():
                     return Path(folder)
                 raise InfMoEError(f"the data that the run was trained on ({folder}) is gone: give --data")
@@ -79,11 +98,21 @@ def open_model(path: Path | str, device: str | None = None) -> Opened:
     Raises:
         InfMoEError: nothing there, a damaged file, or another architecture.
     """
-    checkpoint = resolve_checkpoint(path)
+    checkpoint = resolve_checkpoint(path, warn=lambda line: print(line, file=sys.stderr))
     disable_progress_bar()  # a bar over a handful of tensors is noise
     try:
-        model = InfMoEForCausalLM.from_pretrained(checkpoint)
-    except (OSError, RuntimeError) as error:
-        raise InfMoEError(f"cannot load a model from {checkpoint}: {str(error).splitlines()[0]}") from error
+        loaded: Any = InfMoEForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    except InfMoEError as error:
+        raise InfMoEError(f"cannot load a model from {checkpoint}: {error}") from error
+    except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+        raise InfMoEError(f"cannot load a model from {checkpoint}: {reason}") from error
+    model, info = loaded
+    strange = sorted(info["missing_keys"] | info["unexpected_keys"])
+    if strange:  # transformers would draw the missing ones at random
+        raise InfMoEError(
+            f"the weights in {checkpoint} do not fit its config.json ({len(strange)} missing or unknown, "
+            f"e.g. {strange[0]}): restore the folder"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Opened(model.eval().to(device), checkpoint)

@@ -1,4 +1,4 @@
-"""Pictures: axes with units, errors drawn, colours and markers that survive colour-blindness and grey print."""
+"""Pictures: axes with units, errors drawn, colours and markers for colour-blind eyes and grey print."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +50,7 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Pat
     for row in rows:
         by_line.setdefault(row[dial] if row["keep_ratio"] is not None else None, []).append(row)
     for i, (value, line) in enumerate(by_line.items()):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
         label = {"num_samples": "K = ", "num_experts_per_tok": "k = "}[dial] + str(value) if value else "all"
         losses, errors = [r["loss"] for r in line], [r["delta_se"] for r in line]
         ideal = [r["flops_ideal"] / 1e6 for r in line]
@@ -61,10 +61,16 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Pat
                 [r["decode_ms_high"] - r["decode_ms"] for r in line],
             ]
             axes[1].errorbar([r["decode_ms"] for r in line], losses, errors, xerr=spread, label=label, **style)
-    for row in by_line[next(iter(by_line))]:
-        name = ratio_text(row["keep_ratio"]) if row["keep_ratio"] is not None else f"{row[dial]}"
+    labels = "keep ratio" if rows[0]["keep_ratio"] is not None else "k" if rows[0][dial] is not None else None
+    for row in line:  # the last line has the most room at its right
+        if labels is None:
+            continue
         axes[0].annotate(
-            name, (row["flops_ideal"] / 1e6, row["loss"]), textcoords="offset points", xytext=(6, 4), fontsize=8
+            ratio_text(row["keep_ratio"]) if labels == "keep ratio" else f"{row[dial]}",
+            (row["flops_ideal"] / 1e6, row["loss"]),
+            textcoords="offset points",
+            xytext=(6, 4),
+            fontsize=8,
         )
     reference = next(row for row in rows if row["is_reference"])
     for ax, x in zip(axes, ("flops_ideal", "decode_ms"), strict=False):
@@ -75,10 +81,11 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Pat
     axes[0].set_xlabel(
         f"ideal MFLOPs per token, router counted\n(executed now: {_span(executed)} MFLOPs, masks included)"
     )
-    axes[0].set_title("labels: keep ratio; star: as trained" if rows[0]["keep_ratio"] is not None else "labels: k; star: as trained", fontsize=9)
+    axes[0].set_title(f"labels: {labels}; star: reference" if labels else "", fontsize=9)
     if timed:
         axes[1].set_xlabel("decode latency, batch 1 (ms per token; median and quartiles)")
-    axes[0].legend(frameon=False)
+    if list(by_line) != [None]:
+        axes[0].legend(frameon=False)
     fig.suptitle(title)
     return save(fig, path)
 
@@ -88,10 +95,11 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) 
     fig, (left, right) = figure(2)
     train = [m for m in metrics if "loss" in m]
     val = [m for m in metrics if "val_loss" in m]
-    tokens_per_step = train[0]["tokens"] / train[0]["step"]
-    left.plot([m["tokens"] / 1e6 for m in train], [m["loss"] for m in train], color=COLOURS[5], label="training")
+    dot = "." if len(train) == 1 else None  # a line of one point would not show
+    tokens, losses = [m["tokens"] / 1e6 for m in train], [m["loss"] for m in train]
+    left.plot(tokens, losses, color=COLOURS[5], marker=dot, label="training")
     left.errorbar(
-        [m["step"] * tokens_per_step / 1e6 for m in val],
+        [m["tokens"] / 1e6 for m in val],
         [m["val_loss"] for m in val],
         [m["val_loss_se"] for m in val],
         color=COLOURS[0],
@@ -112,7 +120,9 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) 
     ):
         values = [(m["tokens"] / 1e6, m["routing"][name]) for m in train if m.get("routing")]
         if values:
-            right.plot(*zip(*values, strict=True), color=COLOURS[i], ls=("-", "--", "-.", ":")[i], label=label)
+            right.plot(
+                *zip(*values, strict=True), color=COLOURS[i], ls=("-", "--", "-.", ":")[i], marker=dot, label=label
+            )
     right.set_xlabel("tokens (millions)")
     right.set_ylabel("mean over layers")
     right.set_ylim(bottom=0)

@@ -10,7 +10,8 @@ from typing import Any
 from infmoe.eval.dials import Point
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 img { max-width: 100% } pre { background: #f4f4f4; padding: .8rem; white-space: pre-wrap }
 table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .7rem; text-align: right }
 tr { border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left } .note { color: #555 }
@@ -43,10 +44,9 @@ def table_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
             for v, (_, key, _) in zip(values, columns, strict=True)
         ]
         texts = [
-            "" if value is None else form.format(value)
-            for value, (_, _, form) in zip(scaled, columns, strict=True)
+            "" if value is None else form.format(value) for value, (_, _, form) in zip(scaled, columns, strict=True)
         ]
-        cells.append([point.label() + (" (reference)" if row["is_reference"] else ""), *texts])
+        cells.append([point.label() + (" *" if row["is_reference"] else ""), *texts])
     return ["point", *(title for title, _, _ in columns)], cells
 
 
@@ -91,9 +91,9 @@ def write_report(
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(introduction)}</p>{images}"
         f"<h2>The dials</h2><table><tr>{head}</tr>{body}</table>"
         "<p class=note>Loss in nats per token over fixed windows of held-out documents; s.e. over windows; "
-        "Δ is the difference to the reference point, paired over windows. FLOPs per token, forward, whole model, router counted: executed is "
-        "what runs now (every neuron, then the mask), ideal is what running only the measured union of the K "
-        "masks would take.</p>"
+        "Δ is the difference to the reference point (*), paired over windows. FLOPs per token, forward, whole "
+        "model, router counted: executed is what runs now (every neuron, then the mask), ideal is what running "
+        "only the measured union of the K masks would take.</p>"
         f"<h2>Text</h2>{texts}"
         f"<h2>How it was made</h2><pre>{html.escape(json.dumps(provenance, indent=1))}</pre></html>\n"
     )

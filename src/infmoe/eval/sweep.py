@@ -5,13 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from infmoe.eval.dials import Point, grid, parse_ints, parse_ratios
+from infmoe.eval.dials import Point, grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.eval.latency import decode_latency, forward_latency
 from infmoe.eval.loading import open_model
 from infmoe.hf import model_cost
 from infmoe.progress import point_progress
-from infmoe.provenance import provenance
+from infmoe.provenance import provenance, require_writable
 
 DECODE_PROMPT = 32  # cached tokens before the timed decoding step, or half the context where that is less
 
@@ -48,11 +48,7 @@ def evaluate_points(
             | {"loss": result.loss, "loss_se": result.loss_se, "is_reference": i == reference}
             | {"delta": float(paired.mean()), "delta_se": float(paired.std()) / len(paired) ** 0.5}
             | result.routing()
-            | {
-                name: value
-                for name, value in cost.items()
-                if name.startswith(("flops", "ffn_flops", "weights"))
-            }
+            | {name: value for name, value in cost.items() if name.startswith(("flops", "ffn_flops", "weights"))}
         )
     return rows
 
@@ -63,7 +59,11 @@ def measure_latency(model: Any, points: Sequence[Point], rows: list[dict[str, An
     routings = [point.routing(max_stats_tokens=1) for point in points]
     decode = decode_latency(model, routings, prompt_length=min(DECODE_PROMPT, context // 2), rounds=rounds)
     forward = forward_latency(
-        model, routings, batch_size=max(1, 512 // context), length=min(context, 512), rounds=max(4, rounds // 4)
+        model,
+        routings,
+        batch_size=max(1, 512 // context),
+        length=min(context, 512),
+        rounds=max(4, rounds // 4),
     )
     for row, one, many in zip(rows, decode, forward, strict=True):
         row["decode_ms"], row["decode_ms_low"], row["decode_ms_high"] = one.median_ms, one.low_ms, one.high_ms
@@ -83,6 +83,7 @@ def sweep_checkpoint(
     seed: int,
     rounds: int = 0,
     full_grid: bool = False,
+    out: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint over the dials that a command line gives.
@@ -92,36 +93,36 @@ def sweep_checkpoint(
         num_samples, keep_ratio, num_experts_per_tok, mode: comma-separated values; None: the model's own, or
             with `full_grid` the grid that shows each dial at work.
         rounds: timing rounds; 0: latency is not measured.
+        out: the folder that the caller is going to write to: tried before anything is measured.
         quiet: no progress bar.
 
     Returns:
         `points` (see `evaluate_points`), and what was measured, where and how.
 
     Raises:
-        InfMoEError: nothing to open, or a dial that the model does not have.
+        InfMoEError: nothing to open, a dial that the model does not have, or no way to write to `out`.
     """
     opened = open_model(model_dir)
     config = opened.model.config
-    samples, ratios, experts = (
-        parse_ints(num_samples, "--num-samples"),
-        parse_ratios(keep_ratio, "--keep-ratio"),
-        parse_ints(num_experts_per_tok, "--num-experts-per-tok"),
-    )
+    samples: Sequence[int] | None = parse_ints(num_samples, "--num-samples")
+    ratios: Sequence[float] | None = parse_ratios(keep_ratio, "--keep-ratio")
+    experts: Sequence[int] | None = parse_ints(num_experts_per_tok, "--num-experts-per-tok")
+    routing_mode = parse_mode(mode)
     if full_grid:
-        samples, ratios, experts = default_grid(config, samples, ratios, experts, mode)
+        samples, ratios, experts = default_grid(config, samples, ratios, experts, routing_mode)
     points = grid(
         config,
         num_samples=samples,
         keep_ratios=ratios,
         num_experts_per_tok=experts,
-        mode=mode,  # type: ignore[arg-type]
+        mode=routing_mode,
     )
     data = opened.data(data_dir)
+    if out is not None:
+        require_writable(out)
     held_out = HeldOut.from_data(data, config.max_position_embeddings, windows)
     with point_progress(len(points), quiet=quiet) as progress:
-        rows = evaluate_points(
-            opened.model, held_out, points, seed=seed, batch_size=batch_size, progress=progress
-        )
+        rows = evaluate_points(opened.model, held_out, points, seed=seed, batch_size=batch_size, progress=progress)
     if rounds:
         measure_latency(opened.model, points, rows, rounds=rounds)
     return {

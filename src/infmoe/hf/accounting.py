@@ -57,7 +57,7 @@ def model_cost(
     """
     with torch.device("meta"):
         model = InfMoEForCausalLM(config)
-    layers: list[ConditionalFFN] = [block.mlp for block in model.transformer.h]
+    layers: list[ConditionalFFN] = [block.mlp for block in model.transformer.h]  # type: ignore[misc]
     ratios = union_ratios or (None,) * len(layers)
     costs = [layer.cost(routing, ratio) for layer, ratio in zip(layers, ratios, strict=True)]
     ffn: FFNCost = sum(costs[1:], costs[0])

@@ -10,9 +10,12 @@ from infmoe.layers import ffn_class
 
 # What transformers itself may pass to a config beside its fields.
 _HF_KEYS = frozenset(
-    "torch_dtype name_or_path _commit_hash output_attentions attn_implementation experts_implementation "
-    "per_layer_config num_labels model_type auto_map _attn_implementation_autoset quantization_config "
-    "_attn_implementation _output_attentions _name_or_path".split()
+    (
+        *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
+        *("_output_attentions", "attn_implementation", "auto_map", "experts_implementation", "model_type"),
+        *("name_or_path", "num_labels", "output_attentions", "per_layer_config", "quantization_config"),
+        "torch_dtype",
+    )
 )
 
 
@@ -25,7 +28,7 @@ class InfMoEConfig(PreTrainedConfig):
     have is refused, and so is an unknown key.
 
     Args:
-        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, max_position_embeddings: the backbone.
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, max_position_embeddings: backbone.
         intermediate_size: FFN neurons per layer, all experts together, in parameters of a plain FFN.
         hidden_act: "gelu", "gelu_new" (GPT-2's), "relu", "silu", "swiglu", "geglu".
         ffn: "dense", "switch", "moe", "infinity".

@@ -165,7 +165,7 @@ class InfMoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: `_init_weights` initializes through `transformers.initialization`, as transformers' own models do.
+        """No: `_init_weights` goes through `transformers.initialization`, as in transformers' own models.
 
         For custom code transformers skips modules without parameters of their own, and with them the FFN
         layers, whose weights all lie in submodules.
@@ -204,7 +204,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         return self.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.wte = value
+        self.wte = value  # type: ignore[assignment]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -250,11 +250,12 @@ class InfMoEModel(InfMoEPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = _positions(attention_mask, past_length, T, device)
-        if T > self.config.max_position_embeddings:
-            raise InfMoEError(
-                f"{T} tokens do not fit the model's context of {self.config.max_position_embeddings}: "
-                "shorten the input"
-            )
+        # A static cache counts in a tensor, which is not looked at here. Left padding takes no positions, so
+        # the slow check comes second.
+        num_tokens = T + (past_length if isinstance(past_length, int) else 0)
+        context = self.config.max_position_embeddings
+        if num_tokens > context and int(position_ids.max()) >= context:
+            raise InfMoEError(f"{num_tokens} tokens do not fit the model's context of {context}: shorten the input")
 
         dials = {
             "num_samples": num_samples,
@@ -366,6 +367,8 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             routing_mode=routing_mode,
             **kwargs,
         )
+        assert outputs.last_hidden_state is not None
+        assert outputs.aux_loss is not None
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -381,9 +384,11 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             routing_stats=outputs.routing_stats,
         )
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):  # type: ignore[override]
         """Repeat the per-row dials with the rows (beam search, several sequences per prompt)."""
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, **kwargs
+        )
         if expand_size > 1:
             dials = Routing(**{k: model_kwargs.get(k) for k in ("num_samples", "keep_ratio", "num_experts_per_tok")})
             expanded = dials.expand_rows(expand_size)
@@ -436,14 +441,14 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
 
 
 def _positions(attention_mask: Tensor | None, past_length: int, num_tokens: int, device: torch.device) -> Tensor:
-    """Each new token's place, int64, (1 or B, T): counted over real tokens where a 2-d mask says which are."""
+    """Each new token's place, int64, (1 or B, T): counted over real tokens where a 2-d mask is given."""
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -num_tokens:]
     return (torch.arange(num_tokens, device=device) + past_length)[None]
 
 
 def _aux_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """This call's share of the auxiliary loss, when the cross-entropy is divided over several micro-batches."""
+    """This call's share of the auxiliary loss, where the loss is divided over several micro-batches."""
     if num_items_in_batch is None:
         return 1.0
     return (labels[:, 1:] != -100).sum() / num_items_in_batch

@@ -39,8 +39,9 @@ class FFNCost:
         params: every parameter.
         params_wz: those of W_z, which the paper's accounting leaves out.
         params_discrete_router: those of a discrete router's map, which it leaves out too.
-        active_params: used per token in the paper's accounting: K*r of the neurons, no W_z, no discrete router.
-        active_params_union: used per token when counted honestly: the union of the K masks, W_z and routers in.
+        active_params: used per token in the paper's accounting: K*r of the neurons, no W_z and no discrete
+            router.
+        active_params_union: used per token when counted honestly: the union of the K masks, W_z and routers.
         flops_executed: what the masked-dense path runs, router included.
         flops_ideal: what a path that runs only the union would run, router included.
         flops_router: the part of both that chooses: router maps and W_z z (per sample).

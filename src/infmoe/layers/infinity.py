@@ -1,12 +1,12 @@
 """∞-MoE: a feed-forward layer with a continuum of experts (Eq. 4-7).
 
 B batch rows, T tokens, D model width, F neurons, U units that a mask selects (neurons, or blocks of them),
-K samples, Z index dimensions.
+K samples, Z index dimensions, N tokens that the statistics look at.
 """
 
 import math
 from collections.abc import Iterable
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
 from infmoe.layers.gaussian import kept_second_moment, mean_mask_second_moment
 from infmoe.layers.metrics import RoutingStats, stats_stride
 from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation
-from infmoe.layers.routing import MODES, Mode, Routing, check_keep_ratio, check_num_samples
+from infmoe.layers.routing import MODES, Mode, NoiseKey, Routing, check_keep_ratio, check_num_samples
 from infmoe.ops import masked_ffn
 from infmoe.ops.noise import normal_noise
 
@@ -100,9 +100,10 @@ class InfinityFFN(ConditionalFFN):
             raise unknown_name("score_dtype", score_dtype, SCORE_DTYPES)
         self.hidden_act = hidden_act
         self.act, gated = activation(hidden_act)
-        self.width = ffn_width(intermediate_size, gated, multiple_of=block_size)
+        self.width = ffn_width(intermediate_size, gated, multiple_of=max(block_size, 1))
         if block_size < 1 or self.width % block_size:
             raise InfMoEError(f"block_size must divide the FFN width {self.width}, got {block_size}")
+        NoiseKey(seed=noise_seed)  # refuses a bad seed now rather than at the first evaluation
         self.block_size = block_size
         self.num_units = self.width // block_size
         self.num_samples, self.keep_ratio = num_samples, keep_ratio
@@ -153,7 +154,10 @@ class InfinityFFN(ConditionalFFN):
         indices = self._draw(x_BTD, routing, max(num_samples), mode)
         scores_BTKU = self._scores(indices.z_BTKZ)
         weight_BTK = self._weights(scores_BTKU, num_samples, keep_ratios)
-        mask_BTU, times_kept_BTU = masked_ffn.mean_top_mask(scores_BTKU, self._num_kept(keep_ratios), weight_BTK)
+        count_every = stats_stride(x_BTD.shape[0] * x_BTD.shape[1], routing.max_stats_tokens)
+        mask_BTU, times_kept_NU = masked_ffn.mean_top_mask(
+            scores_BTKU, self._num_kept(keep_ratios), weight_BTK, count_every
+        )
         mask_BTF = mask_BTU.repeat_interleave(self.block_size, dim=-1) if self.block_size > 1 else mask_BTU
 
         h_BTF = self.act(self.w1(x_BTD))
@@ -161,7 +165,7 @@ class InfinityFFN(ConditionalFFN):
             h_BTF = h_BTF * self.w3(x_BTD)
         y_BTD = self.w2(h_BTF * mask_BTF.to(h_BTF.dtype))
 
-        stats = self._stats(indices, times_kept_BTU, num_samples, routing)
+        stats = self._stats(indices, times_kept_NU, num_samples, count_every)
         return FFNOutput(y_BTD, torch.zeros((), device=x_BTD.device), stats)
 
     def _dials(self, routing: Routing, batch_size: int) -> tuple[tuple[int, ...], tuple[float, ...], Mode]:
@@ -172,10 +176,8 @@ class InfinityFFN(ConditionalFFN):
             raise InfMoEError(f"this layer has no sigma (sigma_activation='none'), so mode {mode!r} means nothing")
         if mode == "mu" and routing.num_samples is not None:
             raise InfMoEError("this layer routes by z = mu and draws nothing: leave num_samples out")
-        num_samples = routing.num_samples if routing.num_samples is not None else self.num_samples
-        keep_ratios = routing.keep_ratio if routing.keep_ratio is not None else self.keep_ratio
-        num_samples = num_samples if isinstance(num_samples, tuple) else (num_samples,)
-        keep_ratios = keep_ratios if isinstance(keep_ratios, tuple) else (keep_ratios,)
+        num_samples = _per_row(routing.num_samples, self.num_samples)
+        keep_ratios = _per_row(routing.keep_ratio, self.keep_ratio)
         for name, dial in (("num_samples", num_samples), ("keep_ratio", keep_ratios)):
             if len(dial) not in (1, batch_size):
                 raise InfMoEError(f"{name} has {len(dial)} values for a batch of {batch_size} rows: give one per row")
@@ -195,10 +197,11 @@ class InfinityFFN(ConditionalFFN):
         assert key is not None
         stream_B = key.stream if key.stream is not None else torch.zeros(1, dtype=torch.int64, device=device)
         position_BT = key.position if key.position is not None else torch.arange(T, device=device)
-        if stream_B.numel() not in (1, B) or position_BT.shape[-1] != T:
+        if stream_B.numel() not in (1, B) or position_BT.shape not in ((T,), (1, T), (B, T)):
             raise InfMoEError(
-                f"the noise key has {stream_B.numel()} streams and positions of shape {tuple(position_BT.shape)} "
-                f"for a batch of shape ({B}, {T}): give one stream per row and one position per token"
+                f"the noise key has {stream_B.numel()} streams and positions of shape "
+                f"{tuple(position_BT.shape)} for a batch of shape ({B}, {T}): "
+                "give one stream per row and one position per token"
             )
         num_draws = -(-num_samples // 2) if mode == "antithetic" else num_samples
         with torch.no_grad():
@@ -243,7 +246,9 @@ class InfinityFFN(ConditionalFFN):
         def mask_norm_BTK(ratios: tuple[float, ...]) -> Tensor:
             # one sample at a time: the norm of its own mask, not of the mean
             masks = [
-                masked_ffn.mean_top_mask(scores_BTKU[:, :, k : k + 1].detach(), self._num_kept(ratios), one.expand(1, 1, 1))[0]
+                masked_ffn.mean_top_mask(
+                    scores_BTKU[:, :, k : k + 1].detach(), self._num_kept(ratios), one.expand(1, 1, 1)
+                )[0]
                 for k in range(K)
             ]
             return torch.stack([mask.norm(dim=-1) for mask in masks], dim=-1)
@@ -252,14 +257,12 @@ class InfinityFFN(ConditionalFFN):
 
     @torch.no_grad()
     def _stats(
-        self, indices: Indices, times_kept_BTU: Tensor, num_samples: tuple[int, ...], routing: Routing
+        self, indices: Indices, times_kept_NU: Tensor, num_samples: tuple[int, ...], count_every: int
     ) -> RoutingStats:
         """What the mean mask hides: load, union and overlap of the K masks, and the router's spread."""
-        B, T, U = times_kept_BTU.shape
-        step = stats_stride(B * T, routing.max_stats_tokens)
-        times_kept_NU = times_kept_BTU.reshape(B * T, U)[::step]
+        B, T, _ = indices.mu_BTZ.shape
         K_B1 = torch.tensor(num_samples, device=times_kept_NU.device)[:, None]
-        K_N = K_B1.expand(B, T).reshape(B * T)[::step]
+        K_N = K_B1.expand(B, T).reshape(B * T)[::count_every]
         tokens = torch.tensor(float(times_kept_NU.shape[0]), device=times_kept_NU.device)
         # a unit kept c times is common to c(c-1)/2 of the K(K-1)/2 pairs; a sample keeps kept/K units
         kept_N = times_kept_NU.sum(-1)
@@ -268,8 +271,8 @@ class InfinityFFN(ConditionalFFN):
         zero = torch.zeros((), device=tokens.device)
         sigma = sigma_to_mu = zero
         if indices.sigma_BTZ is not None:
-            sigma_NZ = indices.sigma_BTZ.flatten(0, 1)[::step]
-            mu_NZ = indices.mu_BTZ.flatten(0, 1)[::step]
+            sigma_NZ = indices.sigma_BTZ.flatten(0, 1)[::count_every]
+            mu_NZ = indices.mu_BTZ.flatten(0, 1)[::count_every]
             sigma = sigma_NZ.mean(-1).sum()
             sigma_to_mu = (sigma_NZ.norm(dim=-1) / mu_NZ.norm(dim=-1).clamp_min(1e-12)).sum()
         return RoutingStats(
@@ -293,7 +296,9 @@ class InfinityFFN(ConditionalFFN):
         num_matrices = 3 if self.w3 is not None else 2
         neuron = self.hidden_size * num_matrices + (num_matrices - 1)  # weights and biases of one neuron
         always = params - params_wz - neuron * self.width  # router and output bias
-        unused_sigma = 0 if sampled or self.router.sigma is None else sum(p.numel() for p in self.router.sigma.parameters())
+        unused_sigma = (
+            0 if sampled or self.router.sigma is None else sum(p.numel() for p in self.router.sigma.parameters())
+        )
         flops_router = self.router.num_flops(sampled) + num_samples * 2 * self.router.z_dim * self.num_units
         flops_neuron = 2 * self.hidden_size * num_matrices
         return FFNCost(
@@ -308,3 +313,9 @@ class InfinityFFN(ConditionalFFN):
             weights_executed=params - unused_sigma,
             weights_ideal=round(always - unused_sigma + params_wz + neuron * self.width * union),
         )
+
+
+def _per_row(dial: Any, default: Any) -> tuple:
+    """The dial, or the default, as one value for all rows or one per row."""
+    value = default if dial is None else dial
+    return value if isinstance(value, tuple) else (value,)

@@ -1,4 +1,4 @@
-"""Routing statistics (Eq. 8-9 and what they leave out), as sums that add up over calls, micro-batches and ranks.
+"""Routing statistics (Eq. 8-9 and what they leave out), as sums that add up over calls and ranks.
 
 N tokens looked at, K samples, U units (neurons, blocks of neurons, or experts).
 """

@@ -113,8 +113,7 @@ class MoEFFN(ConditionalFFN):
             return self.num_experts_per_tok
         if isinstance(k, tuple):
             raise InfMoEError(
-                "num_experts_per_tok takes one integer (or PerLayer) for the whole batch, not one per row: "
-                f"got {k}"
+                f"num_experts_per_tok takes one integer (or PerLayer) for the whole batch, not one per row: got {k}"
             )
         assert isinstance(k, int)  # `at_layer` took PerLayer apart
         return self._check_k(k)
@@ -150,9 +149,7 @@ class MoEFFN(ConditionalFFN):
             key = routing.key
         zeros_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         stream_B = zeros_B if key.stream is None else key.stream.to(device)
-        position_T = (
-            torch.arange(num_tokens, device=device) if key.position is None else key.position.to(device)
-        )
+        position_T = torch.arange(num_tokens, device=device) if key.position is None else key.position.to(device)
         if stream_B.shape not in ((1,), (batch_size,)):
             raise InfMoEError(
                 f"the noise key has {stream_B.numel()} streams, the batch {batch_size} rows: give one per row"

@@ -94,6 +94,10 @@ class GaussianRouter(Router):
         super().__init__()
         if z_dim < 1:
             raise InfMoEError(f"z_dim must be at least 1, got {z_dim}")
+        if router_hidden_size is not None and router_hidden_size < 1:
+            raise InfMoEError(
+                f"router_hidden_size must be at least 1, or None for linear maps, got {router_hidden_size}"
+            )
         if sigma_activation not in SIGMA_ACTIVATIONS:
             raise unknown_name("sigma_activation", sigma_activation, SIGMA_ACTIVATIONS)
         if not 0 < min_sigma < initial_sigma < max_sigma:
@@ -120,7 +124,11 @@ class GaussianRouter(Router):
         yield Init(self.mu.weight, 0.0, self.mu.in_features**-0.5)
         yield Init(self.mu.bias, 0.0, 0.0)
         if self.sigma is not None:
-            bias = math.log(math.expm1(self.initial_sigma)) if self.sigma_activation == "softplus" else math.log(self.initial_sigma)
+            bias = (
+                math.log(math.expm1(self.initial_sigma))
+                if self.sigma_activation == "softplus"
+                else math.log(self.initial_sigma)
+            )
             yield Init(self.sigma.weight, 0.0, 0.1 * self.sigma.in_features**-0.5)
             yield Init(self.sigma.bias, bias, 0.0)
 

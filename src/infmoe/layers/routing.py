@@ -104,6 +104,8 @@ class Routing:
                 check(value)
         if self.mode is not None and self.mode not in MODES:
             raise InfMoEError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.max_stats_tokens is not None and self.max_stats_tokens < 1:
+            raise InfMoEError(f"max_stats_tokens must be at least 1, or None, got {self.max_stats_tokens}")
         if self.mode == "mu" and self.num_samples is not None:
             raise InfMoEError("mode 'mu' takes z = mu once and draws nothing: leave num_samples out")
 
@@ -124,14 +126,17 @@ class Routing:
         return dataclasses.replace(self, key=key)
 
     def expand_rows(self, repeats: int) -> "Routing":
-        """Repeat every per-row value `repeats` times in place, as `generate` does with the batch's rows."""
+        """Repeat every per-row value `repeats` times in place, as `generate` does with the batch's rows.
+
+        A value with one entry already stands for all rows, and stays.
+        """
 
         def expand(value):
             if isinstance(value, PerLayer):
                 return PerLayer([expand(v) for v in value.values])
-            if isinstance(value, tuple):
+            if isinstance(value, tuple) and len(value) > 1:
                 return tuple(v for v in value for _ in range(repeats))
-            if isinstance(value, Tensor) and value.ndim > 0:
+            if isinstance(value, Tensor) and value.ndim > 0 and len(value) > 1:
                 return value.repeat_interleave(repeats, dim=0)
             return value
 

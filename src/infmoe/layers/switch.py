@@ -52,9 +52,7 @@ class SwitchFFN(ConditionalFFN):
         super().__init__(hidden_size, intermediate_size, **shared)
         check_weight("balance_loss_weight", balance_loss_weight)
         if capacity_factor is not None and not 0.0 < capacity_factor < float("inf"):
-            raise InfMoEError(
-                f"capacity_factor must be positive, or None (no limit), got {capacity_factor!r}"
-            )
+            raise InfMoEError(f"capacity_factor must be positive, or None (no limit), got {capacity_factor!r}")
         self.hidden_act = hidden_act
         self.num_experts = num_experts
         self.balance_loss_weight = balance_loss_weight

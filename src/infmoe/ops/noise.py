@@ -52,20 +52,55 @@ def normal_noise(
         if tensor.dtype not in (torch.int64, torch.int32):
             raise InfMoEError(f"the noise key's {name} must be int64, got {tensor.dtype}")
     device = position_BT.device
-    key = _mix(_as_int64(seed, device) + _GOLDEN)
-    key = _mix((key ^ _as_int64(step, device)) + _GOLDEN)
-    key = _mix((key ^ layer) + _GOLDEN)
-    key_B1 = _mix((key ^ stream_B.to(device, torch.int64)) + _GOLDEN)[:, None]
-    key_BT = _mix((key_B1 ^ position_BT.long()) + _GOLDEN)
-    pairs = (dim + 1) // 2
-    counter_KP = (
-        torch.arange(num_samples, device=device)[:, None] * _SAMPLE_STRIDE + torch.arange(1, pairs + 1, device=device)
-    ) * _GOLDEN
-    bits = _mix(key_BT[:, :, None, None] + counter_KP)
+    bits = _bits(
+        _as_int64(seed, device),
+        _as_int64(step, device),
+        layer,
+        stream_B.to(device, torch.int64),
+        position_BT.long(),
+        num_samples,
+        (dim + 1) // 2,
+    )
     # 24 bits each fill a float32's mantissa; the half keeps the logarithm's argument above 0.
     radius = (((bits >> 40) & 0xFFFFFF).float() + 0.5).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
     angle = (bits & 0xFFFFFF).float().mul_(2.0**-24 * 2 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :dim]
+
+
+# An operator of its own: torch.compile folds what it can of integer arithmetic, and does not wrap around.
+@torch.library.custom_op("infmoe::noise_bits", mutates_args=())
+def _bits(
+    seed: Tensor,
+    step: Tensor,
+    layer: int,
+    stream_B: Tensor,
+    position_BT: Tensor,
+    num_samples: int,
+    num_pairs: int,
+) -> Tensor:
+    """64 random bits for every token, sample and pair of dimensions: int64, shape (B, T, K, pairs)."""
+    key = _mix(seed + _GOLDEN)
+    key = _mix((key ^ step) + _GOLDEN)
+    key = _mix((key ^ layer) + _GOLDEN)
+    key_B1 = _mix((key ^ stream_B) + _GOLDEN)[:, None]
+    key_BT = _mix((key_B1 ^ position_BT) + _GOLDEN)
+    sample_K1 = torch.arange(num_samples, device=key_BT.device)[:, None]
+    pair_P = torch.arange(1, num_pairs + 1, device=key_BT.device)
+    counter_KP = (sample_K1 * _SAMPLE_STRIDE + pair_P) * _GOLDEN
+    return _mix(key_BT[:, :, None, None] + counter_KP)
+
+
+@_bits.register_fake
+def _(
+    seed: Tensor,
+    step: Tensor,
+    layer: int,
+    stream_B: Tensor,
+    position_BT: Tensor,
+    num_samples: int,
+    num_pairs: int,
+) -> Tensor:
+    return position_BT.new_empty((*position_BT.shape, num_samples, num_pairs))
 
 
 def _as_int64(value: int | Tensor, device: torch.device) -> Tensor:
@@ -74,6 +109,6 @@ def _as_int64(value: int | Tensor, device: torch.device) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """splitmix64's finalizer; the masks make the arithmetic shifts logical."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MUL1
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MUL2
-    return x ^ ((x >> 31) & (2**33 - 1))
+    x = (x >> 30).bitwise_and_(2**34 - 1).bitwise_xor_(x).mul_(_MUL1)
+    x = (x >> 27).bitwise_and_(2**37 - 1).bitwise_xor_(x).mul_(_MUL2)
+    return (x >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(x)

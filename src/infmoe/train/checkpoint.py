@@ -129,9 +129,7 @@ def resolve_checkpoint(path: Path | str, warn: Callable[[str], None] = to_stderr
     """
     path = Path(path)
     if not path.is_dir():
-        raise InfMoEError(
-            f"{path} is no folder: give a run folder, a checkpoint or a Hugging Face model folder"
-        )
+        raise InfMoEError(f"{path} is no folder: give a run folder, a checkpoint or a Hugging Face model folder")
     if (path / FOLDER).is_dir():
         found = latest(path, warn)
         if found is None:
@@ -148,9 +146,7 @@ def check_architecture(model_dir: Path) -> None:
     try:
         model_type = json.loads((model_dir / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InfMoEError(
-            f"{model_dir} has no readable config.json with a model_type: it is no model"
-        ) from error
+        raise InfMoEError(f"{model_dir} has no readable config.json with a model_type: it is no model") from error
     if model_type != "infmoe":
         raise InfMoEError(f"{model_dir} holds a {model_type!r} model: give one of model_type 'infmoe'")
     if not any(model_dir.glob("*.safetensors")):

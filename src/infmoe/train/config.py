@@ -131,9 +131,7 @@ class RunConfig(_Strict):
     def _window_fits(self) -> "RunConfig":
         positions = self.model.get("max_position_embeddings")
         if not isinstance(positions, int) or positions < 2:
-            raise ValueError(
-                f"model.max_position_embeddings must be an integer of at least 2, got {positions!r}"
-            )
+            raise ValueError(f"model.max_position_embeddings must be an integer of at least 2, got {positions!r}")
         if self.data.window is not None and self.data.window > positions:
             raise ValueError(
                 f"data.window={self.data.window} exceeds model.max_position_embeddings={positions}: lower it"
@@ -214,9 +212,7 @@ def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
                 raise _unknown_setting(key)
             section = section[parent]
         if isinstance(section.get(leaf), dict):
-            raise InfMoEError(
-                f"{key!r} is a section: set one of its keys, e.g. {key}.{min(section[leaf])}=..."
-            )
+            raise InfMoEError(f"{key!r} is a section: set one of its keys, e.g. {key}.{min(section[leaf])}=...")
         section[leaf] = _parse_scalar(text.strip())
         model_changed = model_changed or parents == ["model"]
     changed = load_config(values)

@@ -17,8 +17,7 @@ def describe(config: RunConfig) -> str:
         field.name: value
         for field in dataclasses.fields(model_config)
         # without what every transformers config inherits
-        if field.name in type(model_config).__annotations__
-        and (value := getattr(model_config, field.name)) is not None
+        if field.name in type(model_config).__annotations__ and (value := getattr(model_config, field.name)) is not None
     }
     rows = [
         ("parameters", f"{cost.total:,}", f"with W_z and discrete routers {cost.total_with_wz:,}"),

@@ -62,9 +62,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> TrainResult:
             lr = config.optim.lr * lr_ratio(step - 1, config.steps, config.schedule)
             set_lr(optimizer, lr)
             losses, stats = forward_backward(session, step - 1, with_stats=logged)
-            grad_norm = accelerator.clip_grad_norm_(
-                session.model.parameters(), config.optim.clip_norm or math.inf
-            )
+            grad_norm = accelerator.clip_grad_norm_(session.model.parameters(), config.optim.clip_norm or math.inf)
             loss, aux_loss, norm, stopped_by = agree(session, losses, grad_norm, stop)
             check_finite(step, loss, norm, lr)
             optimizer.step()
@@ -104,16 +102,12 @@ def forward_backward(session: Session, step: int, *, with_stats: bool) -> tuple[
     losses = torch.zeros(2, device=accelerator.device)
     stats = None
     for micro in range(session.accumulation):
-        tokens_BT, routing = session.micro_batch(
-            step, micro, stats_tokens=config.log.stats_tokens if with_stats else 1
-        )
+        tokens_BT, routing = session.micro_batch(step, micro, stats_tokens=config.log.stats_tokens if with_stats else 1)
         # gradients travel between processes once per step, with the last micro-batch
         is_last = micro == session.accumulation - 1
         with nullcontext() if is_last else accelerator.no_sync(session.model):
             with session.autocast():
-                output = session.model(
-                    input_ids=tokens_BT, labels=tokens_BT, routing=routing, use_cache=False
-                )
+                output = session.model(input_ids=tokens_BT, labels=tokens_BT, routing=routing, use_cache=False)
             (output.loss / session.accumulation).backward()
         loss, aux_loss = output.loss.detach().float(), output.aux_loss.detach().float()
         losses += torch.stack([loss - aux_loss, aux_loss]) / session.accumulation
@@ -122,18 +116,14 @@ def forward_backward(session: Session, step: int, *, with_stats: bool) -> tuple[
     return losses, stats
 
 
-def agree(
-    session: Session, losses: Tensor, grad_norm: Tensor, stop: StopSignal
-) -> tuple[float, float, float, int]:
+def agree(session: Session, losses: Tensor, grad_norm: Tensor, stop: StopSignal) -> tuple[float, float, float, int]:
     """What all processes hold to be true: losses, the gradient's norm, and the signal to stop by (or 0).
 
     One collective and one wait for the device; the loop has no other.
     """
     accelerator = session.accelerator
     mine = torch.cat([losses / accelerator.num_processes, losses.new_tensor([float(stop.number > 0)])])
-    loss, aux_loss, stopping, norm = torch.cat(
-        [accelerator.reduce(mine, "sum"), grad_norm.float()[None]]
-    ).tolist()
+    loss, aux_loss, stopping, norm = torch.cat([accelerator.reduce(mine, "sum"), grad_norm.float()[None]]).tolist()
     if not stopping:
         return loss, aux_loss, norm, 0
     return loss, aux_loss, norm, stop.number or signal.SIGTERM

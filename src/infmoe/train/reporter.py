@@ -135,9 +135,7 @@ class Reporter:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
-            raise InfMoEError(
-                f"could not write {self.out / METRICS}: {error.strerror}; make room there"
-            ) from error
+            raise InfMoEError(f"could not write {self.out / METRICS}: {error.strerror}; make room there") from error
         if self._events is not None:
             for key, value in _scalars(record).items():
                 self._events.add_scalar(key, value, record["step"])

@@ -48,19 +48,11 @@ def open_run(out: Path, record: dict[str, Any], *, resume: bool, say: Callable[[
         if found is not None:
             start = Start(ckpt.read_state(found)["step"], found)
         elif ckpt.checkpoints(out):
-            raise InfMoEError(
-                f"{out} holds no checkpoint that verifies: restore one, or start in another --out"
-            )
+            raise InfMoEError(f"{out} holds no checkpoint that verifies: restore one, or start in another --out")
     elif (out / ckpt.FOLDER).exists() or (out / ckpt.MANIFEST).exists() or (out / "config.json").exists():
-        raise InfMoEError(
-            f"{out} holds a model but no {RUN_FILE}, so it is no run to go on with: choose another --out"
-        )
+        raise InfMoEError(f"{out} holds a model but no {RUN_FILE}, so it is no run to go on with: choose another --out")
     if resume:
-        say(
-            f"resuming {out} at step {start.step}"
-            if start.checkpoint
-            else f"no checkpoint in {out}: starting anew"
-        )
+        say(f"resuming {out} at step {start.step}" if start.checkpoint else f"no checkpoint in {out}: starting anew")
     try:
         out.mkdir(parents=True, exist_ok=True)
         ckpt.write_text(run_file, json.dumps(record, indent=2) + "\n")

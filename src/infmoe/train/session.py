@@ -215,17 +215,13 @@ def _start_accelerator(config: RunConfig, model_config: InfMoEConfig) -> Acceler
     # routing by z = mu leaves the map to sigma without a gradient, for which DDP would wait forever
     idle = model_config.routing_mode == "mu" and model_config.sigma_activation != "none"
     ddp = DistributedDataParallelKwargs(find_unused_parameters=idle, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp]
-    )
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp])
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_CPU,
         DistributedType.MULTI_GPU,
     ):
-        raise InfMoEError(
-            f"training does not support {accelerator.distributed_type.value}: launch with plain DDP"
-        )
+        raise InfMoEError(f"training does not support {accelerator.distributed_type.value}: launch with plain DDP")
     return accelerator
 
 

@@ -1,0 +1,24 @@
+"""The trained model and its held-out windows, opened once."""
+
+import pytest
+from tiny_run import TinyRun, make
+
+from infmoe.data import TokenData
+from infmoe.eval.heldout import HeldOut
+from infmoe.eval.loading import Opened, open_model
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """One run for all tests that only read it, those in the other folder too."""
+    return make(tmp_path_factory.getbasetemp() / "tiny-run")
+
+
+@pytest.fixture(scope="session")
+def opened(tiny_run: TinyRun) -> Opened:
+    return open_model(tiny_run.run)
+
+
+@pytest.fixture(scope="session")
+def held_out(tiny_run: TinyRun, opened: Opened) -> HeldOut:
+    return HeldOut.from_data(TokenData.open(tiny_run.data), opened.model.config.max_position_embeddings, 20)

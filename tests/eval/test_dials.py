@@ -1,0 +1,88 @@
+"""From the words of a command line to routings."""
+
+import pytest
+from helpers import tiny_config
+
+from infmoe.errors import InfMoEError
+from infmoe.eval.dials import Point, grid, parse_ints, parse_mode, parse_ratios, ratio_text
+from infmoe.eval.sweep import default_grid
+
+
+def test_lists():
+    assert parse_ints("1,2, 8", "--k") == (1, 2, 8)
+    assert parse_ratios("0.0625,1/4, .5,1", "--r") == (0.0625, 0.25, 0.5, 1.0)
+    assert parse_ints(None, "--k") is None
+    assert parse_ratios(None, "--r") is None
+    assert parse_mode("mu") == "mu"
+    assert parse_mode(None) is None
+
+
+@pytest.mark.parametrize("text", ["", "1,", "two", "1.5", "1/2", "1 2"])
+def test_no_integers(text):
+    with pytest.raises(InfMoEError, match="--k takes integers separated by commas"):
+        parse_ints(text, "--k")
+
+
+@pytest.mark.parametrize("text", ["", "1,", "half", "1/0", "nan", "inf", "1e999", "1//2"])
+def test_no_numbers(text):
+    with pytest.raises(InfMoEError, match="--r takes numbers separated by commas"):
+        parse_ratios(text, "--r")
+
+
+def test_an_unknown_mode_finds_the_nearest():
+    with pytest.raises(InfMoEError, match="did you mean 'antithetic'"):
+        parse_mode("antithetik")
+
+
+def test_labels():
+    assert Point(2, 0.25).label() == "K=2 keep=1/4"
+    assert Point(2, 0.3, mode="sample").label() == "K=2 keep=0.3"
+    assert Point(keep_ratio=1 / 16, mode="mu").label() == "mu keep=1/16"
+    assert Point(4, 1.0, mode="antithetic").label() == "antithetic K=4 keep=1"
+    assert Point(num_experts_per_tok=2).label() == "k=2"
+    assert Point().label() == "-"
+    assert ratio_text(1 / 3) == "1/3"
+
+
+def test_all_combinations_in_order():
+    points = grid(tiny_config(), num_samples=(1, 4), keep_ratios=(0.125, 0.5))
+    assert [(p.num_samples, p.keep_ratio) for p in points] == [(1, 0.125), (1, 0.5), (4, 0.125), (4, 0.5)]
+    assert grid(tiny_config()) == [Point(2, 0.25)]
+    assert grid(tiny_config(), mode="mu") == [Point(None, 0.25, mode="mu")]
+    assert grid(tiny_config(num_samples=1, sigma_activation="none")) == [Point(None, 0.25)]
+    assert grid(tiny_config("moe"), num_experts_per_tok=(1, 2)) == [
+        Point(num_experts_per_tok=1),
+        Point(num_experts_per_tok=2),
+    ]
+    assert grid(tiny_config("dense")) == [Point()]
+
+
+@pytest.mark.parametrize(
+    ("ffn", "options", "dials", "message"),
+    [
+        ("dense", {}, {"num_samples": (1,)}, "has no dial 'num_samples'"),
+        ("switch", {}, {"keep_ratios": (0.5,)}, "has no dial 'keep_ratio'"),
+        ("moe", {}, {"num_samples": (1,)}, "has no dial 'num_samples'"),
+        ("moe", {}, {"mode": "mu"}, "has no dial 'mode'"),
+        ("moe", {}, {"num_experts_per_tok": (1, 5)}, "5"),
+        ("infinity", {}, {"num_experts_per_tok": (1,)}, "has no dial 'num_experts_per_tok'"),
+        ("infinity", {}, {"num_samples": (1, 0)}, "num_samples must be"),
+        ("infinity", {}, {"keep_ratios": (0.5, 1.5)}, "keep_ratio must lie in"),
+        ("infinity", {}, {"keep_ratios": (0.0,)}, "keep_ratio must lie in"),
+        ("infinity", {}, {"num_samples": (2,), "mode": "mu"}, "leave num_samples out"),
+        ("infinity", {"routing_mode": "mu"}, {"num_samples": (2,)}, "leave num_samples out"),
+        ("infinity", {"sigma_activation": "none"}, {"mode": "sample"}, "no sigma"),
+    ],
+)
+def test_what_a_model_cannot_run_is_refused_before_anything_is_measured(ffn, options, dials, message):
+    with pytest.raises(InfMoEError, match=message):
+        grid(tiny_config(ffn, **options), **dials)
+
+
+def test_a_sweep_shows_the_dials_that_there_are():
+    four = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+    assert default_grid(tiny_config(), None, None, None, None) == ((1, 2, 4, 8), four, None)
+    assert default_grid(tiny_config(), None, None, None, "mu") == (None, four, None)
+    assert default_grid(tiny_config(), (3,), (0.5,), None, None) == ((3,), (0.5,), None)
+    assert default_grid(tiny_config("moe", num_experts=4), None, None, None, None) == (None, None, [1, 2, 3, 4])
+    assert default_grid(tiny_config("dense"), None, None, None, None) == (None, None, None)

@@ -1,0 +1,106 @@
+"""`InfMoEConfig`: what it fills in, refuses, saves and loads."""
+
+import json
+
+import pytest
+from helpers import VARIANTS, tiny_config, tiny_model
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig
+
+from infmoe.errors import InfMoEError
+from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
+from infmoe.layers import FFN_CLASSES
+
+
+@pytest.mark.parametrize("ffn", VARIANTS)
+def test_a_variants_own_defaults_are_filled_in(ffn):
+    config = InfMoEConfig(ffn=ffn)
+    for name, default in FFN_CLASSES[ffn].option_defaults().items():
+        assert getattr(config, name) == default, name
+    foreign = set().union(*(c.option_defaults() for c in FFN_CLASSES.values()))
+    for name in foreign - set(FFN_CLASSES[ffn].option_defaults()):
+        assert getattr(config, name) is None, name
+
+
+@pytest.mark.parametrize("ffn", VARIANTS)
+def test_round_trip(ffn, tmp_path):
+    config = tiny_config(ffn, hidden_act="swiglu")
+    config.save_pretrained(tmp_path)
+    assert InfMoEConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is InfMoEConfig
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("num_sample", "num_samples"), ("keepratio", "keep_ratio"), ("hidden_sizes", "hidden_size")],
+)
+def test_unknown_keys_are_refused_with_the_nearest_name(typo, meant, tmp_path):
+    with pytest.raises(InfMoEError, match=f"unknown config key '{typo}'; did you mean '{meant}'"):
+        InfMoEConfig(**{typo: 4})
+    tiny_config().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {typo: 4}))
+    for load in (InfMoEConfig.from_pretrained, AutoConfig.from_pretrained, InfMoEForCausalLM.from_pretrained):
+        with pytest.raises(InfMoEError, match=f"did you mean '{meant}'"):
+            load(tmp_path)
+
+
+def test_an_unknown_keyword_of_from_pretrained_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises((InfMoEError, TypeError), match="num_sample"):
+        InfMoEForCausalLM.from_pretrained(tmp_path, num_sample=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_samples", 2.0),
+        ("num_samples", "2"),
+        ("keep_ratio", "0.25"),
+        ("hidden_size", 32.0),
+        ("wz_bias", "no"),
+        ("ffn", 3),
+        ("hidden_act", None),
+    ],
+)
+def test_wrong_types_are_refused(name, value):
+    with pytest.raises(StrictDataclassFieldValidationError, match=name):
+        InfMoEConfig(**{name: value})
+    config = InfMoEConfig()
+    with pytest.raises(StrictDataclassFieldValidationError, match=name):
+        setattr(config, name, value)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "option"),
+    [
+        ("dense", {"num_samples": 2}),
+        ("dense", {"num_experts": 4}),
+        ("infinity", {"num_experts": 4}),
+        ("moe", {"z_dim": 8}),
+    ],
+)
+def test_options_of_another_variant_are_refused(ffn, option, tmp_path):
+    (name,) = option
+    with pytest.raises(InfMoEError, match=f"ffn='{ffn}' has no option '{name}'"):
+        tiny_config(ffn, **option)
+    tiny_model(ffn).save_pretrained(tmp_path)
+    with pytest.raises(InfMoEError, match=f"has no option '{name}'"):
+        InfMoEForCausalLM.from_pretrained(tmp_path, **option)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"ffn": "infinite"}, "did you mean 'infinity'"),
+        ({"hidden_size": 30}, "num_attention_heads"),
+        ({"keep_ratio": 2.0}, "keep_ratio"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"hidden_act": "gelu_ne"}, "did you mean 'gelu_new'"),
+    ],
+)
+def test_bad_values_are_refused_when_the_model_is_built_at_the_latest(options, named):
+    with pytest.raises(InfMoEError, match=named):
+        tiny_model(**options)

@@ -1,0 +1,570 @@
+"""∞-MoE's own claims: Eq. 4-7, the mask, the dials and the statistics."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import key, make_layer, record_selections, replay_selections, routing
+
+from infmoe.errors import InfMoEError
+from infmoe.layers import DenseFFN, InfinityFFN, NoiseKey, PerLayer, Routing
+from infmoe.layers.activations import ACTIVATIONS
+from infmoe.ops.noise import normal_noise
+
+D, WIDTH, Z = 16, 48, 8
+
+
+def layer_of(**options):
+    options = {"initializer_range": 0.3, "num_samples": 3} | options
+    return make_layer("infinity", D, WIDTH, **options).requires_grad_(False)
+
+
+def inputs(batch_size=3, length=5):
+    return torch.randn(batch_size, length, D, generator=torch.Generator().manual_seed(4))
+
+
+def draw(layer, x_D, noise_key, b, t, k):
+    """z of one token's k-th sample, by hand."""
+    eps = normal_noise(
+        k + 1,
+        layer.router.z_dim,
+        seed=noise_key.seed,
+        step=noise_key.step,
+        layer=layer.layer_index,
+        stream_B=noise_key.stream[b : b + 1],
+        position_BT=torch.tensor([[t]]),
+    )[0, 0, k]
+    mu = layer.router.mu(x_D)
+    return mu + torch.nn.functional.softplus(layer.router.sigma(x_D)) * eps
+
+
+def expert(layer, x_D, z_Z, keep_ratio):
+    """f(x, z) of Eq. 7 for one token, without the output's bias, and how many units it kept."""
+    scores = layer.w_z.weight @ z_Z
+    if layer.w_z.bias is not None:
+        scores = scores + layer.w_z.bias
+    num_kept = max(1, round(keep_ratio * len(scores)))
+    threshold = sorted(scores.tolist(), reverse=True)[num_kept - 1]
+    mask = torch.tensor([m if m >= threshold else 0.0 for m in scores.tolist()])
+    mask_F = mask.repeat_interleave(layer.block_size)
+    h = layer.act(layer.w1.weight @ x_D + layer.w1.bias)
+    if layer.w3 is not None:
+        h = h * (layer.w3.weight @ x_D + layer.w3.bias)
+    return layer.w2.weight @ (h * mask_F), int((mask != 0).sum())
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hidden_act": "swiglu"},
+        {"block_size": 4, "wz_bias": True},
+        {"keep_ratio": 1.0},
+        {"keep_ratio": 0.01},
+    ],
+)
+def test_the_output_is_the_mean_of_k_separate_experts(K, options):
+    layer, x, noise_key = layer_of(layer_index=5, **options), inputs(), key(3)
+    if layer.w_z.bias is not None:
+        layer.w_z.bias.normal_()
+    y = layer(x, Routing(num_samples=K, key=noise_key)).y_BTD
+    for b, t in itertools.product(range(3), range(5)):
+        parts = []
+        for k in range(K):
+            part, num_kept = expert(layer, x[b, t], draw(layer, x[b, t], noise_key, b, t, k), layer.keep_ratio)
+            assert num_kept == max(1, round(layer.keep_ratio * layer.num_units))
+            parts.append(part)
+        torch.testing.assert_close(y[b, t], torch.stack(parts).mean(0) + layer.w2.bias, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.01, 1 / 32, 0.1, 0.25, 0.5, 0.77, 1.0])
+def test_each_sample_keeps_exactly_its_share(keep_ratio):
+    layer = layer_of()
+    with record_selections() as recorded:
+        layer(inputs(), routing(3, keep_ratio=keep_ratio))
+    (kept,) = recorded
+    assert (kept.sum(-1) == max(1, round(keep_ratio * layer.num_units))).all()
+
+
+def test_ties_are_all_kept():
+    layer = layer_of()
+    layer.w_z.weight[:] = layer.w_z.weight[:1]  # every unit scores alike
+    with record_selections() as recorded:
+        layer(inputs(), routing(3))
+    assert (recorded[0] == 1).all()
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("K", [1, 4])
+def test_under_a_mask_of_ones_it_is_the_dense_layer(act, K):
+    layer = layer_of(hidden_act=act, wz_bias=True, keep_ratio=1.0)
+    layer.w_z.weight.zero_()
+    layer.w_z.bias.fill_(1.0)
+    layer.w2.bias.normal_()
+    dense = DenseFFN(D, WIDTH, hidden_act=act).requires_grad_(False)
+    shared = {name: p for name, p in layer.state_dict().items() if name.startswith(("w1", "w2", "w3"))}
+    dense.load_state_dict(shared)
+    x = inputs()
+    y = layer(x, routing(3, num_samples=K)).y_BTD
+    torch.testing.assert_close(y, dense(x).y_BTD, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_over_samples_converges_like_one_over_root_k():
+    layer, x = layer_of(initial_sigma=1.0), inputs(64, 4)
+    mean = layer(x, Routing(num_samples=4096, key=NoiseKey(seed=99, stream=torch.arange(64)))).y_BTD
+    errors = [float((layer(x, routing(64, num_samples=K)).y_BTD - mean).square().mean().sqrt()) for K in (1, 4, 16, 64)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert 1.6 < coarse / fine < 2.5  # 2 but for chance
+
+
+@pytest.mark.parametrize("options", [{}, {"routing_mode": "mu"}, {"sigma_activation": "none"}])
+def test_mu_is_deterministic_and_takes_no_samples(options):
+    layer, x = layer_of(**options), inputs()
+    mode = {} if options else {"mode": "mu"}
+    first = layer.train()(x, Routing(**mode))
+    assert torch.equal(first.y_BTD, layer(x, Routing(**mode)).y_BTD)
+    assert torch.equal(first.y_BTD, layer(x, routing(3, **mode)).y_BTD)
+    part, _ = expert(layer, x[1, 2], layer.router.mu(x[1, 2]), 0.25)
+    torch.testing.assert_close(first.y_BTD[1, 2], part + layer.w2.bias, rtol=1e-4, atol=1e-5)
+    assert float(first.stats.sigma) == 0
+    assert float(first.stats.counts_U.sum()) == 15 * 12
+    if options:
+        with pytest.raises(InfMoEError, match="num_samples"):
+            layer(x, Routing(num_samples=2))
+
+
+@pytest.mark.parametrize("mode", ["sample", "antithetic"])
+def test_without_sigma_there_is_no_mode_that_draws(mode):
+    with pytest.raises(InfMoEError, match="sigma_activation='none'"):
+        layer_of(sigma_activation="none")(inputs(), Routing(mode=mode))
+
+
+def test_a_layer_that_routes_by_mu_may_be_told_to_sample():
+    layer, x = layer_of(routing_mode="mu"), inputs()
+    assert torch.equal(
+        layer(x, routing(3, mode="sample", num_samples=2)).y_BTD,
+        same_weights(layer, layer_of())(x, routing(3, num_samples=2)).y_BTD,
+    )
+
+
+def same_weights(source, target):
+    target.load_state_dict(source.state_dict())
+    return target
+
+
+def recorded_indices(layer, x, given):
+    seen = []
+    hook = layer.router.register_forward_hook(lambda module, args, out: seen.append(out))
+    layer(x, given)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 6])
+def test_antithetic_samples_come_in_mirrored_pairs(K):
+    layer, x = layer_of(), inputs()
+    z, mu, _ = recorded_indices(layer, x, routing(3, mode="antithetic", num_samples=K))
+    plain, _, _ = recorded_indices(layer, x, routing(3, num_samples=K))
+    assert z.shape[2] == K
+    for k in range(0, K, 2):
+        torch.testing.assert_close(z[:, :, k], plain[:, :, k // 2])
+        if k + 1 < K:
+            torch.testing.assert_close(z[:, :, k] + z[:, :, k + 1], 2 * mu, rtol=1e-5, atol=1e-5)
+
+
+def test_more_samples_leave_the_first_ones_as_they_are():
+    layer, x = layer_of(), inputs()
+    for mode in ("sample", "antithetic"):
+        most = recorded_indices(layer, x, routing(3, mode=mode, num_samples=7)).z_BTKZ
+        for K in (1, 2, 4):
+            fewer = recorded_indices(layer, x, routing(3, mode=mode, num_samples=K)).z_BTKZ
+            assert torch.equal(fewer, most[:, :, :K])
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 8, 48])
+def test_blocks_share_one_score(block_size):
+    layer, x = layer_of(block_size=block_size), inputs()
+    assert layer.num_units == WIDTH // block_size == layer.w_z.out_features
+    out = layer(x, routing(3))
+    assert out.stats.counts_U.shape == (layer.num_units,)
+    per_neuron = same_neurons(layer)
+    y = per_neuron(x, routing(3, keep_ratio=max(1, round(0.25 * layer.num_units)) * block_size / WIDTH)).y_BTD
+    torch.testing.assert_close(out.y_BTD, y, rtol=1e-5, atol=1e-5)
+
+
+def same_neurons(layer):
+    """The layer without blocks whose W_z repeats the blocks' rows: ties keep the whole block."""
+    state = layer.state_dict()
+    state["w_z.weight"] = state["w_z.weight"].repeat_interleave(layer.block_size, dim=0)
+    other = layer_of()
+    other.load_state_dict(state)
+    return other
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 5, 96])
+@pytest.mark.parametrize("act", ["gelu", "swiglu"])
+def test_blocks_that_do_not_fit_are_refused(block_size, act):
+    if act == "swiglu" and block_size > 0:
+        # the gated width rounds to whole blocks instead
+        assert layer_of(block_size=block_size, hidden_act=act).width % block_size == 0
+        return
+    with pytest.raises(InfMoEError, match="block_size"):
+        layer_of(block_size=block_size, hidden_act=act)
+
+
+def test_a_frozen_wz_gets_no_gradient_and_passes_it_on():
+    layer = make_layer("infinity", D, WIDTH, train_wz=False, wz_bias=True).train()
+    assert [name for name, p in layer.named_parameters() if not p.requires_grad] == ["w_z.weight", "w_z.bias"]
+    layer(inputs(), routing(3)).y_BTD.square().sum().backward()
+    assert layer.w_z.weight.grad is None
+    assert layer.router.mu.weight.grad.abs().sum() > 0
+    assert layer.router.sigma.weight.grad.abs().sum() > 0
+
+
+def mask_rms(layer, x, keep_ratio, K=1):
+    """Root mean square of the masks that the layer puts on its neurons."""
+    seen = []
+    hook = layer.w2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    layer(x, routing(len(x), keep_ratio=keep_ratio, num_samples=K))
+    hook.remove()
+    return float((seen[0] / layer.act(layer.w1.bias)).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("mask_scale", ["none", "fixed", "rms"])
+def test_mask_scale_changes_nothing_at_the_trained_ratio(mask_scale):
+    layer, x = layer_of(mask_scale=mask_scale), inputs()
+    expected = same_weights(layer, layer_of())(x, routing(3)).y_BTD
+    assert torch.equal(layer(x, routing(3)).y_BTD, expected)
+    assert torch.equal(layer(x, routing(3, keep_ratio=0.25)).y_BTD, expected)
+    # in one batch with rows at another ratio too
+    mixed = layer(x, routing(3, keep_ratio=(0.25, 0.5, 0.25))).y_BTD
+    torch.testing.assert_close(mixed[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mask_scale", "tolerance"), [("fixed", 0.05), ("rms", 1e-3)])
+def test_mask_scale_keeps_the_masks_size_at_other_ratios(mask_scale, tolerance):
+    layer = make_layer("infinity", D, 768, z_dim=32, mask_scale=mask_scale, initializer_range=0.3)
+    layer.requires_grad_(False)
+    layer.w1.weight.zero_()
+    layer.w1.bias.fill_(1.0)  # every neuron alike, so that W2's input shows the mask
+    x = inputs(16, 16)
+    trained = mask_rms(layer, x, 0.25)
+    plain = same_weights(layer, make_layer("infinity", D, 768, z_dim=32)).requires_grad_(False)
+    for keep_ratio in (1 / 16, 0.125, 0.5, 1.0):
+        assert mask_rms(layer, x, keep_ratio) == pytest.approx(trained, rel=tolerance)
+        if keep_ratio != 0.5:  # there the plain mask is of much the same size
+            assert abs(mask_rms(plain, x, keep_ratio) / trained - 1) > 0.1
+
+
+def test_the_discrete_mixture_is_a_special_case():
+    """Eq. 3: where z picks a block of neurons, f(x, z) is that block's FFN, an expert of its own."""
+    num_experts, width = 4, WIDTH // 4
+    layer = InfinityFFN(
+        D,
+        WIDTH,
+        z_dim=num_experts,
+        keep_ratio=1 / num_experts,
+        sigma_activation="none",
+        initializer_range=0.3,
+    ).requires_grad_(False)
+    layer.w_z.weight.copy_(torch.eye(num_experts).repeat_interleave(width, dim=0))
+    layer.router.mu.weight.zero_()
+    x = inputs(1, 1)[0]
+    for e in range(num_experts):
+        layer.router.mu.bias.copy_(torch.nn.functional.one_hot(torch.tensor(e), num_experts))
+        rows = slice(e * width, (e + 1) * width)
+        h = layer.act(x @ layer.w1.weight[rows].T + layer.w1.bias[rows])
+        torch.testing.assert_close(layer(x).y_BTD, h @ layer.w2.weight[:, rows].T + layer.w2.bias)
+
+
+def test_a_weighted_mixture_of_experts_is_the_mean_over_their_indices():
+    """Eq. 1 and 4: p(z) with mass 2/3 and 1/3 on two experts gives 2/3 e_1 + 1/3 e_2."""
+    layer = InfinityFFN(D, WIDTH, z_dim=4, keep_ratio=0.25, initializer_range=0.3).requires_grad_(False)
+    layer.w_z.weight.copy_(torch.eye(4).repeat_interleave(12, dim=0))
+    picks = torch.nn.functional.one_hot(torch.tensor([0, 2, 0]), 4).float().view(1, 1, 3, 4)
+    x = inputs(1, 1)
+
+    def hand_set(module, args, out):
+        return out._replace(z_BTKZ=picks)
+
+    layer.router.register_forward_hook(hand_set)
+    y = layer(x, Routing(num_samples=3)).y_BTD[0, 0]
+    experts = [
+        layer.w2.weight[:, 12 * e : 12 * e + 12]
+        @ layer.act(layer.w1.weight[12 * e : 12 * e + 12] @ x[0, 0] + layer.w1.bias[12 * e : 12 * e + 12])
+        for e in (0, 2)
+    ]
+    torch.testing.assert_close(y, 2 / 3 * experts[0] + 1 / 3 * experts[1], rtol=1e-5, atol=1e-6)
+
+
+STARTS = [
+    {"keep_ratio": 1 / 16},
+    {"keep_ratio": 0.25},
+    {"keep_ratio": 0.5},
+    {"keep_ratio": 1.0},
+    {"num_samples": 1},
+    {"num_samples": 8},
+    {"hidden_act": "relu"},
+    {"hidden_act": "gelu"},
+    {"hidden_act": "swiglu"},
+    {"hidden_act": "geglu", "keep_ratio": 0.5, "num_samples": 4},
+    {"initial_sigma": 0.05},
+    {"initial_sigma": 2.0},
+    {"routing_mode": "mu"},
+    {"routing_mode": "antithetic"},
+    {"routing_mode": "antithetic", "num_samples": 4, "initial_sigma": 1.0},
+    {"routing_mode": "antithetic", "num_samples": 3, "initial_sigma": 2.0},
+    {"sigma_activation": "none"},
+    {"sigma_activation": "exp"},
+    {"block_size": 8},
+    {"router_hidden_size": 128},
+]
+
+
+@pytest.mark.parametrize("width", [512, 2048])
+@pytest.mark.parametrize("options", STARTS, ids=str)
+def test_the_branch_starts_as_large_as_a_dense_one(width, options):
+    D = 64
+    x = torch.nn.functional.layer_norm(torch.randn(16, 16, D), (D,))
+    sizes = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layer = InfinityFFN(D, width, z_dim=64, **options).eval()
+        dense = DenseFFN(D, width, hidden_act=layer.hidden_act)
+        given = Routing(key=NoiseKey(seed=seed, stream=torch.arange(16)))
+        with torch.no_grad():
+            sizes.append((float(layer(x, given).y_BTD.square().mean()), float(dense(x).y_BTD.square().mean())))
+    ratio = math.sqrt(sum(a for a, _ in sizes) / sum(b for _, b in sizes))
+    assert 0.9 < ratio < 1.1
+
+
+def test_score_dtype_is_what_it_says():
+    x = inputs()
+    exact, coarse = layer_of(), layer_of(score_dtype="bfloat16")
+    coarse.load_state_dict(exact.state_dict())
+    seen = {}
+    for name, layer in (("float32", exact), ("bfloat16", coarse)):
+        hook = layer.w_z.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                layer(x, routing(3))
+            assert seen[name].dtype == getattr(torch, name)
+        hook.remove()
+    error = (seen["bfloat16"].float() - seen["float32"]).norm() / seen["float32"].norm()
+    assert 0 < float(error) < 0.02
+
+
+def test_autocast_leaves_the_scores_of_equal_indices_alone():
+    layer, z = layer_of(), torch.randn(2, 3, 2, Z)
+    expected = layer._scores(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer._scores(z), expected)
+    assert expected.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mask_scale", ["none", "fixed", "rms"])
+@pytest.mark.parametrize("mode", ["sample", "antithetic"])
+def test_rows_with_their_own_dials_equal_each_alone(mask_scale, mode):
+    layer, x, noise_key = layer_of(mask_scale=mask_scale), inputs(4), key(4)
+    samples, ratios = (1, 4, 2, 4), (0.25, 0.5, 1.0, 0.1)
+    together = layer(x, Routing(num_samples=samples, keep_ratio=ratios, key=noise_key, mode=mode))
+    stats = []
+    for b in range(4):
+        alone = layer(
+            x[b : b + 1],
+            Routing(
+                num_samples=samples[b],
+                keep_ratio=ratios[b],
+                mode=mode,
+                key=NoiseKey(seed=noise_key.seed, step=noise_key.step, stream=noise_key.stream[b : b + 1]),
+            ),
+        )
+        torch.testing.assert_close(together.y_BTD[b : b + 1], alone.y_BTD, rtol=1e-5, atol=1e-5)
+        stats.append(alone.stats)
+    for name, value in sum(stats[1:], stats[0])._asdict().items():
+        torch.testing.assert_close(getattr(together.stats, name), value, rtol=1e-5, atol=1e-5)
+
+
+def test_per_layer_dials_reach_their_layer():
+    x = inputs()
+    for index in (0, 1):
+        layer = layer_of(layer_index=index)
+        given = routing(3, num_samples=PerLayer([1, 5]), keep_ratio=PerLayer([(0.5, 0.25, 1.0), 0.1]))
+        plain = routing(3, num_samples=(1, 5)[index], keep_ratio=((0.5, 0.25, 1.0), 0.1)[index])
+        assert torch.equal(layer(x, given).y_BTD, layer(x, plain).y_BTD)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (Routing(num_samples=(1, 2)), "num_samples has 2 values for a batch of 3 rows"),
+        (Routing(keep_ratio=(0.1, 0.2, 0.3, 0.4)), "keep_ratio has 4 values"),
+        (Routing(key=NoiseKey(stream=torch.arange(2))), "2 streams"),
+        (Routing(key=NoiseKey(position=torch.arange(4))), "positions"),
+        (Routing(key=NoiseKey(position=torch.zeros(2, 5, dtype=torch.int64))), "positions"),
+    ],
+)
+def test_dials_and_keys_that_do_not_fit_the_batch_are_refused(given, named):
+    with pytest.raises(InfMoEError, match=named):
+        layer_of()(inputs(), given)
+
+
+def test_layers_steps_streams_and_positions_draw_their_own():
+    x = inputs(1, 5)[:, :1].expand(3, 5, D)  # one token, fifteen times over
+    layer, noise_key = layer_of(), key(3)
+    base = recorded_indices(layer, x, routing(3)).z_BTKZ
+    assert len(base.flatten(0, 2).unique(dim=0)) == 3 * 5 * 3
+    for other in (
+        recorded_indices(same_weights(layer, layer_of(layer_index=1)), x, routing(3)),
+        recorded_indices(layer, x, Routing(key=NoiseKey(seed=8, step=3, stream=noise_key.stream))),
+        recorded_indices(layer, x, Routing(key=NoiseKey(seed=7, step=4, stream=noise_key.stream))),
+        recorded_indices(layer, x, Routing(key=NoiseKey(seed=7, step=3, stream=noise_key.stream + 50))),
+        recorded_indices(
+            layer,
+            x,
+            Routing(key=NoiseKey(seed=7, step=3, stream=noise_key.stream, position=torch.arange(5) + 9)),
+        ),
+    ):
+        assert not torch.isclose(other.z_BTKZ, base).all(-1).any()
+
+
+def test_training_draws_anew_and_evaluation_repeats():
+    layer, x = layer_of().train(), inputs()
+    first = layer(x).y_BTD
+    assert not torch.equal(first, layer(x).y_BTD)
+    torch.manual_seed(5)
+    repeated = layer(x).y_BTD
+    torch.manual_seed(5)
+    assert torch.equal(layer(x).y_BTD, repeated)
+    layer.eval()
+    state = torch.get_rng_state()
+    assert torch.equal(layer(x).y_BTD, layer(x).y_BTD)
+    assert torch.equal(torch.get_rng_state(), state)
+    # without a key the rows of a batch differ in training and share their noise in evaluation
+    same = x[:1].expand(3, 5, D)
+    assert not torch.equal(layer.train()(same).y_BTD[0], layer(same).y_BTD[1])
+    torch.testing.assert_close(layer.eval()(same).y_BTD[0], layer(same).y_BTD[1], rtol=1e-6, atol=1e-6)
+
+
+def test_the_noise_seed_is_the_evaluations():
+    x = inputs()
+    by_option = layer_of(noise_seed=5)
+    by_key = same_weights(by_option, layer_of())(x, Routing(key=NoiseKey(seed=5))).y_BTD
+    assert torch.equal(by_option(x).y_BTD, by_key)
+
+
+def test_a_batch_and_its_rows_agree_up_to_counted_flips():
+    layer, x, noise_key = layer_of(), inputs(6, 7), key(6)
+    with record_selections() as recorded:
+        together = layer(x, Routing(key=noise_key)).y_BTD
+    with replay_selections(recorded, lambda b: recorded[0][b : b + 1]) as flips:
+        for b in range(6):
+            alone = NoiseKey(seed=noise_key.seed, step=noise_key.step, stream=noise_key.stream[b : b + 1])
+            torch.testing.assert_close(
+                layer(x[b : b + 1], Routing(key=alone)).y_BTD[0], together[b], rtol=1e-5, atol=1e-5
+            )
+    flips.check()
+
+
+def brute_force_stats(kept_BTKU, samples):
+    """Counts, union and overlap by loops over the tokens."""
+    B, T, _, U = kept_BTKU.shape
+    counts, union, overlap = [0.0] * U, 0.0, 0.0
+    for b, t in itertools.product(range(B), range(T)):
+        sets = [{u for u in range(U) if kept_BTKU[b, t, k, u] == 1} for k in range(samples[b])]
+        for chosen in sets:
+            for u in chosen:
+                counts[u] += 1
+        union += len(set().union(*sets)) / U
+        pairs = [(p, q) for i, p in enumerate(sets) for q in sets[i + 1 :]]
+        overlap += sum(len(p & q) / len(p) for p, q in pairs) / len(pairs) if pairs else 1.0
+    return torch.tensor(counts), union, overlap
+
+
+@pytest.mark.parametrize("samples", [(2, 2, 2), (1, 1, 1), (1, 4, 3)])
+@pytest.mark.parametrize("keep_ratio", [0.25, (0.1, 0.5, 1.0)])
+def test_statistics_equal_a_brute_force_count(samples, keep_ratio):
+    layer, x = layer_of(), inputs()
+    with record_selections() as recorded:
+        stats = layer(x, routing(3, num_samples=samples, keep_ratio=keep_ratio)).stats
+    counts, union, overlap = brute_force_stats(recorded[0], samples)
+    assert torch.equal(stats.counts_U, counts)
+    assert float(stats.union) == pytest.approx(union, rel=1e-5)
+    assert float(stats.overlap) == pytest.approx(overlap, rel=1e-5)
+    q = [c / float(counts.sum()) for c in counts.tolist() if c]
+    entropy = -sum(p * math.log(p) for p in q)
+    summary = stats.summary()
+    assert summary["entropy"] == pytest.approx(entropy / math.log(layer.num_units), rel=1e-6)
+    assert summary["effective_units"] == pytest.approx(math.exp(entropy), rel=1e-6)
+    assert summary["dead_ratio"] == pytest.approx(float((counts == 0).float().mean()))
+    assert summary["max_load"] == pytest.approx(float(counts.max() / counts.mean()), rel=1e-6)
+
+
+def test_sigma_statistics_are_those_of_the_router():
+    layer, x = layer_of(), inputs()
+    _, mu, sigma = recorded_indices(layer, x, routing(3))
+    stats = layer(x, routing(3)).stats
+    assert stats.summary()["sigma"] == pytest.approx(float(sigma.mean()), rel=1e-5)
+    ratio = (sigma.square().mean(-1) / mu.square().mean(-1)).sqrt().mean()
+    assert stats.summary()["sigma_to_mu"] == pytest.approx(float(ratio), rel=1e-5)
+
+
+def test_statistics_look_at_evenly_spaced_tokens():
+    layer, x = layer_of(), inputs(3, 7)
+    with record_selections() as recorded:
+        stats = layer(x, routing(3, max_stats_tokens=6)).stats  # 21 tokens: every fourth
+    assert float(stats.tokens) == 6
+    assert torch.equal(stats.counts_U, recorded[0].flatten(0, 1)[::4].sum((0, 1)))
+
+
+def test_statistics_add_up():
+    layer, x = layer_of(), inputs(4)
+    noise_key = key(4)
+    whole = layer(x, Routing(key=noise_key)).stats
+    halves = [
+        layer(
+            x[rows],
+            Routing(key=NoiseKey(seed=noise_key.seed, step=noise_key.step, stream=noise_key.stream[rows])),
+        ).stats
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    for name, value in (halves[0] + halves[1])._asdict().items():
+        torch.testing.assert_close(value, getattr(whole, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"keep_ratio": 0.0}, "keep_ratio"),
+        ({"routing_mode": "sampl"}, "did you mean 'sample'"),
+        ({"mask_scale": "rmss"}, "did you mean 'rms'"),
+        ({"score_dtype": "float16"}, "score_dtype"),
+        ({"noise_seed": -1}, "noise seed"),
+        ({"z_dim": 0}, "z_dim"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, named):
+    with pytest.raises(InfMoEError, match=named):
+        InfinityFFN(D, WIDTH, **options)
+
+
+def test_cost_counts_what_the_masks_use():
+    layer = InfinityFFN(64, 256, z_dim=16)
+    neuron, router, bias = 2 * 64 + 1, 2 * (64 * 16 + 16), 64
+    cost = layer.cost()
+    assert cost.params == 256 * neuron + router + bias + 256 * 16
+    assert cost.params_wz == 256 * 16
+    assert cost.active_params == 128 * neuron + router + bias  # K r = 1/2 of the neurons, no W_z
+    assert cost.active_params_union == round(0.4375 * 256 * neuron) + router + bias + 256 * 16
+    assert layer.cost(union_ratio=0.3).active_params_union == round(0.3 * 256 * neuron + router + bias + 256 * 16)
+    assert cost.flops_router == 2 * 2 * 64 * 16 + 2 * 2 * 16 * 256
+    assert cost.flops_executed == cost.flops_router + 2 * 2 * 64 * 256
+    by_mean = layer.cost(Routing(mode="mu", keep_ratio=1.0))
+    assert by_mean.active_params == by_mean.total
+    assert by_mean.weights_ideal == cost.params - (64 * 16 + 16)  # sigma's map is not read
+    assert layer.cost(Routing(num_samples=8)).active_params == cost.total  # K r is at most all
+    with pytest.raises(InfMoEError, match="num_experts_per_tok"):
+        layer.cost(Routing(num_experts_per_tok=2))

@@ -1,0 +1,126 @@
+"""`Routing`, `NoiseKey` and `PerLayer`: what they refuse, and how they spread."""
+
+import pytest
+import torch
+
+from infmoe.errors import InfMoEError
+from infmoe.layers import NoiseKey, PerLayer, Routing
+from infmoe.layers.activations import ffn_width
+from infmoe.layers.metrics import stats_stride
+
+
+@pytest.mark.parametrize(
+    ("dials", "named"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"num_samples": 2.0}, "num_samples"),
+        ({"num_samples": True}, "num_samples"),
+        ({"num_samples": (2, 0)}, "num_samples"),
+        ({"num_samples": PerLayer([2, (1, -1)])}, "num_samples"),
+        ({"num_samples": [1, 2]}, "num_samples"),
+        ({"keep_ratio": 0.0}, "keep_ratio"),
+        ({"keep_ratio": 1.01}, "keep_ratio"),
+        ({"keep_ratio": 25}, "keep_ratio"),
+        ({"keep_ratio": float("nan")}, "keep_ratio"),
+        ({"keep_ratio": "0.5"}, "keep_ratio"),
+        ({"keep_ratio": (0.5, 2.0)}, "keep_ratio"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ({"mode": "mean"}, "mode"),
+        ({"mode": "mu", "num_samples": 2}, "num_samples"),
+        ({"max_stats_tokens": 0}, "max_stats_tokens"),
+    ],
+)
+def test_bad_values_are_refused_by_name(dials, named):
+    with pytest.raises(InfMoEError, match=named):
+        Routing(**dials)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_out_of_range_are_refused(seed):
+    with pytest.raises(InfMoEError, match="noise seed"):
+        NoiseKey(seed=seed)
+
+
+def test_routing_is_a_value():
+    with pytest.raises(AttributeError):
+        Routing().num_samples = 3
+    assert Routing(num_samples=2, keep_ratio=PerLayer([0.5, 1.0])) == Routing(
+        num_samples=2, keep_ratio=PerLayer((0.5, 1.0))
+    )
+
+
+def test_at_layer_picks_each_layers_value():
+    given = Routing(num_samples=PerLayer([1, (2, 3)]), keep_ratio=0.5)
+    assert given.at_layer(0).num_samples == 1
+    assert given.at_layer(1).num_samples == (2, 3)
+    assert given.at_layer(1).keep_ratio == 0.5
+    plain = Routing(num_samples=2)
+    assert plain.at_layer(7) is plain
+    with pytest.raises(InfMoEError, match="2 per-layer values"):
+        given.at_layer(2)
+
+
+def test_with_key_keeps_a_key_and_draws_only_in_training():
+    device = torch.device("cpu")
+    key = NoiseKey(seed=5)
+    for training in (True, False):
+        kept = Routing(key=key).with_key(seed=1, training=training, batch_size=2, device=device)
+        assert kept.key is key
+    state = torch.get_rng_state()
+    assert Routing().with_key(seed=9, training=False, batch_size=2, device=device).key == NoiseKey(seed=9)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = (Routing().with_key(seed=9, training=True, batch_size=2, device=device).key for _ in range(2))
+    assert int(first.seed) != int(second.seed)
+    assert torch.equal(first.stream, torch.arange(2))
+
+
+def test_drawn_keys_follow_the_global_seed():
+    def drawn():
+        torch.manual_seed(3)
+        return int(NoiseKey.draw(1, torch.device("cpu")).seed)
+
+    assert drawn() == drawn()
+
+
+def test_expand_rows_repeats_what_belongs_to_rows():
+    given = Routing(
+        num_samples=(1, 2),
+        keep_ratio=PerLayer([0.5, (0.25, 1.0)]),
+        num_experts_per_tok=3,
+        key=NoiseKey(stream=torch.tensor([7, 8]), position=torch.arange(3)),
+        token_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]),
+    )
+    wide = given.expand_rows(2)
+    assert wide.num_samples == (1, 1, 2, 2)
+    assert wide.keep_ratio == PerLayer([0.5, (0.25, 0.25, 1.0, 1.0)])
+    assert wide.num_experts_per_tok == 3
+    assert wide.key.stream.tolist() == [7, 7, 8, 8]
+    assert wide.key.position.tolist() == [0, 1, 2]
+    assert wide.token_ids.tolist() == [[1, 2, 3]] * 2 + [[4, 5, 6]] * 2
+    rows = NoiseKey(position=torch.tensor([[0, 1], [5, 6]]))
+    assert Routing(key=rows).expand_rows(2).key.position.tolist() == [[0, 1]] * 2 + [[5, 6]] * 2
+
+
+def test_expand_rows_leaves_what_stands_for_all_rows():
+    given = Routing(
+        num_samples=(3,), key=NoiseKey(stream=torch.tensor([7]), position=torch.arange(3)[None])
+    ).expand_rows(2)
+    assert given.num_samples == (3,)
+    assert given.key.stream.tolist() == [7]
+    assert given.key.position.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(("num_tokens", "most"), [(0, 5), (1, 1), (100, 7), (100, 100), (100, 99), (4096, 512)])
+def test_stats_stride_looks_at_no_more_than_asked(num_tokens, most):
+    stride = stats_stride(num_tokens, most)
+    assert len(range(0, num_tokens, stride)) <= most
+    assert stride == 1 or len(range(0, num_tokens, stride - 1)) > most
+    assert stats_stride(num_tokens, None) == 1
+
+
+def test_ffn_width_is_two_thirds_where_gated():
+    assert ffn_width(96, gated=False) == 96
+    assert ffn_width(96, gated=True) == 64
+    assert ffn_width(100, gated=True, multiple_of=16) == 64
+    assert ffn_width(1, gated=True) == 1
+    assert ffn_width(3, gated=True, multiple_of=16) == 16
