@@ -96,7 +96,7 @@ def _mendable(error: Exception) -> str | None:
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("runs/demo"),
     again: Annotated[bool, typer.Option("--again", help="Train anew, in place of the run that is there.")] = False,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps; default: the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps; default: 250.")] = None,
 ) -> None:
     """Train a small ∞-MoE model on Python's own source, sweep its dials, and write a report."""
     from infmoe.demo import run_demo
@@ -164,22 +164,17 @@ def train(
 ) -> None:
     """Train a model; under torchrun or `accelerate launch` on several processes."""
     from infmoe import train as training
-    from infmoe.hf import model_cost
     from infmoe.recipes import recipe as recipe_named
-    from infmoe.train.config import hf_config
-    from infmoe.train.dry_run import describe
 
     settings = list(set_ or ())
     if data_dir is not None:
         settings.append(f"data.dir={data_dir}")
     config = training.apply_overrides(recipe_named(recipe), settings)
     if dry_run:
-        # not `training.dry_run`: once called, its name stands for the module that it imports
-        print(describe(config))
+        print(training.dry_run(config))
         return
     if out is None:
         raise InfMoEError("give --out DIR, the folder for the run")
-    model_cost(hf_config(config))  # a model that cannot be built is refused before anything is written
     result = training.run(config, out, resume=resume)
     raise typer.Exit(result.exit_code)
 

@@ -1,5 +1,6 @@
 """The demo: from a fresh machine to a trained model, its two dials and a report, in a few minutes."""
 
+import json
 import shutil
 import sys
 import time
@@ -13,6 +14,7 @@ from infmoe.recipes import recipe
 from infmoe.train import apply_overrides, run
 
 VOCAB_SIZE = 2048
+STEPS = 250  # a million tokens: four to five minutes on two cores
 VAL_FRACTION = 0.05
 WINDOWS = 64  # held-out windows per point of the sweep
 TIMING_ROUNDS = 20
@@ -31,7 +33,7 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
     Args:
         out: folder for `data`, `run` and `report`.
         again: discard the run that is there and train anew.
-        steps: optimizer steps; None: the recipe's.
+        steps: optimizer steps; None: `STEPS`.
 
     Returns:
         The report's page.
@@ -60,13 +62,14 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
     _say(f"     {data.info('train').tokens:,} training tokens, {data.info('val').tokens:,} held out")
 
     run_dir = out / "run"
-    settings = [f"data.dir={out / 'data'}", *([f"steps={steps}"] if steps else [])]
+    settings = [f"data.dir={out / 'data'}", f"steps={steps or STEPS}"]
     config = apply_overrides(recipe("tiny/infinity"), settings)
     if again and run_dir.exists():
         _discard_run(run_dir)
     there = run_dir.exists()
+    finished = (run_dir / "checkpoints" / f"step-{config.steps:06d}").is_dir()
     tokens = f"{config.steps * config.batch_tokens:,} tokens"
-    if (run_dir / "checkpoints" / f"step-{config.steps:06d}").is_dir():
+    if finished:
         _say(f"2/4  {run_dir} is trained already, on {tokens}: nothing to do (--again trains anew)")
     else:
         _say(f"2/4  training tiny/infinity, {tokens} ({run_dir})")
@@ -79,20 +82,26 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
         _say("     the same command goes on from there")
         raise SystemExit(result.exit_code)
 
-    _say("3/4  sweeping K and the keep ratio, all from the one checkpoint")
-    sweep = sweep_checkpoint(
-        run_dir,
-        data_dir=None,
-        num_samples=None,
-        keep_ratio=None,
-        num_experts_per_tok=None,
-        mode=None,
-        windows=WINDOWS,
-        batch_size=16,
-        seed=0,
-        rounds=TIMING_ROUNDS,
-        full_grid=True,
-    )
+    report = out / "report"
+    if finished and (report / "sweep.json").is_file():
+        _say(f"3/4  the sweep is there already ({report / 'sweep.json'})")
+        sweep = json.loads((report / "sweep.json").read_text())
+    else:
+        _say("3/4  sweeping K and the keep ratio, all from the one checkpoint")
+        sweep = sweep_checkpoint(
+            run_dir,
+            data_dir=None,
+            num_samples=None,
+            keep_ratio=None,
+            num_experts_per_tok=None,
+            mode=None,
+            windows=WINDOWS,
+            batch_size=16,
+            seed=0,
+            rounds=TIMING_ROUNDS,
+            full_grid=True,
+        )
+        write_json(report / "sweep.json", sweep)
     _say("4/4  generating text and writing the report")
     opened = open_model(run_dir)
     tokenizer = opened.tokenizer()
@@ -104,8 +113,6 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
         for prompt in PROMPTS
         for point in (Point(2, 0.25), Point(1, 0.125))
     ]
-    report = out / "report"
-    write_json(report / "sweep.json", sweep)
     metrics = read_metrics(run_dir)
     pictures = [
         (

@@ -20,6 +20,7 @@ SMALL = (
     "model.num_attention_heads=2",
     "model.intermediate_size=64",
     "model.max_position_embeddings=32",
+    "precision=fp32",
     "batch_tokens=256",
     "micro_batch_size=8",
     "steps=6",

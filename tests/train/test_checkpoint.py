@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from infmoe import checkpoint as ckpt
 from infmoe.errors import InfMoEError
-from infmoe.train import checkpoint as ckpt
 
 
 def fill(folder: Path) -> None:

@@ -21,7 +21,7 @@ TINY = recipe("tiny/dense")
         ("optim.clip_norm=none", lambda c: c.optim.clip_norm, None),
         ("optim.betas=[0.8, 0.9]", lambda c: c.optim.betas, (0.8, 0.9)),
         ("log.tensorboard=True", lambda c: c.log.tensorboard, True),
-        ("precision=bf16", lambda c: c.precision, "bf16"),
+        ("precision=fp32", lambda c: c.precision, "fp32"),
         ("data.dir=some/folder=1", lambda c: c.data.dir, "some/folder=1"),
         ("model.hidden_act=relu", lambda c: c.model.get("hidden_act"), "relu"),
         ("model.initializer_range=0.03", lambda c: c.model.get("initializer_range"), 0.03),

@@ -14,12 +14,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from infmoe import checkpoint as ckpt
+from infmoe.checkpoint import resolve_checkpoint
 from infmoe.data import TokenData
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers.routing import NoiseKey, Routing
-from infmoe.train import checkpoint as ckpt
-from infmoe.train import loop, resolve_checkpoint, run, session
+from infmoe.train import loop, run, session
 from infmoe.train.reporter import Reporter
 from infmoe.train.signals import StopSignal
 

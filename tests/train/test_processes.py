@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infmoe.train import checkpoint as ckpt
+from infmoe import checkpoint as ckpt
 
 
 def logged_steps(out: Path) -> list[dict]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from infmoe.bench.common import Measured, Rows, tiny_run
-from infmoe.train import resolve_checkpoint
+from infmoe.checkpoint import resolve_checkpoint
 
 NUM_KILLS = 3
 

@@ -11,11 +11,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
+from infmoe.checkpoint import resolve_checkpoint
 from infmoe.data import TokenData, load_tokenizer
 from infmoe.data.shards import sha256
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
-from infmoe.train import resolve_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

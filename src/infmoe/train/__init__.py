@@ -6,7 +6,6 @@ Importing this package is cheap; torch and transformers come with the first call
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infmoe.train.checkpoint import resolve_checkpoint as resolve_checkpoint
 from infmoe.train.config import RunConfig as RunConfig
 from infmoe.train.config import apply_overrides as apply_overrides
 from infmoe.train.config import load_config as load_config
@@ -36,6 +35,6 @@ def run(config: RunConfig, out: Path | str, resume: bool = False) -> "TrainResul
 
 def dry_run(config: RunConfig) -> str:
     """The resolved configuration and what the model costs, for reading; nothing is allocated or written."""
-    from infmoe.train.dry_run import describe
+    from infmoe.train.description import describe
 
     return describe(config)

@@ -11,8 +11,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from infmoe.checkpoint import write_text
 from infmoe.errors import InfMoEError
-from infmoe.train.checkpoint import write_text
 
 METRICS = "metrics.jsonl"
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infmoe import checkpoint as ckpt
 from infmoe.errors import InfMoEError
 from infmoe.provenance import git_commit, versions
-from infmoe.train import checkpoint as ckpt
 from infmoe.train.config import RunConfig, differing_keys
 
 RUN_FILE = "run.json"

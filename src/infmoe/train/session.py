@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from infmoe import checkpoint as ckpt
 from infmoe.data import DataOrder, TokenData
 from infmoe.data.manifest import MANIFEST, Split
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
 from infmoe.layers.routing import NoiseKey, Routing
-from infmoe.train import checkpoint as ckpt
 from infmoe.train.config import RunConfig, hf_config
 from infmoe.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from infmoe.train.run_dir import open_run, run_record
@@ -236,6 +236,8 @@ def _open_data(config: RunConfig) -> tuple[TokenData, InfMoEConfig]:
             f"{data.folder} has {data.vocab_size} token ids, the model {model_config.vocab_size}: "
             f"set model.vocab_size={data.vocab_size}"
         )
+    with torch.device("meta"):
+        InfMoEForCausalLM(model_config)  # refuses what cannot be built before anything is written
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(model_config, name) is None:
             setattr(model_config, name, data.eot_id)
