@@ -24,6 +24,7 @@ def kill_and_resume(*, quick: bool = False) -> Measured:
 
         def command(out: Path, *more: str) -> list[str]:
             settings = [f"steps={steps}", f"checkpoint.every={every}", f"data.dir={data}", "eval.every=null"]
+            settings += ["batch_tokens=1024", "micro_batch_size=8"]
             flags = [word for setting in settings for word in ("--set", setting)]
             return [
                 sys.executable,

@@ -32,7 +32,7 @@ def loop_overhead(*, quick: bool = False) -> Measured:
     The loop's is the difference of a long and a short run, so that start-up and the final checkpoint, which
     both have, fall out; evaluation and intermediate checkpoints are off, logging and statistics on.
     """
-    rounds, short, long = (2, 5, 15) if quick else (6, 5, 35)
+    rounds, short, long = (2, 5, 15) if quick else (5, 5, 30)
     settings = ("eval.every=null", "checkpoint.every=1000000")
     with tiny_run("infinity", *settings) as (config, folder):
         batches = _batches(config, long)
@@ -123,7 +123,7 @@ def stats_cost(*, quick: bool = False) -> Measured:
 
 def variant_speed(*, quick: bool = False) -> Measured:
     """Training tokens per second of every tiny recipe, all taking turns, in both precisions."""
-    rounds = 3 if quick else 8
+    rounds = 3 if quick else 5
     names = [name for name in recipe_names() if name.startswith("tiny/")]
     arms, labels = [], []
     with tiny_run("infinity") as (base, _):
