@@ -91,6 +91,12 @@ def verify(checkpoint: Path) -> None:
         entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InfMoEError(f"{checkpoint} has no readable {MANIFEST}: take another checkpoint") from error
+    if "config.json" not in entries or not any(name.endswith(".safetensors") for name in entries):
+        raise InfMoEError(f"{checkpoint / MANIFEST} lists no model: take another checkpoint")
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        name = path.relative_to(checkpoint).as_posix()
+        if name not in entries and name != MANIFEST:
+            raise InfMoEError(f"{path} is not in the checkpoint's manifest: remove it, or take another checkpoint")
     for name, (size, digest) in entries.items():
         path = checkpoint / name
         if not path.is_file():

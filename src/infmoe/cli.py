@@ -212,6 +212,8 @@ def params(
         "active_union": "used per token, counted by the union of independent masks",
         "flops_executed": "forward, per token, what runs now",
         "flops_ideal": "forward, per token, if only the union ran",
+        "bytes_executed": "weights read for one token at batch 1, float32",
+        "bytes_ideal": "the same if only the union were read",
         "ffn_flops_router": "of these, FFN routing: router maps and W_z z",
     }
     for name, note in notes.items():

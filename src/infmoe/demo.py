@@ -14,7 +14,7 @@ from infmoe.recipes import recipe
 from infmoe.train import apply_overrides, run
 
 VOCAB_SIZE = 2048
-STEPS = 250  # a million tokens: four to five minutes on two cores
+STEPS = 250  # about a million tokens; results/demo/demo.json has what it takes
 VAL_FRACTION = 0.05
 WINDOWS = 64  # held-out windows per point of the sweep
 TIMING_ROUNDS = 20
@@ -64,6 +64,7 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
     run_dir = out / "run"
     settings = [f"data.dir={out / 'data'}", f"steps={steps or STEPS}"]
     config = apply_overrides(recipe("tiny/infinity"), settings)
+    report = out / "report"
     if again and run_dir.exists():
         _discard_run(run_dir)
     there = run_dir.exists()
@@ -73,6 +74,7 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
         _say(f"2/4  {run_dir} is trained already, on {tokens}: nothing to do (--again trains anew)")
     else:
         _say(f"2/4  training tiny/infinity, {tokens} ({run_dir})")
+        (report / "sweep.json").unlink(missing_ok=True)  # of the model before
     try:
         result = run(config, run_dir, resume=there)
     except InfMoEError as error:
@@ -82,7 +84,6 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
         _say("     the same command goes on from there")
         raise SystemExit(result.exit_code)
 
-    report = out / "report"
     if finished and (report / "sweep.json").is_file():
         _say(f"3/4  the sweep is there already ({report / 'sweep.json'})")
         sweep = json.loads((report / "sweep.json").read_text())
@@ -138,7 +139,9 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
         samples=samples,
         provenance=provenance(),
     )
-    _say(f"\nDone in {time.perf_counter() - begin:.0f} s. The report: {page}")
+    seconds = time.perf_counter() - begin
+    write_json(report / "demo.json", {"seconds": seconds, "trained": not finished, "provenance": provenance()})
+    _say(f"\nDone in {seconds:.0f} s. The report: {page}")
     _say(
         "\nTry next:\n"
         f'  infmoe generate {run_dir} --prompt "import os" --num-samples 1 --keep-ratio 1/8\n'

@@ -156,6 +156,10 @@ def test_fewer_tokens_than_a_batch(mistake, tmp_path):
     line = mistake(*words, *SMALL, "--set", "eval.every=null", "--set", "model.max_position_embeddings=1024")
     assert "are needed" in line
     assert not (tmp_path / "run").exists()
+    # enough for a window, not for the batch's rows
+    line = mistake(*words, *SMALL, "--set", "eval.every=null", "--set", "batch_tokens=8192")
+    assert "are needed" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_token_files(mistake, tiny_run, data, tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from helpers import VARIANTS, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
@@ -104,3 +105,33 @@ def test_options_of_another_variant_are_refused(ffn, option, tmp_path):
 def test_bad_values_are_refused_when_the_model_is_built_at_the_latest(options, named):
     with pytest.raises(InfMoEError, match=named):
         tiny_model(**options)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 0},
+        {"vocab_size": -1},
+        {"attn_pdrop": 2},
+        {"ffn": "moe", "top_k": 4},
+        {"temperature": 0.5},
+    ],
+)
+def test_values_that_make_no_model_are_refused(fields):
+    with pytest.raises(InfMoEError, match=next(reversed(fields))):
+        InfMoEConfig(**fields)
+
+
+@pytest.mark.parametrize("name", ["mode", "keep_ration", "num_sample"])
+def test_a_misnamed_dial_is_refused_by_the_model_itself(name):
+    model = tiny_model("infinity")
+    with pytest.raises(InfMoEError, match="did you mean"):
+        model(torch.zeros(1, 4, dtype=torch.int64), **{name: 1})
+
+
+@pytest.mark.parametrize("name", ["wz_lr_factor", "wz_weight_decay"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_the_optimizers_factors_are_checked(name, value):
+    with pytest.raises(InfMoEError, match=name):
+        tiny_model("infinity", **{name: value})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from train_process import train_as_the_command_line
 
 from infmoe.data import MemorySource, TrainBPE, prepare
 from infmoe.recipes import recipe
@@ -53,17 +54,6 @@ def small(data_dir: Path):
     return make
 
 
-def _train(config: dict, out: Path, resume: bool, environment: dict[str, str]) -> None:
-    """Train in this process and exit as the command line does."""
-    os.environ.update(environment)
-    import torch
-
-    from infmoe.train import load_config, run
-
-    torch.set_num_threads(2)
-    raise SystemExit(run(load_config(config), out, resume).exit_code)
-
-
 @pytest.fixture(scope="session")
 def start_training():
     """Start `train` in a process of its own; one server imports torch once for all of them."""
@@ -88,7 +78,7 @@ def start_training():
             }
             environments = [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
         processes = [
-            context.Process(target=_train, args=(config.to_dict(), out, resume, environment))
+            context.Process(target=train_as_the_command_line, args=(config.to_dict(), out, resume, environment))
             for environment in environments
         ]
         for process in processes:

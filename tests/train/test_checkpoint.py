@@ -146,3 +146,17 @@ def test_no_folder(tmp_path):
         ckpt.resolve_checkpoint(tmp_path / "absent")
     with pytest.raises(InfMoEError, match=r"no readable config\.json"):
         ckpt.resolve_checkpoint(tmp_path)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(run_dir):
+    newest = run_dir / ckpt.FOLDER / "step-000010"
+    (newest / "adapter_config.json").write_text("{}")
+    with pytest.raises(InfMoEError, match=r"adapter_config\.json is not in the checkpoint's manifest"):
+        ckpt.resolve_checkpoint(newest)
+
+
+def test_a_manifest_without_a_model_is_refused(run_dir):
+    newest = run_dir / ckpt.FOLDER / "step-000010"
+    (newest / ckpt.MANIFEST).write_text('{"files": {}}')
+    with pytest.raises(InfMoEError, match="lists no model"):
+        ckpt.verify(newest)

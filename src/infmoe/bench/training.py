@@ -19,7 +19,8 @@ from infmoe.bench.common import Measured, Rows, paired_ratio, spread, tiny_run
 from infmoe.data import DataOrder, TokenData
 from infmoe.eval.latency import interleave
 from infmoe.hf import InfMoEForCausalLM
-from infmoe.layers import NoiseKey, Routing
+from infmoe.layers import InfinityFFN, NoiseKey, Routing
+from infmoe.layers.metrics import uniform_stats
 from infmoe.recipes import recipe, recipe_names
 from infmoe.train import run
 from infmoe.train.config import RunConfig, apply_overrides, hf_config
@@ -48,7 +49,7 @@ def loop_overhead(*, quick: bool = False) -> Measured:
         for r in range(rounds):
             arms: list[Callable[[], None]] = [
                 lambda r=r: ours.append((loop(long, f"l{r}") - loop(short, f"s{r}")) / (long - short)),  # type: ignore[misc]
-                lambda: bare.append(_bare_seconds(config, batches)),
+                lambda: bare.append(_bare_seconds(config, batches, short)),
             ]
             for arm in arms if r % 2 == 0 else reversed(arms):
                 arm()
@@ -102,20 +103,30 @@ def against_gpt2(*, quick: bool = False) -> Measured:
 
 
 def stats_cost(*, quick: bool = False) -> Measured:
-    """A training step of `tiny/infinity` with its routing statistics as the recipe logs them, and with one token's."""
+    """A training step of `tiny/infinity` with its routing statistics as the recipe logs them, and with none."""
     rounds = 6 if quick else 40
     with tiny_run("infinity") as (config, _):
         batch = _batches(config, 1)[0]
         model = InfMoEForCausalLM(hf_config(config)).train()
 
-        def with_stats(tokens: int) -> Callable[[], None]:
+        def arm(tokens: int, stats: Callable[..., Any]) -> Callable[[], None]:
             routing = Routing(key=NoiseKey(0, 0, torch.arange(len(batch))), max_stats_tokens=tokens)
-            return _step(model, config, lambda m: m(input_ids=batch, labels=batch, routing=routing, use_cache=False))
+            step = _step(model, config, lambda m: m(input_ids=batch, labels=batch, routing=routing, use_cache=False))
 
-        seconds = interleave([with_stats(config.log.stats_tokens), with_stats(1)], rounds=rounds)
+            def run_step() -> None:
+                InfinityFFN._stats = stats  # type: ignore[method-assign]
+                step()
+
+            return run_step
+
+        real, none = InfinityFFN._stats, uniform_stats(1, 1, torch.device("cpu"))
+        try:
+            seconds = interleave([arm(config.log.stats_tokens, real), arm(1, lambda *_: none)], rounds=rounds)
+        finally:
+            InfinityFFN._stats = real  # type: ignore[method-assign]
     rows: Rows = [
         {"arm": name, "unit": "s/step", **spread(arm)}
-        for name, arm in zip((f"{config.log.stats_tokens} tokens", "1 token"), seconds, strict=True)
+        for name, arm in zip((f"{config.log.stats_tokens} tokens", "no statistics"), seconds, strict=True)
     ]
     ratio = paired_ratio(*seconds)
     return rows, {"stats_ratio": ratio["ratio_median"], **ratio, "limit": 1.03, "rounds": rounds}
@@ -168,8 +179,8 @@ def _batches(config: RunConfig, steps: int) -> list[Tensor]:
     ]
 
 
-def _bare_seconds(config: RunConfig, batches: list[Tensor]) -> float:
-    """Seconds per step of forward, backward and optimizer step, and nothing else."""
+def _bare_seconds(config: RunConfig, batches: list[Tensor], first_timed: int) -> float:
+    """Seconds per step of forward, backward and optimizer step, and nothing else; early steps are not timed."""
     torch.manual_seed(config.seed)
     model = InfMoEForCausalLM(hf_config(config)).train()
     optimizer = build_optimizer(model, config.optim)
@@ -186,11 +197,12 @@ def _bare_seconds(config: RunConfig, batches: list[Tensor]) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step(0)
-    begin = time.perf_counter()
-    for s in range(1, len(batches)):
+    for s in range(first_timed):
         step(s)
-    return (time.perf_counter() - begin) / (len(batches) - 1)
+    begin = time.perf_counter()
+    for s in range(first_timed, len(batches)):
+        step(s)
+    return (time.perf_counter() - begin) / (len(batches) - first_timed)
 
 
 def _step(model: Any, config: RunConfig, forward: Callable[[Any], Any]) -> Callable[[], None]:

@@ -101,7 +101,7 @@ def open_model(path: Path | str, device: str | None = None) -> Opened:
     checkpoint = resolve_checkpoint(path, warn=lambda line: print(line, file=sys.stderr))
     disable_progress_bar()  # a bar over a handful of tensors is noise
     try:
-        loaded: Any = InfMoEForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+        loaded: Any = InfMoEForCausalLM.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True)
     except InfMoEError as error:
         raise InfMoEError(f"cannot load a model from {checkpoint}: {error}") from error
     except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:

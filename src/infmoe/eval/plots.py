@@ -37,53 +37,53 @@ def save(fig: "Figure", path: Path) -> Path:
 
 
 def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
-    """Held-out loss against ideal FLOPs and, where measured, against decode latency; one line per K or k.
+    """Held-out loss against ideal and executed FLOPs and, where measured, decode latency; one line per K or k.
 
     Error bars are those of the difference to the reference point (a star), paired over windows: the level
     itself, common to all points, is less certain, and the axis says by how much.
     """
-    timed = "decode_ms" in rows[0]
-    fig, axes = figure(2 if timed else 1)
+    # key -> what the axis says, and what one unit of it is
+    panels = {
+        "flops_ideal": ("ideal MFLOPs per token: only the union of the masks, router counted", 1e6),
+        "flops_executed": ("executed MFLOPs per token: every neuron, then the mask", 1e6),
+        "decode_ms": ("decode latency, batch 1 (ms per token; median and quartiles)", 1.0),
+    }
+    shown = {key: panel for key, panel in panels.items() if key in rows[0]}
+    fig, axes = figure(len(shown), width=4.6)
     dial = "num_experts_per_tok" if rows[0]["num_experts_per_tok"] is not None else "num_samples"
     # points that differ in a keep ratio share a line; a dial without keep ratios is one line of its own
     by_line: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         by_line.setdefault(row[dial] if row["keep_ratio"] is not None else None, []).append(row)
-    for i, (value, line) in enumerate(by_line.items()):
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
-        label = {"num_samples": "K = ", "num_experts_per_tok": "k = "}[dial] + str(value) if value else "all"
-        losses, errors = [r["loss"] for r in line], [r["delta_se"] for r in line]
-        ideal = [r["flops_ideal"] / 1e6 for r in line]
-        axes[0].errorbar(ideal, losses, errors, label=label, **style)
-        if timed:
-            spread = [
-                [r["decode_ms"] - r["decode_ms_low"] for r in line],
-                [r["decode_ms_high"] - r["decode_ms"] for r in line],
-            ]
-            axes[1].errorbar([r["decode_ms"] for r in line], losses, errors, xerr=spread, label=label, **style)
-    labels = "keep ratio" if rows[0]["keep_ratio"] is not None else "k" if rows[0][dial] is not None else None
-    for row in line:  # the last line has the most room at its right
-        if labels is None:
-            continue
-        axes[0].annotate(
-            ratio_text(row["keep_ratio"]) if labels == "keep ratio" else f"{row[dial]}",
-            (row["flops_ideal"] / 1e6, row["loss"]),
-            textcoords="offset points",
-            xytext=(6, 4),
-            fontsize=8,
-        )
     reference = next(row for row in rows if row["is_reference"])
-    for ax, x in zip(axes, ("flops_ideal", "decode_ms"), strict=False):
-        place = reference[x] / (1e6 if x == "flops_ideal" else 1)
-        ax.plot(place, reference["loss"], marker="*", ms=15, mfc="none", mec="black", zorder=5)
-        ax.set_ylabel(f"held-out loss (nats per token)\nbars: paired s.e.; level ±{reference['loss_se']:.3f}")
-    executed = sorted({row["flops_executed"] / 1e6 for row in rows})
-    axes[0].set_xlabel(
-        f"ideal MFLOPs per token, router counted\n(executed now: {_span(executed)} MFLOPs, masks included)"
-    )
-    axes[0].set_title(f"labels: {labels}; star: reference" if labels else "", fontsize=9)
-    if timed:
-        axes[1].set_xlabel("decode latency, batch 1 (ms per token; median and quartiles)")
+    for ax, (key, (axis, unit)) in zip(axes, shown.items(), strict=True):
+        for i, (value, line) in enumerate(by_line.items()):
+            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            if key == "decode_ms":
+                low, high = [r[key] - r["decode_ms_low"] for r in line], [r["decode_ms_high"] - r[key] for r in line]
+                style["xerr"] = [low, high]
+            ax.errorbar(
+                [r[key] / unit for r in line],
+                [r["loss"] for r in line],
+                [r["delta_se"] for r in line],
+                label=f"{'K' if dial == 'num_samples' else 'k'} = {value}",
+                capsize=2,
+                **style,
+            )
+        ax.plot(reference[key] / unit, reference["loss"], marker="*", ms=15, mfc="none", mec="black", zorder=5)
+        ax.set_xlabel(axis, fontsize=8)
+    axes[0].set_ylabel(f"held-out loss (nats per token)\nbars: paired s.e.; level ±{reference['loss_se']:.3f}")
+    labels = "keep ratio" if rows[0]["keep_ratio"] is not None else "k" if rows[0][dial] is not None else None
+    if labels is not None:
+        axes[0].set_title(f"labels: {labels}; star: reference", fontsize=9)
+        for row in line:  # the last line has the most room at its right
+            axes[0].annotate(
+                ratio_text(row["keep_ratio"]) if labels == "keep ratio" else f"{row[dial]}",
+                (row["flops_ideal"] / 1e6, row["loss"]),
+                textcoords="offset points",
+                xytext=(6, 4),
+                fontsize=8,
+            )
     if list(by_line) != [None]:
         axes[0].legend(frameon=False)
     fig.suptitle(title)
@@ -129,8 +129,3 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) 
     right.legend(frameon=False, fontsize=8)
     fig.suptitle(title)
     return save(fig, path)
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = f"{values[0]:.2f}", f"{values[-1]:.2f}"
-    return low if low == high else f"{low} to {high}"

@@ -13,6 +13,7 @@ from infmoe.hf import model_cost
 from infmoe.progress import point_progress
 from infmoe.provenance import provenance, require_writable
 
+_COSTS = ("flops", "ffn_flops", "weights", "bytes")
 DECODE_PROMPT = 32  # cached tokens before the timed decoding step, or half the context where that is less
 
 
@@ -48,7 +49,7 @@ def evaluate_points(
             | {"loss": result.loss, "loss_se": result.loss_se, "is_reference": i == reference}
             | {"delta": float(paired.mean()), "delta_se": float(paired.std()) / len(paired) ** 0.5}
             | result.routing()
-            | {name: value for name, value in cost.items() if name.startswith(("flops", "ffn_flops", "weights"))}
+            | {name: value for name, value in cost.items() if name.startswith(_COSTS)}
         )
     return rows
 

@@ -8,6 +8,8 @@ from infmoe.hf.configuration_infmoe import InfMoEConfig
 from infmoe.hf.modeling_infmoe import InfMoEForCausalLM
 from infmoe.layers import ConditionalFFN, FFNCost, Routing
 
+_FLOAT32_BYTES = 4
+
 
 @dataclass(frozen=True)
 class ModelCost:
@@ -22,6 +24,7 @@ class ModelCost:
         ffn_flops_executed, ffn_flops_ideal, ffn_flops_router: the FFN layers alone.
         flops_executed, flops_ideal: with attention at half the context and the output layer.
         weights_executed, weights_ideal: weights read for one token at batch 1.
+        bytes_executed, bytes_ideal: the same in bytes, float32; half of it in bfloat16.
     """
 
     total: int
@@ -36,6 +39,8 @@ class ModelCost:
     flops_ideal: int
     weights_executed: int
     weights_ideal: int
+    bytes_executed: int
+    bytes_ideal: int
 
     def as_dict(self) -> dict[str, int]:
         """The counts by name."""
@@ -82,4 +87,6 @@ def model_cost(
         flops_ideal=other_flops + ffn.flops_ideal,
         weights_executed=read_always + ffn.weights_executed,
         weights_ideal=read_always + ffn.weights_ideal,
+        bytes_executed=_FLOAT32_BYTES * (read_always + ffn.weights_executed),
+        bytes_ideal=_FLOAT32_BYTES * (read_always + ffn.weights_ideal),
     )

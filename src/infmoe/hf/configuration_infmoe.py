@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers import ffn_class
@@ -17,6 +17,7 @@ _HF_KEYS = frozenset(
         "torch_dtype",
     )
 )
+_COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
 @strict
@@ -85,9 +86,10 @@ class InfMoEConfig(PreTrainedConfig):
     expert_router: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = _HF_KEYS | set(GenerationConfig._get_default_generation_params())
         for key in kwargs:
-            if key not in known:
+            if key == "top_k":
+                raise InfMoEError("unknown config key 'top_k'; did you mean 'num_experts_per_tok'?")
+            if key not in _HF_KEYS:
                 raise unknown_name("config key", key, type(self).__dataclass_fields__)
         self.check_options()
         for name, default in ffn_class(self.ffn).option_defaults().items():
@@ -104,6 +106,12 @@ class InfMoEConfig(PreTrainedConfig):
         for name in variant_options():
             if name not in own and getattr(self, name) is not None:
                 raise InfMoEError(f"ffn='{self.ffn}' has no option {name!r}: leave it out")
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise InfMoEError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InfMoEError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise InfMoEError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"

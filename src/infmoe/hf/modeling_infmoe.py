@@ -4,6 +4,7 @@ B batch rows, T new tokens, D model width, V vocabulary.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,10 +20,13 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from infmoe.errors import InfMoEError
+from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf.configuration_infmoe import InfMoEConfig
 from infmoe.layers import ConditionalFFN, FFNOutput, NoiseKey, PerLayer, Routing, RoutingStats, ffn_class
 from infmoe.layers.routing import FloatDial, IntDial, Mode
+
+# The routing statistics of a training pass look at this many tokens, unless the routing says otherwise.
+_TRAINING_STATS_TOKENS = 512
 
 
 @dataclass
@@ -239,6 +243,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         Raises:
             InfMoEError: a dial that the variant does not have, a sequence longer than the context.
         """
+        _refuse_misnamed_dials(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -300,6 +305,8 @@ class InfMoEModel(InfMoEPreTrainedModel):
         The key is drawn here, once and outside checkpointed blocks, so that recomputation repeats it.
         """
         given = {name: value for name, value in dials.items() if value is not None}
+        if self.training and routing.max_stats_tokens is None:
+            given["max_stats_tokens"] = _TRAINING_STATS_TOKENS
         routing = dataclasses.replace(routing, **given) if given else routing
         for name in ("num_samples", "keep_ratio", "num_experts_per_tok"):
             dial = getattr(routing, name)
@@ -438,6 +445,16 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
         }
         model.load_state_dict(state)
         return model
+
+
+def _refuse_misnamed_dials(kwargs: dict) -> None:
+    """Raise for a keyword that was meant as a dial: the attention and the loss would swallow it in silence."""
+    dials = ("num_samples", "keep_ratio", "num_experts_per_tok", "routing_mode")
+    for key in kwargs:
+        if key == "mode":
+            raise InfMoEError("unknown argument 'mode'; did you mean 'routing_mode'?")
+        if difflib.get_close_matches(key, dials, n=1, cutoff=0.8):
+            raise unknown_name("argument", key, dials)
 
 
 def _positions(attention_mask: Tensor | None, past_length: int, num_tokens: int, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infmoe.errors import InfMoEError, unknown_name
@@ -81,8 +82,8 @@ class InfinityFFN(ConditionalFFN):
             train_wz: False freezes W_z.
             wz_lr_factor, wz_weight_decay: W_z's own, relative to the run's learning rate and in place of its
                 weight decay; None: the run's. Read by the optimizer.
-            score_dtype: input type of the product W_z z, "float32" or "bfloat16"; sums are float32. Weights
-                held in a narrower type than this are used as they are.
+            score_dtype: what both factors of W_z z are rounded to, "float32" or "bfloat16"; products and sums
+                are float32. A wrapped or quantised W_z multiplies in its own type.
             noise_seed: seed of the noise in eval mode, where a call brings no key.
             **shared: see `ConditionalFFN`.
 
@@ -103,6 +104,9 @@ class InfinityFFN(ConditionalFFN):
         self.width = ffn_width(intermediate_size, gated, multiple_of=max(block_size, 1))
         if block_size < 1 or self.width % block_size:
             raise InfMoEError(f"block_size must divide the FFN width {self.width}, got {block_size}")
+        for name, value in (("wz_lr_factor", wz_lr_factor), ("wz_weight_decay", wz_weight_decay or 0.0)):
+            if not 0 <= value < math.inf:
+                raise InfMoEError(f"{name} must be 0 or more, and finite, got {value}")
         NoiseKey(seed=noise_seed)  # refuses a bad seed now rather than at the first evaluation
         self.block_size = block_size
         self.num_units = self.width // block_size
@@ -130,7 +134,7 @@ class InfinityFFN(ConditionalFFN):
         yield from self.router.inits()
         # Scores of the size at which the mean mask has an expected square of 1: then W2's input, and so the
         # branch, starts as large as a dense FFN's (mu starts with unit variance, see `GaussianRouter`).
-        noise_variance = self.router.initial_sigma**2 if self.routing_mode != "mu" else 0.0
+        noise_variance = self.router.initial_noise_variance if self.routing_mode != "mu" else 0.0
         num_samples = self.num_samples if noise_variance else 1
         correlation = 1.0 / (1.0 + noise_variance)
         second_moment = mean_mask_second_moment(self.keep_ratio, num_samples, correlation)
@@ -220,21 +224,29 @@ class InfinityFFN(ConditionalFFN):
         return self.router(x_BTD, noise_BTKN)
 
     def _scores(self, z_BTKZ: Tensor) -> Tensor:
-        """W_z z in float32, its inputs in `score_dtype` whatever autocast says."""
-        dtype, device_type = SCORE_DTYPES[self.score_dtype], z_BTKZ.device.type
-        weight_dtype = self.w_z.weight.dtype
-        if dtype == torch.float32:
-            with torch.autocast(device_type, enabled=False):
-                return self.w_z(z_BTKZ.to(weight_dtype)).float()
-        with torch.autocast(device_type, dtype=dtype):
-            return self.w_z(z_BTKZ.to(weight_dtype)).float()
+        """W_z z in float32: both factors rounded to `score_dtype`, multiplied and summed in float32.
+
+        Rounding the product too would make ties, and ties are all kept.
+        """
+        dtype = SCORE_DTYPES[self.score_dtype]
+        with torch.autocast(z_BTKZ.device.type, enabled=False):
+            if type(self.w_z) is nn.Linear:
+                bias = self.w_z.bias.float() if self.w_z.bias is not None else None
+                return F.linear(z_BTKZ.to(dtype).float(), self.w_z.weight.to(dtype).float(), bias)
+            # wrapped (LoRA) or quantised: the module knows its own product
+            weight = self.w_z.weight
+            plain = isinstance(weight, Tensor) and weight.dtype.is_floating_point
+            return self.w_z(z_BTKZ.to(weight.dtype) if plain else z_BTKZ).float()
 
     def _weights(self, scores_BTKU: Tensor, num_samples: tuple[int, ...], keep_ratios: tuple[float, ...]) -> Tensor:
         """Each sample's weight in the mean mask, float32, broadcastable to (B, T, K)."""
         device = scores_BTKU.device
         K = scores_BTKU.shape[2]
-        weights = [[1.0 / k if i < k else 0.0 for i in range(K)] for k in num_samples]
-        weight_BTK = torch.tensor(weights, device=device)[:, None]
+        if len(num_samples) == 1:
+            weight_BTK = torch.full((1, 1, K), 1.0 / K, device=device)
+        else:
+            weights = [[1.0 / k if i < k else 0.0 for i in range(K)] for k in num_samples]
+            weight_BTK = torch.tensor(weights, device=device)[:, None]
         if self.mask_scale == "none" or all(ratio == self.keep_ratio for ratio in keep_ratios):
             return weight_BTK
         if self.mask_scale == "fixed":
@@ -263,7 +275,7 @@ class InfinityFFN(ConditionalFFN):
         B, T, _ = indices.mu_BTZ.shape
         K_B1 = torch.tensor(num_samples, device=times_kept_NU.device)[:, None]
         K_N = K_B1.expand(B, T).reshape(B * T)[::count_every]
-        tokens = torch.tensor(float(times_kept_NU.shape[0]), device=times_kept_NU.device)
+        tokens = torch.full((), float(times_kept_NU.shape[0]), device=times_kept_NU.device)
         # a unit kept c times is common to c(c-1)/2 of the K(K-1)/2 pairs; a sample keeps kept/K units
         kept_N = times_kept_NU.sum(-1)
         common_N = (times_kept_NU.square().sum(-1) - kept_N) / ((K_N - 1).clamp_min(1) * kept_N)
@@ -296,9 +308,7 @@ class InfinityFFN(ConditionalFFN):
         num_matrices = 3 if self.w3 is not None else 2
         neuron = self.hidden_size * num_matrices + (num_matrices - 1)  # weights and biases of one neuron
         always = params - params_wz - neuron * self.width  # router and output bias
-        unused_sigma = (
-            0 if sampled or self.router.sigma is None else sum(p.numel() for p in self.router.sigma.parameters())
-        )
+        unused_sigma = self.router.num_idle_params(sampled)
         flops_router = self.router.num_flops(sampled) + num_samples * 2 * self.router.z_dim * self.num_units
         flops_neuron = 2 * self.hidden_size * num_matrices
         return FFNCost(

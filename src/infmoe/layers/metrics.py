@@ -64,7 +64,7 @@ class RoutingStats(NamedTuple):
 
 def uniform_stats(num_tokens: int, num_units: int, device: torch.device) -> RoutingStats:
     """The statistics of a layer that runs every unit for every token."""
-    tokens = torch.tensor(float(num_tokens), device=device)
+    tokens = torch.full((), float(num_tokens), device=device)
     zero = torch.zeros((), device=device)
     counts_U = torch.full((num_units,), float(num_tokens), device=device)
     return RoutingStats(tokens, counts_U, tokens.clone(), tokens.clone(), zero, zero, zero)

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,6 +54,15 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def inits(self) -> Iterable[Init]:
         """How every parameter starts."""
+
+    @property
+    @abstractmethod
+    def initial_noise_variance(self) -> float:
+        """Variance that the noise adds to one entry of z at the start, where mu's entries have variance 1."""
+
+    @abstractmethod
+    def num_idle_params(self, sampled: bool) -> int:
+        """Parameters that a call does not use (not `sampled`: those of the spread)."""
 
     @abstractmethod
     def num_flops(self, sampled: bool) -> int:
@@ -116,6 +126,13 @@ class GaussianRouter(Router):
     def noise_dim(self) -> int:
         return self.z_dim if self.sigma is not None else 0
 
+    @property
+    def initial_noise_variance(self) -> float:
+        return self.initial_sigma**2 if self.sigma is not None else 0.0
+
+    def num_idle_params(self, sampled: bool) -> int:
+        return 0 if sampled or self.sigma is None else sum(p.numel() for p in self.sigma.parameters())
+
     def inits(self) -> Iterable[Init]:
         # Unit-variance inputs give mu of unit variance; sigma starts constant, so the noise starts even.
         if self.hidden is not None:
@@ -133,11 +150,15 @@ class GaussianRouter(Router):
             yield Init(self.sigma.bias, bias, 0.0)
 
     def forward(self, x_BTD: Tensor, noise_BTKN: Tensor | None) -> Indices:
-        h_BTD = x_BTD if self.hidden is None else F.gelu(self.hidden(x_BTD))
-        mu_BTZ = self.mu(h_BTD).float()
-        if noise_BTKN is None or self.sigma is None:
-            return Indices(mu_BTZ.unsqueeze(2), mu_BTZ, None)
-        raw_BTZ = self.sigma(h_BTD).float()
+        # Whatever autocast says: rounding here would flip neurons, differently for each shape of the product.
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            h_BTD = x_BTD.to(self.mu.weight.dtype)
+            if self.hidden is not None:
+                h_BTD = F.gelu(self.hidden(h_BTD))
+            mu_BTZ = self.mu(h_BTD).float()
+            if noise_BTKN is None or self.sigma is None:
+                return Indices(mu_BTZ.unsqueeze(2), mu_BTZ, None)
+            raw_BTZ = self.sigma(h_BTD).float()
         sigma_BTZ = F.softplus(raw_BTZ) if self.sigma_activation == "softplus" else raw_BTZ.exp()
         sigma_BTZ = sigma_BTZ.clamp(self.min_sigma, self.max_sigma)
         return Indices(mu_BTZ.unsqueeze(2) + sigma_BTZ.unsqueeze(2) * noise_BTKN, mu_BTZ, sigma_BTZ)

@@ -83,7 +83,8 @@ class Routing:
         key: what the noise is a function of. None: drawn from torch's default generator in train mode, the
             layer's `noise_seed` in eval mode.
         token_ids: int64, shape (B, T); what hash routing hashes. The model fills it in.
-        max_stats_tokens: the routing statistics look at this many evenly spaced tokens at most; None: at all.
+        max_stats_tokens: the routing statistics look at this many evenly spaced tokens at most; None: at all
+            of them, but a model in train mode at 512.
     """
 
     num_samples: IntDial | None = None

@@ -104,7 +104,9 @@ def _(
 
 
 def _as_int64(value: int | Tensor, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.int64, device=device)
+    if isinstance(value, int):
+        return torch.full((), value, dtype=torch.int64, device=device)
+    return value.to(device, torch.int64)
 
 
 def _mix(x: Tensor) -> Tensor:

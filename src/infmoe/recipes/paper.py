@@ -17,13 +17,13 @@ _STEPS = 10_000_000_000 // _BATCH_TOKENS  # 10B tokens
 
 
 def small(variant: str) -> RunConfig:
-    """GPT-2 small's shape; 8 rows of 1024 fit a GPU with 40 GB."""
+    """GPT-2 small's shape; the micro-batch is a guess, no GPU was at hand."""
     shape = {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768}
     return _run(f"small/{variant}", shape | fields(variant, d_ff=3072, z_dim=256), micro_batch_size=8)
 
 
 def medium(variant: str) -> RunConfig:
-    """GPT-2 medium's shape."""
+    """GPT-2 medium's shape; the micro-batch is a guess, no GPU was at hand."""
     shape = {"num_hidden_layers": 24, "num_attention_heads": 16, "hidden_size": 1024}
     return _run(f"medium/{variant}", shape | fields(variant, d_ff=4096, z_dim=256), micro_batch_size=4)
 

@@ -7,7 +7,7 @@ import difflib
 import json
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,6 +16,9 @@ from infmoe.errors import InfMoEError, unknown_name
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataConfig(_Strict):
@@ -42,7 +45,7 @@ class OptimConfig(_Strict):
     """
 
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)

@@ -72,7 +72,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> TrainResult:
                 figures = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": norm}
                 reporter.log(step, figures | {"routing": summarize(stats, accelerator)})
             reporter.pause_clock()
-            if config.eval.every and (last or step % config.eval.every == 0) and not stopped_by:
+            if config.eval.every and (last or (step % config.eval.every == 0 and not stopped_by)):
                 result = validate(session)
                 val_loss = result["val_loss"]
                 reporter.validation(step, result)

@@ -71,7 +71,7 @@ class Session:
     def start(config: RunConfig, out: Path, resume: bool) -> "Session":
         """Build everything, restored where `resume` finds a checkpoint; mistakes surface before any write."""
         data, model_config = _open_data(config)
-        order = DataOrder(data.num_windows("train", config.window), config.seed)
+        order = DataOrder(data.num_windows("train", config.window, at_least=max(1, config.batch_rows)), config.seed)
         num_val_windows = _num_val_windows(config, data)
         accelerator = _start_accelerator(config, model_config)
         accumulation = config.accumulation(accelerator.num_processes)
@@ -83,7 +83,7 @@ class Session:
         if begin.checkpoint is None:
             model = InfMoEForCausalLM(model_config)
         else:
-            model = InfMoEForCausalLM.from_pretrained(begin.checkpoint, dtype=torch.float32)
+            model = InfMoEForCausalLM.from_pretrained(begin.checkpoint, use_safetensors=True, dtype=torch.float32)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
         model = accelerator.prepare(model.train())

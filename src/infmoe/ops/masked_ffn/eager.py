@@ -3,6 +3,7 @@
 B batch rows, T tokens, K samples, U units (neurons, or blocks of neurons), N tokens whose counts are taken.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -129,3 +130,7 @@ def _partition(source_NU: np.ndarray, target_N: np.ndarray, kth: int) -> None:
 @cache
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="infmoe-select")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child makes its own
+    os.register_at_fork(after_in_child=_pool.cache_clear)
