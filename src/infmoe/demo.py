@@ -1,6 +1,7 @@
 """The demo: from a fresh machine to a trained model, its two dials and a report, in a few minutes."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -142,12 +143,13 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
     seconds = time.perf_counter() - begin
     write_json(report / "demo.json", {"seconds": seconds, "trained": not finished, "provenance": provenance()})
     _say(f"\nDone in {seconds:.0f} s. The report: {page}")
+    command = "infmoe" if shutil.which("infmoe") else str(Path(os.path.relpath(sys.executable)).parent / "infmoe")
     _say(
         "\nTry next:\n"
-        f'  infmoe generate {run_dir} --prompt "import os" --num-samples 1 --keep-ratio 1/8\n'
-        f"  infmoe evaluate {run_dir} --num-samples 1,4 --keep-ratio 1/16,1/4 --json\n"
-        f"  infmoe train tiny/dense-swiglu --data {out / 'data'} --out runs/dense-swiglu\n"
-        "  infmoe params small/infinity"
+        f'  {command} generate {run_dir} --prompt "import os" --num-samples 1 --keep-ratio 1/8\n'
+        f"  {command} evaluate {run_dir} --num-samples 1,4 --keep-ratio 1/16,1/4 --json\n"
+        f"  {command} train tiny/dense-swiglu --data {out / 'data'} --out runs/dense-swiglu\n"
+        f"  {command} params small/infinity"
     )
     return page
 
