@@ -224,7 +224,7 @@ def test_demo(cli, tmp_path, monkeypatch):
     assert f"The report: {report}" in first.out
     assert "Try next" in first.out
     for command in ("generate", "evaluate", "train", "params"):
-        assert f"\n  infmoe {command} " in first.out
+        assert re.search(rf"\n  (\S*/)?infmoe {command} ", first.out)
     page = report.read_text()
     assert page.count("data:image/png;base64,") == 2
     assert not any(word in page for word in ("http://", "https://", "<link", "<script"))
