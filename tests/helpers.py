@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
 from infmoe.layers import FFN_CLASSES, ConditionalFFN, NoiseKey, Routing
+from infmoe.ops import dispatch
 from infmoe.ops.masked_ffn import eager
 
 FLIP_TOLERANCE = 1e-5
@@ -87,7 +88,8 @@ def _select_by(function: Callable[..., Tensor]) -> Iterator[None]:
     original = eager.select
     eager.select = function
     try:
-        yield
+        with dispatch.backend("eager"):
+            yield
     finally:
         eager.select = original
 

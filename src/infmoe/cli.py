@@ -340,26 +340,40 @@ def sweep(
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Which measurement; 'list' names them.")] = "list",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, for a first look.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the result to this JSON file too.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points and rounds, for a first look.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the result to this JSON file too, its picture beside it.")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print how backends are chosen here, and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the product itself: training loop, start-up, exact resumption, selection, tokenizing."""
+    """Measure the product itself: layer, decoding, training, loop, start-up, exact resumption, tokenizing."""
     from infmoe.bench import BENCHES, run_bench
-    from infmoe.provenance import write_json
+    from infmoe.provenance import require_writable, write_json
 
+    if explain:
+        from infmoe.ops.dispatch import explain as explain_dispatch
+
+        print(explain_dispatch())
+        return
     if name == "list":
         for known, (_, _, text) in BENCHES.items():
             print(f"{known:<12}{text}")
         return
-    result = run_bench(name, quick=quick)
     if out is not None:
-        write_json(out, result)
+        require_writable(out.parent)
+    result = run_bench(name, quick=quick)
     if not as_json:
-        for row in result["rows"]:
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
-    # the last line is for programs, whatever stands above it
-    print(json.dumps(result if as_json else {"bench": name, "summary": result["summary"]}))
+        from infmoe.bench.common import table
+
+        print(table(result["rows"]))
+    if out is not None:
+        from infmoe.bench.figures import PICTURES
+
+        write_json(out, result)
+        if name in PICTURES:
+            PICTURES[name](result["rows"], out.with_suffix(".png"))
+    print(json.dumps(result))  # the last line is for programs, whatever stands above it
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

@@ -148,7 +148,8 @@ def test_a_decoding_step_reads_one_token_after_the_same_cache(opened, points):
         def __call__(self, **kwargs):
             return model(**kwargs)
 
-    timings = decode_latency(Recorder(parameters=parameters), [p.routing() for p in points], prompt_length=9, rounds=4)
+    recorder = Recorder(parameters=parameters, config=opened.model.config)
+    timings = decode_latency(recorder, [p.routing() for p in points], prompt_length=9, rounds=4)
     assert len(timings) == len(points)
     assert set(seen) == {((1, 1), 9)}
     assert len(seen) == (2 + 4) * len(points)

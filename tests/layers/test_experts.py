@@ -121,7 +121,8 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_weights():
     half = make_experts(16, 32, 4)
     half.load_state_dict(experts.state_dict())
     expected_TD = half.bfloat16()(x_TD.bfloat16(), expert_Tk, gate_Tk)
-    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-2, atol=1e-2)  # b2 stays float32 under autocast
+    # the biases stay float32 under autocast
+    assert (y_TD - expected_TD).float().norm() <= 0.01 * expected_TD.float().norm()
 
 
 def test_runs_repeat_bit_for_bit():

@@ -21,6 +21,16 @@ BENCHES: dict[str, tuple[str, str, str]] = {
     "select": ("selection", "select_speed", "top-N selection: numpy's quickselect against torch.topk"),
     "startup": ("startup", "startup", "time of `infmoe --help` and of `import infmoe` over `import torch`"),
     "resume": ("resume", "kill_and_resume", "a run killed by SIGKILL and resumed, bit for bit"),
+    "ffn": ("ffn", "ffn_speed", "one ∞-MoE layer against its bare matrix products and the paper's reference"),
+    "decode": ("decode", "decode_speed", "decoding with a whole model against the limits by bytes"),
+    "train": ("train_speed", "train_speed", "training steps against moe and dense, beside what FLOPs allow"),
+    "experts": ("experts", "moe_over_gemms", "the moe layer over its own bare grouped products"),
+    "growth": ("growth", "growth", "the layer's time against tokens, F and K, each fitted"),
+    "router": ("growth", "router_cost", "FLOPs and bytes of the router apart; flips of bf16 scores"),
+    "dispatch": ("dispatching", "dispatch_regret", "the dispatcher's choice against the best backend, over a grid"),
+    "scores": ("scores", "score_precision", "what bfloat16 scores change on a trained model: units and loss"),
+    "gpu": ("gpu", "gpu", "the Triton kernels on a GPU: checked against naive.py, then timed"),
+    "aot": ("aot", "aot", "the Triton kernels compiled for sm_80 and sm_90: registers and shared memory"),
     "data": ("tokenize", "tokenize", "`infmoe data` against tokenizers' encode_batch alone"),
 }
 

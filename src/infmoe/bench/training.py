@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infmoe.bench.common import Measured, Rows, paired_ratio, spread, tiny_run
+from infmoe.bench.common import Measured, Rows, paired_ratio, spread, tiny_run, training_step
 from infmoe.data import DataOrder, TokenData
 from infmoe.eval.latency import interleave
 from infmoe.hf import InfMoEForCausalLM
@@ -86,12 +86,12 @@ def against_gpt2(*, quick: bool = False) -> Measured:
         ).train()
         routing = Routing(max_stats_tokens=config.log.stats_tokens)
         arms = [
-            _step(
+            training_step(
                 ours,
                 config,
                 lambda model: model(input_ids=batch, labels=batch, routing=routing, use_cache=False),
             ),
-            _step(theirs, config, lambda model: model(input_ids=batch, labels=batch, use_cache=False)),
+            training_step(theirs, config, lambda model: model(input_ids=batch, labels=batch, use_cache=False)),
         ]
         seconds = interleave(arms, rounds=rounds)
     rows: Rows = [
@@ -111,7 +111,9 @@ def stats_cost(*, quick: bool = False) -> Measured:
 
         def arm(tokens: int, stats: Callable[..., Any]) -> Callable[[], None]:
             routing = Routing(key=NoiseKey(0, 0, torch.arange(len(batch))), max_stats_tokens=tokens)
-            step = _step(model, config, lambda m: m(input_ids=batch, labels=batch, routing=routing, use_cache=False))
+            step = training_step(
+                model, config, lambda m: m(input_ids=batch, labels=batch, routing=routing, use_cache=False)
+            )
 
             def run_step() -> None:
                 InfinityFFN._stats = stats  # type: ignore[method-assign]
@@ -145,7 +147,7 @@ def variant_speed(*, quick: bool = False) -> Measured:
             for precision in ("fp32", "bf16"):
                 config = apply_overrides(recipe(name), [f"precision={precision}"])
                 arms.append(
-                    _step(
+                    training_step(
                         model,
                         config,
                         lambda m: m(input_ids=batch, labels=batch, routing=routing, use_cache=False),
@@ -203,17 +205,3 @@ def _bare_seconds(config: RunConfig, batches: list[Tensor], first_timed: int) ->
     for s in range(first_timed, len(batches)):
         step(s)
     return (time.perf_counter() - begin) / (len(batches) - first_timed)
-
-
-def _step(model: Any, config: RunConfig, forward: Callable[[Any], Any]) -> Callable[[], None]:
-    """One training step of `model`, without gradient accumulation."""
-    optimizer = build_optimizer(model, config.optim)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = forward(model).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step

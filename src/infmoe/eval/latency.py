@@ -1,8 +1,10 @@
-"""Latency of one model under several routings, measured side by side.
+"""Latency of models under several routings, measured side by side.
 
 B rows, T tokens.
 """
 
+import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +13,9 @@ from typing import Any
 
 import torch
 
-from infmoe.layers import Routing
+from infmoe.layers import NoiseKey, Routing
+
+NEXT_TOKENS = 8  # a timed decoding step goes round so many tokens
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,31 @@ class Timing:
         return Timing(1e3 * median, 1e3 * low, 1e3 * high)
 
 
-def interleave(arms: Sequence[Callable[[], Any]], *, rounds: int, warmup: int = 2) -> list[list[float]]:
+def interleave(
+    arms: Sequence[Callable[[], Any]], *, rounds: int, warmup: int = 2, limit_sec: float | None = None
+) -> list[list[float]]:
     """Time the arms in turn, round after round, so that the machine's moods fall on all of them alike.
 
     Odd rounds go backwards.
 
+    Args:
+        arms: what to time.
+        rounds: how often each is timed.
+        warmup: calls of each before that.
+        limit_sec: no round begins after this many seconds, warm-up included, once there are two (quartiles
+            need two).
+
     Returns:
         For each arm its seconds per round.
     """
+    start = time.perf_counter()
     for arm in arms:
         for _ in range(warmup):
             arm()
     seconds: list[list[float]] = [[] for _ in arms]
     for r in range(rounds):
+        if limit_sec is not None and r >= 2 and time.perf_counter() - start > limit_sec:
+            break
         order = range(len(arms)) if r % 2 == 0 else reversed(range(len(arms)))
         for i in order:
             begin = time.perf_counter()
@@ -53,22 +69,38 @@ def interleave(arms: Sequence[Callable[[], Any]], *, rounds: int, warmup: int = 
 
 
 @torch.no_grad()
-def decode_latency(model: Any, routings: Sequence[Routing], *, prompt_length: int, rounds: int = 30) -> list[Timing]:
-    """Time of one decoding step at batch 1: one new token after `prompt_length` cached ones."""
+def decode_step(model: Any, routing: Routing | None, *, prompt_length: int, batch_size: int = 1) -> Callable[[], Any]:
+    """One decoding step, to be timed: one new token a row after `prompt_length` cached ones.
+
+    The new tokens change from call to call, and the rows differ, as requests do: equal tokens would select
+    equal neurons, and a path that reads only those would find them in the cache.
+    """
     device = next(model.parameters()).device
-    prompt = torch.zeros((1, prompt_length), dtype=torch.int64, device=device)
-    token = prompt[:, :1]
+    draw = torch.Generator().manual_seed(0)
+    shape = (batch_size, prompt_length + NEXT_TOKENS)
+    tokens_BT = torch.randint(model.config.vocab_size, shape, generator=draw).to(device)
+    routing = routing or Routing()
+    if routing.key is None:
+        key = NoiseKey(seed=getattr(model.config, "noise_seed", None) or 0, stream=torch.arange(batch_size).to(device))
+        routing = dataclasses.replace(routing, key=key)
+    prompt_BT, next_B1s = tokens_BT[:, :prompt_length], tokens_BT[:, prompt_length:].split(1, dim=1)
+    cache = model(input_ids=prompt_BT, use_cache=True, routing=routing).past_key_values
+    turn = itertools.cycle(next_B1s)
 
-    def arm(routing: Routing) -> Callable[[], Any]:
-        cache = model(input_ids=prompt, use_cache=True, routing=routing).past_key_values
+    @torch.no_grad()
+    def step() -> None:
+        model(input_ids=next(turn), past_key_values=cache, use_cache=True, routing=routing, logits_to_keep=1)
+        cache.crop(-1)  # one token off again
 
-        def step() -> None:
-            model(input_ids=token, past_key_values=cache, use_cache=True, routing=routing, logits_to_keep=1)
-            cache.crop(-1)  # one token off again
+    return step
 
-        return step
 
-    return [Timing.of(s) for s in interleave([arm(r) for r in routings], rounds=rounds)]
+def decode_latency(
+    model: Any, routings: Sequence[Routing], *, prompt_length: int, rounds: int = 30, batch_size: int = 1
+) -> list[Timing]:
+    """Time of one decoding step: one new token a row after `prompt_length` cached ones."""
+    arms = [decode_step(model, r, prompt_length=prompt_length, batch_size=batch_size) for r in routings]
+    return [Timing.of(s) for s in interleave(arms, rounds=rounds)]
 
 
 @torch.no_grad()

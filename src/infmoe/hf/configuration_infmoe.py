@@ -70,6 +70,7 @@ class InfMoEConfig(PreTrainedConfig):
     min_sigma: float | int | None = None
     max_sigma: float | int | None = None
     block_size: int | None = None
+    selection: str | None = None
     mask_scale: str | None = None
     wz_bias: bool | None = None
     train_wz: bool | None = None

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf.configuration_infmoe import InfMoEConfig
 from infmoe.layers import ConditionalFFN, FFNOutput, NoiseKey, PerLayer, Routing, RoutingStats, ffn_class
+from infmoe.layers.linear import Linear
 from infmoe.layers.routing import FloatDial, IntDial, Mode
 
 # The routing statistics of a training pass look at this many tokens, unless the routing says otherwise.
@@ -88,8 +89,8 @@ class InfMoEAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.c_attn = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = Linear(config.hidden_size, config.hidden_size)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -330,7 +331,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
     def __init__(self, config: InfMoEConfig):
         super().__init__(config)
         self.transformer = InfMoEModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

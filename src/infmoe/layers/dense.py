@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infmoe.layers.activations import activation, ffn_width
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
+from infmoe.layers.linear import Linear
 from infmoe.layers.metrics import stats_stride, uniform_stats
 from infmoe.layers.routing import Routing
 
@@ -38,9 +39,9 @@ class DenseFFN(ConditionalFFN):
         self.hidden_act = hidden_act
         self.act, gated = activation(hidden_act)
         self.width = ffn_width(intermediate_size, gated)
-        self.w1 = nn.Linear(hidden_size, self.width)
-        self.w3 = nn.Linear(hidden_size, self.width) if gated else None
-        self.w2 = nn.Linear(self.width, hidden_size)
+        self.w1 = Linear(hidden_size, self.width)
+        self.w3 = Linear(hidden_size, self.width) if gated else None
+        self.w2 = Linear(self.width, hidden_size)
         self.reset_parameters()
 
     def inits(self) -> Iterable[Init]:

@@ -13,6 +13,7 @@ from infmoe.errors import InfMoEError
 from infmoe.layers.activations import activation, ffn_width
 from infmoe.layers.base import FFNCost, Init
 from infmoe.layers.metrics import RoutingStats, stats_stride
+from infmoe.ops.expert_ffn import expert_ffn
 
 
 class Experts(nn.Module):
@@ -45,6 +46,7 @@ class Experts(nn.Module):
             )
         self.hidden_size = hidden_size
         self.num_experts = num_experts
+        self.hidden_act = hidden_act
         self.act, gated = activation(hidden_act)
         self.width = ffn_width(intermediate_size // num_experts, gated)
         into, out = (num_experts, hidden_size, self.width), (num_experts, self.width, hidden_size)
@@ -76,8 +78,22 @@ class Experts(nn.Module):
         Returns:
             shape (T, D), in x's dtype, or autocast's where that is enabled.
         """
-        num_tokens, k = expert_Tk.shape
         dtype = _compute_dtype(x_TD)
+        if x_TD.device.type == "cpu":
+            return expert_ffn(
+                x_TD,
+                expert_Tk,
+                gate_Tk,
+                self.w1_EDF,
+                self.b1_EF,
+                self.w3_EDF,
+                self.b3_EF,
+                self.w2_EFD,
+                self.b2_D,
+                hidden_act=self.hidden_act,
+                dtype=dtype,
+            )
+        num_tokens, k = expert_Tk.shape
         expert_N, order_N = expert_Tk.reshape(-1).sort(stable=True)
         experts = torch.arange(self.num_experts, device=x_TD.device)
         ends_E = torch.searchsorted(expert_N, experts, right=True, out_int32=True)
@@ -135,6 +151,13 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
 
+def narrow_softmax(logits_TE: Tensor) -> Tensor:
+    """softmax over the last dimension; over few columns, torch's takes several times as long on a CPU."""
+    if logits_TE.shape[1] >= 16:
+        return logits_TE.softmax(dim=-1)
+    return logits_TE.T.contiguous().softmax(dim=0).T
+
+
 def balance_loss(probs_TE: Tensor, expert_Tk: Tensor) -> Tensor:
     """E * sum_i f_i P_i (Switch Transformer, Eq. 4-6): 1 at perfect balance, E where one expert takes all.
 
@@ -150,10 +173,10 @@ def balance_loss(probs_TE: Tensor, expert_Tk: Tensor) -> Tensor:
 def count_experts(expert_Tk: Tensor, num_experts: int, kept_Tk: Tensor | None = None) -> Tensor:
     """How many pairs go to each expert (only those that `kept_Tk` marks), float32, shape (E,)."""
     experts = torch.arange(num_experts, device=expert_Tk.device)
-    pick_NE = expert_Tk.reshape(-1, 1) == experts
+    pick_EN = expert_Tk.reshape(-1) == experts[:, None]  # sums along rows are quicker than down columns
     if kept_Tk is not None:
-        pick_NE = pick_NE & kept_Tk.reshape(-1, 1)
-    return pick_NE.sum(dim=0).float()
+        pick_EN = pick_EN & kept_Tk.reshape(-1)
+    return pick_EN.sum(dim=1).float()
 
 
 @torch.no_grad()

@@ -16,14 +16,19 @@ from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.activations import activation, ffn_width
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
 from infmoe.layers.gaussian import kept_second_moment, mean_mask_second_moment
+from infmoe.layers.linear import Linear
 from infmoe.layers.metrics import RoutingStats, stats_stride
 from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation
 from infmoe.layers.routing import MODES, Mode, NoiseKey, Routing, check_keep_ratio, check_num_samples
-from infmoe.ops import masked_ffn
+from infmoe.ops import dispatch, triton
+from infmoe.ops.masked_ffn import eager, fused
+from infmoe.ops.masked_ffn.result import SELECTIONS, MaskStats, MeanMask, Selection, counted, unpacked
 from infmoe.ops.noise import normal_noise
 
 MaskScale = Literal["none", "fixed", "rms"]
 MASK_SCALES: tuple[MaskScale, ...] = ("none", "fixed", "rms")
+Ints = tuple[int, ...]
+Floats = tuple[float, ...]
 SCORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -53,6 +58,7 @@ class InfinityFFN(ConditionalFFN):
         min_sigma: float = 1e-4,
         max_sigma: float = 10.0,
         block_size: int = 1,
+        selection: Selection = "exact",
         mask_scale: MaskScale = "none",
         wz_bias: bool = False,
         train_wz: bool = True,
@@ -75,6 +81,8 @@ class InfinityFFN(ConditionalFFN):
             routing_mode: mode that a call uses unless it says otherwise.
             router_hidden_size, sigma_activation, initial_sigma, min_sigma, max_sigma: see `GaussianRouter`.
             block_size: neurons that share one score; 1 is the paper's.
+            selection: "exact" keeps the top N % (Eq. 6); "statistical" what lies above the mean of the scores
+                plus a normal quantile of their deviations, N % where scores are Gaussian (linear time).
             mask_scale: how masks are scaled at a keep ratio other than `keep_ratio`: "none"; "fixed", by a
                 constant that keeps the mask's expected square for Gaussian scores; "rms", by the token's own
                 ratio of the two masks' rms.
@@ -95,6 +103,8 @@ class InfinityFFN(ConditionalFFN):
         check_keep_ratio(keep_ratio)
         if routing_mode not in MODES:
             raise unknown_name("routing_mode", routing_mode, MODES)
+        if selection not in SELECTIONS:
+            raise unknown_name("selection", selection, SELECTIONS)
         if mask_scale not in MASK_SCALES:
             raise unknown_name("mask_scale", mask_scale, MASK_SCALES)
         if score_dtype not in SCORE_DTYPES:
@@ -109,11 +119,13 @@ class InfinityFFN(ConditionalFFN):
                 raise InfMoEError(f"{name} must be 0 or more, and finite, got {value}")
         NoiseKey(seed=noise_seed)  # refuses a bad seed now rather than at the first evaluation
         self.block_size = block_size
+        self.selection: Selection = selection
         self.num_units = self.width // block_size
         self.num_samples, self.keep_ratio = num_samples, keep_ratio
         self.routing_mode: Mode = routing_mode if sigma_activation != "none" else "mu"
         self.mask_scale, self.score_dtype, self.noise_seed = mask_scale, score_dtype, noise_seed
         self.wz_lr_factor, self.wz_weight_decay = wz_lr_factor, wz_weight_decay
+        self._measured_density: dict[tuple, float] = {}
 
         self.router = GaussianRouter(
             hidden_size,
@@ -124,10 +136,10 @@ class InfinityFFN(ConditionalFFN):
             min_sigma=min_sigma,
             max_sigma=max_sigma,
         )
-        self.w_z = nn.Linear(z_dim, self.num_units, bias=wz_bias).requires_grad_(train_wz)
-        self.w1 = nn.Linear(hidden_size, self.width)
-        self.w3 = nn.Linear(hidden_size, self.width) if gated else None
-        self.w2 = nn.Linear(self.width, hidden_size)
+        self.w_z = Linear(z_dim, self.num_units, bias=wz_bias).requires_grad_(train_wz)
+        self.w1 = Linear(hidden_size, self.width)
+        self.w3 = Linear(hidden_size, self.width) if gated else None
+        self.w2 = Linear(self.width, hidden_size)
         self.reset_parameters()
 
     def inits(self) -> Iterable[Init]:
@@ -156,23 +168,150 @@ class InfinityFFN(ConditionalFFN):
         num_samples, keep_ratios, mode = self._dials(routing, batch_size=x_BTD.shape[0])
 
         indices = self._draw(x_BTD, routing, max(num_samples), mode)
-        scores_BTKU = self._scores(indices.z_BTKZ)
-        weight_BTK = self._weights(scores_BTKU, num_samples, keep_ratios)
+        backend = self._backend(x_BTD, routing, num_samples, keep_ratios)
+        run = {"eager": self._eager, "fused": self._fused, "sparse": self._sparse, "triton": self._triton}[backend]
         count_every = stats_stride(x_BTD.shape[0] * x_BTD.shape[1], routing.max_stats_tokens)
-        mask_BTU, times_kept_NU = masked_ffn.mean_top_mask(
-            scores_BTKU, self._num_kept(keep_ratios), weight_BTK, count_every
-        )
-        mask_BTF = mask_BTU.repeat_interleave(self.block_size, dim=-1) if self.block_size > 1 else mask_BTU
+        y_BTD, mask_stats = run(x_BTD, indices.z_BTKZ, num_samples, keep_ratios, count_every)
+        if not torch.is_grad_enabled():
+            self._measure_density(
+                mask_stats, num_samples, keep_ratios, -(-x_BTD.shape[0] * x_BTD.shape[1] // count_every)
+            )
+        stats = self._stats(indices, mask_stats, count_every)
+        return FFNOutput(y_BTD, torch.zeros((), device=x_BTD.device), stats)
 
+    # What the backends take: input, indices, dials, and the stride of the tokens that the statistics look at.
+    # They return the output and the masks' statistics.
+
+    def _eager(
+        self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
+    ) -> tuple[Tensor, MaskStats]:
+        """Tensor operations alone: any device and dtype."""
+        scores_BTKU = self._scores(z_BTKZ)
+        weight_BTK = self._weights(z_BTKZ, scores_BTKU, num_samples, keep_ratios)
+        mask = eager.mean_top_mask(scores_BTKU, self._num_kept(keep_ratios), weight_BTK, count_every, self.selection)
+        mask_BTU = mask.mask_BTU
+        mask_BTF = mask_BTU.repeat_interleave(self.block_size, dim=-1) if self.block_size > 1 else mask_BTU
         h_BTF = self.act(self.w1(x_BTD))
         if self.w3 is not None:
             h_BTF = h_BTF * self.w3(x_BTD)
-        y_BTD = self.w2(h_BTF * mask_BTF.to(h_BTF.dtype))
+        return self.w2(h_BTF * mask_BTF.to(h_BTF.dtype)), mask.stats
 
-        stats = self._stats(indices, times_kept_NU, num_samples, count_every)
-        return FFNOutput(y_BTD, torch.zeros((), device=x_BTD.device), stats)
+    def _fused(
+        self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
+    ) -> tuple[Tensor, MaskStats]:
+        """Compiled selection and gating between the two products, which skip nothing."""
+        pre_BTF, b1 = _product(self.w1, x_BTD)
+        gate_BTF, b3 = _product(self.w3, x_BTD) if self.w3 is not None else (None, None)
+        mask = self._fused_mask(z_BTKZ, num_samples, keep_ratios, count_every, pre_BTF.dtype)
+        if _is_plain(self.w2):
+            weight, bias = self.w2.weight.to(pre_BTF.dtype), self.w2.bias.to(pre_BTF.dtype)
+            y_BTD = fused.gated_linear(pre_BTF, b1, gate_BTF, b3, mask.mask_BTU, weight, bias, self.hidden_act)
+        else:
+            y_BTD = self.w2(fused.gate(pre_BTF, b1, gate_BTF, b3, mask.mask_BTU, self.hidden_act))
+        return y_BTD, mask.stats
 
-    def _dials(self, routing: Routing, batch_size: int) -> tuple[tuple[int, ...], tuple[float, ...], Mode]:
+    def _sparse(
+        self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
+    ) -> tuple[Tensor, MaskStats]:
+        """The mask first, then only the neurons that it keeps."""
+        mask = self._fused_mask(z_BTKZ, num_samples, keep_ratios, count_every, torch.float32)
+        w3, b3 = (self.w3.weight, self.w3.bias) if self.w3 is not None else (None, None)
+        w1, b1, w2, b2 = self.w1.weight, self.w1.bias, self.w2.weight, self.w2.bias
+        return fused.sparse_ffn(x_BTD, mask.mask_BTU, w1, b1, w3, b3, w2, b2, self.hidden_act), mask.stats
+
+    def _triton(
+        self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
+    ) -> tuple[Tensor, MaskStats]:
+        """Selection and gating fused on the GPU, between products that skip nothing."""
+        B, T, K, _ = z_BTKZ.shape
+        scores_BTKU = self._scores(z_BTKZ)
+        weight_NK = self._weights(z_BTKZ, scores_BTKU, num_samples, keep_ratios).expand(B, T, K).flatten(0, 1)
+        pre_BTF = self.w1(x_BTD)
+        gate_NF = self.w3(x_BTD).flatten(0, 1) if self.w3 is not None else None
+        num_kept = self._num_kept(keep_ratios)
+        rows = [torch.full((B * T // len(num_kept),), n, dtype=torch.int32, device=x_BTD.device) for n in num_kept]
+        selected = (scores_BTKU.flatten(0, 1), torch.cat(rows), weight_NK.detach())
+        statistical = self.selection == "statistical"
+        if _is_plain(self.w2):
+            w2, b2 = self.w2.weight.to(pre_BTF.dtype), self.w2.bias.to(pre_BTF.dtype)
+            y_ND, packed_NKW, _ = triton.gated_linear(
+                pre_BTF.flatten(0, 1), *selected, w2, b2, gate_NF, act=self.hidden_act, statistical=statistical
+            )
+        else:
+            gated_NF, packed_NKW, _ = triton.gated_mask(
+                pre_BTF.flatten(0, 1), *selected, gate_NF, act=self.hidden_act, statistical=statistical
+            )
+            y_ND = self.w2(gated_NF)
+        looked = slice(None, None, count_every)
+        kept_NKU = unpacked(packed_NKW[looked], self.num_units)
+        return y_ND.view(x_BTD.shape), counted(kept_NKU, weight_NK[looked])
+
+    def _fused_mask(
+        self, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int, dtype: torch.dtype
+    ) -> MeanMask:
+        num_kept = self._num_kept(keep_ratios)
+        if _is_plain(self.w_z) and not self._scale_needs_scores(keep_ratios):
+            weight_BTK = self._weights(z_BTKZ, None, num_samples, keep_ratios)
+            return fused.top_mask(
+                z_BTKZ,
+                self.w_z.weight,
+                self.w_z.bias,
+                num_kept,
+                weight_BTK,
+                count_every=count_every,
+                selection=self.selection,
+                score_dtype=SCORE_DTYPES[self.score_dtype],
+                mask_dtype=dtype,
+            )
+        scores_BTKU = self._scores(z_BTKZ)
+        weight_BTK = self._weights(z_BTKZ, scores_BTKU, num_samples, keep_ratios)
+        return fused.top_mask_of_scores(
+            scores_BTKU, num_kept, weight_BTK, count_every=count_every, selection=self.selection, mask_dtype=dtype
+        )
+
+    def _backend(self, x_BTD: Tensor, routing: Routing, num_samples: Ints, keep_ratios: Floats) -> str:
+        device = x_BTD.device.type
+        autocast = torch.is_autocast_enabled(device) and x_BTD.dtype != torch.float64  # which it leaves alone
+        linears = [linear for linear in (self.w1, self.w2, self.w3) if linear is not None]
+        dtype = torch.get_autocast_dtype(device) if autocast else x_BTD.dtype
+        return dispatch.resolve(
+            routing.backend,
+            device=device,
+            dtype=dtype,
+            gradients=torch.is_grad_enabled(),
+            plain=not autocast and all(_is_plain(linear) and linear.weight.dtype == dtype for linear in linears),
+            tokens=x_BTD.shape[0] * x_BTD.shape[1],
+            density=1.0
+            if torch.compiler.is_compiling()
+            else max(self._density(k, ratio) for ratio in keep_ratios for k in num_samples),
+            hidden_size=self.hidden_size,
+            width=self.width,
+            matrices=len(linears),
+        )
+
+    def _setting(self, num_samples: int, keep_ratio: float) -> tuple:
+        """What a measured density holds for: two dials, and the router as it is."""
+        weights = (self.router.mu.weight, self.w_z.weight)
+        versions = (w._version if isinstance(w, Tensor) and not w.is_inference() else 0 for w in weights)
+        return num_samples, keep_ratio, *versions
+
+    def _density(self, num_samples: int, keep_ratio: float) -> float:
+        """Expected share of units in the union of a token's masks: as measured, else for independent masks."""
+        return self._measured_density.get(
+            self._setting(num_samples, keep_ratio), 1.0 - (1.0 - keep_ratio) ** num_samples
+        )
+
+    def _measure_density(self, mask: MaskStats, num_samples: Ints, keep_ratios: Floats, num_tokens: int) -> None:
+        """Remember the share that a setting's first call without gradients found, for the dispatcher."""
+        if len(num_samples) != 1 or len(keep_ratios) != 1 or num_tokens == 0 or torch.compiler.is_compiling():
+            return
+        setting = self._setting(num_samples[0], keep_ratios[0])
+        if setting not in self._measured_density and mask.union.device.type == "cpu":
+            share = float(mask.union) / num_tokens
+            if 0.0 < share <= 1.0:
+                self._measured_density[setting] = share
+
+    def _dials(self, routing: Routing, batch_size: int) -> tuple[Ints, Floats, Mode]:
         """K and keep ratio, each as one value for all rows or one per row, and the mode."""
         self._refuse(routing, "num_experts_per_tok")
         mode = routing.mode or self.routing_mode
@@ -187,7 +326,7 @@ class InfinityFFN(ConditionalFFN):
                 raise InfMoEError(f"{name} has {len(dial)} values for a batch of {batch_size} rows: give one per row")
         return ((1,) if mode == "mu" else num_samples), keep_ratios, mode
 
-    def _num_kept(self, keep_ratios: tuple[float, ...]) -> tuple[int, ...]:
+    def _num_kept(self, keep_ratios: Floats) -> Ints:
         return tuple(max(1, round(ratio * self.num_units)) for ratio in keep_ratios)
 
     def _draw(self, x_BTD: Tensor, routing: Routing, num_samples: int, mode: Mode) -> Indices:
@@ -230,7 +369,7 @@ class InfinityFFN(ConditionalFFN):
         """
         dtype = SCORE_DTYPES[self.score_dtype]
         with torch.autocast(z_BTKZ.device.type, enabled=False):
-            if type(self.w_z) is nn.Linear:
+            if type(self.w_z) is Linear:
                 bias = self.w_z.bias.float() if self.w_z.bias is not None else None
                 return F.linear(z_BTKZ.to(dtype).float(), self.w_z.weight.to(dtype).float(), bias)
             # wrapped (LoRA) or quantised: the module knows its own product
@@ -238,29 +377,34 @@ class InfinityFFN(ConditionalFFN):
             plain = isinstance(weight, Tensor) and weight.dtype.is_floating_point
             return self.w_z(z_BTKZ.to(weight.dtype) if plain else z_BTKZ).float()
 
-    def _weights(self, scores_BTKU: Tensor, num_samples: tuple[int, ...], keep_ratios: tuple[float, ...]) -> Tensor:
+    def _scale_needs_scores(self, keep_ratios: Floats) -> bool:
+        return self.mask_scale == "rms" and any(ratio != self.keep_ratio for ratio in keep_ratios)
+
+    def _weights(self, z_BTKZ: Tensor, scores_BTKU: Tensor | None, num_samples: Ints, keep_ratios: Floats) -> Tensor:
         """Each sample's weight in the mean mask, float32, broadcastable to (B, T, K)."""
-        device = scores_BTKU.device
-        K = scores_BTKU.shape[2]
+        device = z_BTKZ.device
+        K = z_BTKZ.shape[2]
         if len(num_samples) == 1:
-            weight_BTK = torch.full((1, 1, K), 1.0 / K, device=device)
+            weight_BTK = torch.full((1, 1, K), 1.0 / K, dtype=torch.float32, device=device)
         else:
             weights = [[1.0 / k if i < k else 0.0 for i in range(K)] for k in num_samples]
-            weight_BTK = torch.tensor(weights, device=device)[:, None]
+            weight_BTK = torch.tensor(weights, dtype=torch.float32, device=device)[:, None]
         if self.mask_scale == "none" or all(ratio == self.keep_ratio for ratio in keep_ratios):
             return weight_BTK
         if self.mask_scale == "fixed":
             trained = kept_second_moment(self.keep_ratio)
             factors = [math.sqrt(trained / kept_second_moment(ratio)) for ratio in keep_ratios]
-            return weight_BTK * torch.tensor(factors, device=device)[:, None, None]
-        one = torch.ones((), device=device)
+            return weight_BTK * torch.tensor(factors, dtype=torch.float32, device=device)[:, None, None]
+        assert scores_BTKU is not None
+        scores_BTKU = scores_BTKU.detach()
+        one = torch.ones((1, 1, 1), dtype=torch.float32, device=device)
 
-        def mask_norm_BTK(ratios: tuple[float, ...]) -> Tensor:
+        def mask_norm_BTK(ratios: Floats) -> Tensor:
             # one sample at a time: the norm of its own mask, not of the mean
             masks = [
-                masked_ffn.mean_top_mask(
-                    scores_BTKU[:, :, k : k + 1].detach(), self._num_kept(ratios), one.expand(1, 1, 1)
-                )[0]
+                eager.mean_top_mask(
+                    scores_BTKU[:, :, k : k + 1], self._num_kept(ratios), one, selection=self.selection
+                ).mask_BTU
                 for k in range(K)
             ]
             return torch.stack([mask.norm(dim=-1) for mask in masks], dim=-1)
@@ -268,30 +412,24 @@ class InfinityFFN(ConditionalFFN):
         return weight_BTK * mask_norm_BTK((self.keep_ratio,)) / mask_norm_BTK(keep_ratios).clamp_min(1e-12)
 
     @torch.no_grad()
-    def _stats(
-        self, indices: Indices, times_kept_NU: Tensor, num_samples: tuple[int, ...], count_every: int
-    ) -> RoutingStats:
+    def _stats(self, indices: Indices, mask: MaskStats, count_every: int) -> RoutingStats:
         """What the mean mask hides: load, union and overlap of the K masks, and the router's spread."""
-        B, T, _ = indices.mu_BTZ.shape
-        K_B1 = torch.tensor(num_samples, device=times_kept_NU.device)[:, None]
-        K_N = K_B1.expand(B, T).reshape(B * T)[::count_every]
-        tokens = torch.full((), float(times_kept_NU.shape[0]), device=times_kept_NU.device)
-        # a unit kept c times is common to c(c-1)/2 of the K(K-1)/2 pairs; a sample keeps kept/K units
-        kept_N = times_kept_NU.sum(-1)
-        common_N = (times_kept_NU.square().sum(-1) - kept_N) / ((K_N - 1).clamp_min(1) * kept_N)
-        overlap = torch.where(K_N > 1, common_N, 1.0).sum()
+        num_tokens = indices.mu_BTZ.shape[0] * indices.mu_BTZ.shape[1]
+        tokens = torch.full((), float(-(-num_tokens // count_every)), device=mask.counts_U.device)
         zero = torch.zeros((), device=tokens.device)
         sigma = sigma_to_mu = zero
-        if indices.sigma_BTZ is not None:
+        if indices.sigma_BTZ is not None and tokens.device.type == "cpu" and dispatch.use_kernels():
+            sigma, sigma_to_mu = fused.spread_stats(indices.mu_BTZ, indices.sigma_BTZ, count_every)
+        elif indices.sigma_BTZ is not None:
             sigma_NZ = indices.sigma_BTZ.flatten(0, 1)[::count_every]
             mu_NZ = indices.mu_BTZ.flatten(0, 1)[::count_every]
             sigma = sigma_NZ.mean(-1).sum()
             sigma_to_mu = (sigma_NZ.norm(dim=-1) / mu_NZ.norm(dim=-1).clamp_min(1e-12)).sum()
         return RoutingStats(
             tokens=tokens,
-            counts_U=times_kept_NU.sum(0),
-            union=times_kept_NU.clamp_max(1.0).mean(-1).sum(),
-            overlap=overlap,
+            counts_U=mask.counts_U,
+            union=mask.union,
+            overlap=mask.overlap,
             sigma=sigma,
             sigma_to_mu=sigma_to_mu,
             dropped=zero,
@@ -323,6 +461,25 @@ class InfinityFFN(ConditionalFFN):
             weights_executed=params - unused_sigma,
             weights_ideal=round(always - unused_sigma + params_wz + neuron * self.width * union),
         )
+
+
+def _product(linear: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """W x, and the bias that is still to be added (None where it was)."""
+    if not _is_plain(linear):
+        return linear(x_BTD), None
+    assert isinstance(linear, Linear)
+    return fused.linear(x_BTD, linear.weight, None), linear.bias
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a linear map is just that: not wrapped (LoRA), quantised, or hooked into."""
+    return (
+        type(linear) is Linear
+        and linear.weight.dtype in fused.DTYPES
+        and not (
+            linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+        )
+    )
 
 
 def _per_row(dial: Any, default: Any) -> tuple:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
-from infmoe.layers.experts import Experts, balance_loss, check_weight, expert_stats, router_logits
+from infmoe.layers.experts import Experts, balance_loss, check_weight, expert_stats, narrow_softmax, router_logits
 from infmoe.layers.routing import NoiseKey, Routing, check_num_experts_per_tok
 from infmoe.ops.noise import normal_noise
 
@@ -91,7 +91,7 @@ class MoEFFN(ConditionalFFN):
         if self.router is not None:
             logits_TE = router_logits(x_TD, self.router.weight)
             top_Tk, expert_Tk = logits_TE.topk(k, dim=-1)
-            gate_Tk = top_Tk.softmax(dim=-1)
+            gate_Tk = narrow_softmax(top_Tk)
             aux_loss = self._aux_loss(logits_TE, expert_Tk)
         else:
             expert_Tk = self._fixed_experts(x_BTD, k, routing)
@@ -125,7 +125,7 @@ class MoEFFN(ConditionalFFN):
         return k
 
     def _aux_loss(self, logits_TE: Tensor, expert_Tk: Tensor) -> Tensor:
-        loss = self.balance_loss_weight * balance_loss(logits_TE.softmax(dim=-1), expert_Tk)
+        loss = self.balance_loss_weight * balance_loss(narrow_softmax(logits_TE), expert_Tk)
         if self.z_loss_weight:
             square = logits_TE.logsumexp(dim=-1).square().sum() / max(logits_TE.shape[0], 1)
             loss = loss + self.z_loss_weight * square

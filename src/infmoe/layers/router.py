@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.base import Init
+from infmoe.layers.linear import Linear
+from infmoe.ops import dispatch
+from infmoe.ops.masked_ffn import fused
 
 SigmaActivation = Literal["softplus", "exp", "none"]
 SIGMA_ACTIVATIONS: tuple[SigmaActivation, ...] = ("softplus", "exp", "none")
@@ -118,9 +121,9 @@ class GaussianRouter(Router):
         self.sigma_activation, self.initial_sigma = sigma_activation, initial_sigma
         self.min_sigma, self.max_sigma = min_sigma, max_sigma
         width = router_hidden_size or hidden_size
-        self.hidden = nn.Linear(hidden_size, width) if router_hidden_size else None
-        self.mu = nn.Linear(width, z_dim)
-        self.sigma = nn.Linear(width, z_dim) if sigma_activation != "none" else None
+        self.hidden = Linear(hidden_size, width) if router_hidden_size else None
+        self.mu = Linear(width, z_dim)
+        self.sigma = Linear(width, z_dim) if sigma_activation != "none" else None
 
     @property
     def noise_dim(self) -> int:
@@ -155,10 +158,16 @@ class GaussianRouter(Router):
             h_BTD = x_BTD.to(self.mu.weight.dtype)
             if self.hidden is not None:
                 h_BTD = F.gelu(self.hidden(h_BTD))
-            mu_BTZ = self.mu(h_BTD).float()
-            if noise_BTKN is None or self.sigma is None:
+            mu_BTZ = self.mu(h_BTD)
+            raw_BTZ = self.sigma(h_BTD) if self.sigma is not None else None
+            if noise_BTKN is None or raw_BTZ is None:
+                mu_BTZ = mu_BTZ.float()
                 return Indices(mu_BTZ.unsqueeze(2), mu_BTZ, None)
-            raw_BTZ = self.sigma(h_BTD).float()
+            if x_BTD.device.type == "cpu" and mu_BTZ.dtype in fused.DTYPES and dispatch.use_kernels():
+                form = (self.sigma_activation, self.min_sigma, self.max_sigma)
+                z_BTKZ, sigma_BTZ = fused.spread(mu_BTZ, raw_BTZ, noise_BTKN, *form)
+                return Indices(z_BTKZ, mu_BTZ.float(), sigma_BTZ)
+            mu_BTZ, raw_BTZ = mu_BTZ.float(), raw_BTZ.float()
         sigma_BTZ = F.softplus(raw_BTZ) if self.sigma_activation == "softplus" else raw_BTZ.exp()
         sigma_BTZ = sigma_BTZ.clamp(self.min_sigma, self.max_sigma)
         return Indices(mu_BTZ.unsqueeze(2) + sigma_BTZ.unsqueeze(2) * noise_BTKN, mu_BTZ, sigma_BTZ)

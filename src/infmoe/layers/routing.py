@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from infmoe.errors import InfMoEError
+from infmoe.ops.dispatch import Backend, check_backend
 
 Mode = Literal["sample", "mu", "antithetic"]
 MODES: tuple[Mode, ...] = ("sample", "mu", "antithetic")
@@ -85,6 +86,8 @@ class Routing:
         token_ids: int64, shape (B, T); what hash routing hashes. The model fills it in.
         max_stats_tokens: the routing statistics look at this many evenly spaced tokens at most; None: at all
             of them, but a model in train mode at 512.
+        backend: which kernels run (`infinity`): "auto", "eager", "fused", "sparse" or "triton"; None: the
+            environment's INFMOE_BACKEND, else "auto". They agree but for rounding.
     """
 
     num_samples: IntDial | None = None
@@ -94,6 +97,7 @@ class Routing:
     key: NoiseKey | None = None
     token_ids: Tensor | None = None
     max_stats_tokens: int | None = None
+    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         for dial, check in (
@@ -105,6 +109,8 @@ class Routing:
                 check(value)
         if self.mode is not None and self.mode not in MODES:
             raise InfMoEError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.backend is not None:
+            check_backend(self.backend)
         if self.max_stats_tokens is not None and self.max_stats_tokens < 1:
             raise InfMoEError(f"max_stats_tokens must be at least 1, or None, got {self.max_stats_tokens}")
         if self.mode == "mu" and self.num_samples is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from infmoe.errors import InfMoEError
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
-from infmoe.layers.experts import Experts, balance_loss, check_weight, expert_stats, router_logits
+from infmoe.layers.experts import Experts, balance_loss, check_weight, expert_stats, narrow_softmax, router_logits
 from infmoe.layers.routing import Routing
 
 
@@ -69,7 +69,7 @@ class SwitchFFN(ConditionalFFN):
         routing = routing or Routing()
         self._refuse_dials(routing)
         x_TD = x_BTD.reshape(-1, self.hidden_size)
-        probs_TE = router_logits(x_TD, self.router.weight).softmax(dim=-1)
+        probs_TE = narrow_softmax(router_logits(x_TD, self.router.weight))
         gate_T1, expert_T1 = probs_TE.max(dim=-1, keepdim=True)
         kept_T1 = None
         if self.capacity_factor is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from infmoe.errors import InfMoEError
+from infmoe.ops import dispatch
 
 # splitmix64 (Steele, Lea, Flood 2014) in two's complement: int64 multiplication wraps.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -52,15 +53,16 @@ def normal_noise(
         if tensor.dtype not in (torch.int64, torch.int32):
             raise InfMoEError(f"the noise key's {name} must be int64, got {tensor.dtype}")
     device = position_BT.device
-    bits = _bits(
+    key = (
         _as_int64(seed, device),
         _as_int64(step, device),
         layer,
-        stream_B.to(device, torch.int64),
-        position_BT.long(),
-        num_samples,
-        (dim + 1) // 2,
+        stream_B.to(device, torch.int64).contiguous(),
+        position_BT.long().contiguous(),
     )
+    if device.type == "cpu" and dispatch.use_kernels():
+        return torch.ops.infmoe.normal_noise(*key, num_samples, dim)  # the same numbers, but for their last bits
+    bits = _bits(*key, num_samples, (dim + 1) // 2)
     # 24 bits each fill a float32's mantissa; the half keeps the logarithm's argument above 0.
     radius = (((bits >> 40) & 0xFFFFFF).float() + 0.5).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
     angle = (bits & 0xFFFFFF).float().mul_(2.0**-24 * 2 * math.pi)

@@ -1,3 +1,4 @@
-"""The mask of Eq. 6, folded over samples: `naive` is the truth, `eager` what runs."""
+"""The mask of Eq. 6, folded over samples, and the product under it.
 
-from infmoe.ops.masked_ffn.eager import mean_top_mask as mean_top_mask
+`naive` is the truth; `eager` runs everywhere; `fused` is the compiled form, dense or sparse.
+"""

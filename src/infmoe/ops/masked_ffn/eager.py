@@ -6,38 +6,46 @@ B batch rows, T tokens, K samples, U units (neurons, or blocks of neurons), N to
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from infmoe.ops.masked_ffn.result import MeanMask, Selection, counted
+
 _ROWS_PER_PASS = 256  # rows copied at once: small enough to stay in the second-level cache
 
 
 def mean_top_mask(
-    scores_BTKU: Tensor, num_kept: tuple[int, ...], weight_BTK: Tensor, count_every: int = 1
-) -> tuple[Tensor, Tensor]:
+    scores_BTKU: Tensor,
+    num_kept: tuple[int, ...],
+    weight_BTK: Tensor,
+    count_every: int = 1,
+    selection: Selection = "exact",
+) -> MeanMask:
     """Top-N of every sample (Eq. 6), and the weighted mean of the K masks.
 
     Args:
-        scores_BTKU: W_z z, float32.
+        scores_BTKU: W_z z, float32 or wider.
         num_kept: units kept, one entry for all rows or one per row.
         weight_BTK: float32, broadcastable; each sample's weight in the mean; carries no gradient.
         count_every: the counts look at every so many-th token of the batch (the routing statistics' stride).
+        selection: "exact", or "statistical": see `naive.select_statistical`.
 
     Returns:
-        mask_BTU: float32; carries gradient to the kept scores and to nothing else.
-        times_kept_NU: float32, for the N tokens looked at: how many of the samples whose weight is not 0 keep
-            each unit.
+        The mask in the scores' dtype, and the statistics.
     """
     B, T, K, U = scores_BTKU.shape
     weight_BTK = weight_BTK.detach().expand(B, T, K)
-    kept_BTKU = select(scores_BTKU, num_kept)
-    mask_BTU = _MeanMask.apply(scores_BTKU, kept_BTKU, weight_BTK)
-    kept_NKU = kept_BTKU.reshape(B * T, K, U)[::count_every]
-    counted_NK1 = (weight_BTK.reshape(B * T, K, 1)[::count_every] > 0).to(kept_NKU.dtype)
-    return mask_BTU, (kept_NKU * counted_NK1).sum(dim=1)
+    kept_BTKU = select(scores_BTKU, num_kept) if selection == "exact" else select_statistical(scores_BTKU, num_kept)
+    # 0 for a row of numbers, NaN for one with NaN or infinity in it: a divergence must show
+    poison_BTK = scores_BTKU.detach().abs().amax(dim=-1) * 0.0
+    mask_BTU = _MeanMask.apply(scores_BTKU, kept_BTKU, weight_BTK + poison_BTK)
+    looked = slice(None, None, count_every)
+    stats = counted(kept_BTKU.reshape(B * T, K, U)[looked], weight_BTK.reshape(B * T, K)[looked])
+    return MeanMask(mask_BTU, *stats)
 
 
 def select(scores_BTKU: Tensor, num_kept: tuple[int, ...]) -> Tensor:
@@ -46,6 +54,21 @@ def select(scores_BTKU: Tensor, num_kept: tuple[int, ...]) -> Tensor:
     if all(n == scores_BTKU.shape[-1] for n in num_kept):
         return torch.ones_like(scores_BTKU)
     threshold_BTK1 = kth_largest(scores_BTKU, list(num_kept))
+    return torch.ge(scores_BTKU, threshold_BTK1, out=torch.empty_like(scores_BTKU))
+
+
+def select_statistical(scores_BTKU: Tensor, num_kept: tuple[int, ...]) -> Tensor:
+    """1.0 where a score is above the quantile of a normal distribution with the row's mean and deviation."""
+    scores_BTKU = scores_BTKU.detach()
+    num_units = scores_BTKU.shape[-1]
+    first_BTK1 = scores_BTKU[..., :1]  # about one of them, so that rows of equal scores come out exact
+    std_BTK1, mean_BTK1 = torch.std_mean(scores_BTKU - first_BTK1, dim=-1, correction=0, keepdim=True)
+    mean_BTK1 = mean_BTK1 + first_BTK1
+    normal = NormalDist()
+    # a quantile of -inf would be NaN at a deviation of 0; this keeps all too
+    quantiles = [-3e38 if n == num_units else normal.inv_cdf(1.0 - n / num_units) for n in num_kept]
+    quantile_B111 = torch.tensor(quantiles, dtype=scores_BTKU.dtype, device=scores_BTKU.device).view(-1, 1, 1, 1)
+    threshold_BTK1 = torch.where(quantile_B111 == -3e38, -torch.inf, mean_BTK1 + std_BTK1 * quantile_B111)
     return torch.ge(scores_BTKU, threshold_BTK1, out=torch.empty_like(scores_BTKU))
 
 

@@ -3,6 +3,8 @@
 B batch rows, T tokens, K samples, U units (neurons, or blocks of neurons).
 """
 
+from statistics import NormalDist
+
 import torch
 from torch import Tensor
 
@@ -15,17 +17,39 @@ def select(scores_BTKU: Tensor, num_kept_B: Tensor) -> Tensor:
         num_kept_B: int64, how many units each batch row keeps, in [1, U].
 
     Returns:
-        kept_BTKU, bool. Units that tie with the last one kept are kept too. Where a score is NaN the
-        comparison is false and everything is kept, so that a divergence shows in the output.
+        kept_BTKU, bool. Units that tie with the last one kept are kept too.
     """
     descending = scores_BTKU.detach().sort(dim=-1, descending=True).values
     last_kept = (num_kept_B - 1).view(-1, 1, 1, 1).expand(*scores_BTKU.shape[:-1], 1)
     threshold_BTK1 = descending.gather(-1, last_kept)
-    return ~(scores_BTKU < threshold_BTK1)
+    return scores_BTKU >= threshold_BTK1
+
+
+def select_statistical(scores_BTKU: Tensor, num_kept_B: Tensor) -> Tensor:
+    """The same number on average, were the scores Gaussian: those above mean + std * (normal quantile).
+
+    The quantile leaves `num_kept` / U of a normal distribution above it; where all are to be kept, all are.
+
+    Returns:
+        kept_BTKU, bool.
+    """
+    num_units = scores_BTKU.shape[-1]
+    scores_BTKU = scores_BTKU.detach()
+    first_BTK1 = scores_BTKU[..., :1]  # about one of them, so that rows of equal scores come out exact
+    std_BTK1, mean_BTK1 = torch.std_mean(scores_BTKU - first_BTK1, dim=-1, correction=0, keepdim=True)
+    mean_BTK1 = mean_BTK1 + first_BTK1
+    normal = NormalDist()
+    quantiles = [-torch.inf if n == num_units else normal.inv_cdf(1.0 - n / num_units) for n in num_kept_B.tolist()]
+    quantile_B111 = torch.tensor(quantiles, dtype=scores_BTKU.dtype).view(-1, 1, 1, 1)
+    threshold_BTK1 = torch.where(quantile_B111 == -torch.inf, quantile_B111, mean_BTK1 + std_BTK1 * quantile_B111)
+    return scores_BTKU >= threshold_BTK1
 
 
 def mean_mask(scores_BTKU: Tensor, kept_BTKU: Tensor, weight_BK: Tensor) -> Tensor:
     """The K masks folded into one: W2 is linear and shared, so the mean over samples commutes with it.
+
+    A sample whose scores hold NaN or infinity is NaN throughout, and so is every gradient through it: a
+    divergence must show.
 
     Args:
         scores_BTKU: W_z z, float32; kept entries keep their raw value (Eq. 6).
@@ -35,5 +59,6 @@ def mean_mask(scores_BTKU: Tensor, kept_BTKU: Tensor, weight_BK: Tensor) -> Tens
     Returns:
         mask_BTU, float32.
     """
-    kept_scores = torch.where(kept_BTKU, scores_BTKU, torch.zeros_like(scores_BTKU))
-    return (kept_scores * weight_BK[:, None, :, None]).sum(dim=2)
+    finite_BTK1 = scores_BTKU.detach().isfinite().all(dim=-1, keepdim=True)
+    weight_BTK1 = weight_BK[:, None, :, None] * torch.where(finite_BTK1, 1.0, torch.nan)
+    return (scores_BTKU * kept_BTKU * weight_BTK1).sum(dim=2)

@@ -1,0 +1,2 @@
+#define INFMOE_ISA avx512
+#include "experts_impl.h"

@@ -1,0 +1,2 @@
+#define INFMOE_ISA avx2
+#include "impl.h"

@@ -1,0 +1,2 @@
+#define INFMOE_ISA avx512
+#include "impl.h"

@@ -1,0 +1,2 @@
+#define INFMOE_ISA scalar
+#include "impl.h"

@@ -1,0 +1,95 @@
+"""`infmoe bench` as a command: what it prints, writes and draws."""
+
+import json
+
+import pytest
+
+from infmoe.bench import BENCHES, common, decode, ffn, figures, growth, run_bench
+from infmoe.cli import main
+from infmoe.ops.masked_ffn import fused
+
+
+@pytest.fixture
+def small(monkeypatch, ffn_shape, decode_setting, axes):
+    monkeypatch.setattr(ffn, "PAPER", ffn_shape)
+    monkeypatch.setattr(decode, "small_setting", lambda *, quick: decode_setting)
+    monkeypatch.setattr(growth, "PAPER", axes)
+    monkeypatch.setattr(growth, "QUICK", axes)
+
+
+NEEDS_KERNELS = pytest.mark.skipif(not fused.available(), reason="no compiled kernels, so no fused or sparse path")
+
+
+@pytest.mark.parametrize("name", ["ffn", pytest.param("decode", marks=NEEDS_KERNELS), "growth", "router"])
+def test_the_last_line_is_the_result(name, small, capsys, tmp_path):
+    out = tmp_path / "results" / f"{name}.json"
+    assert main(["bench", name, "--quick", "--out", str(out)]) == 0
+    *above, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result == json.loads(out.read_text())
+    assert result["rows"]
+    assert result["summary"]
+    assert result["quick"] is True
+    assert len(above) > len(result["rows"])  # a heading, and a line for each
+    picture = out.with_suffix(".png")
+    assert picture.is_file() == (name in figures.PICTURES)
+    if picture.is_file():
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_json_prints_nothing_else(small, capsys):
+    assert main(["bench", "router", "--quick", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert {"bench", "rows", "summary", "provenance"} <= json.loads(out).keys()
+
+
+def test_explain_prints_the_dispatchers_table(capsys):
+    from infmoe.ops.dispatch import explain
+
+    assert main(["bench", "--explain"]) == 0
+    assert capsys.readouterr().out == explain() + "\n"
+
+
+def test_list_names_every_bench(capsys):
+    assert main(["bench"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(BENCHES)
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_bench_exists(name):
+    import importlib
+
+    module, function, text = BENCHES[name]
+    assert callable(getattr(importlib.import_module(f"infmoe.bench.{module}"), function))
+    assert text
+
+
+def test_run_bench_says_where_it_ran(small):
+    assert run_bench("router", quick=True)["provenance"]["machine"]["threads"] >= 1
+
+
+def test_the_dispatchers_map(tmp_path):
+    rows = [
+        {"tokens": n, "num_samples": k, "keep_ratio": r, "chosen": chosen, "ratio_median": 1.0}
+        for n, k, r, chosen in ((1, 1, 1 / 16, "sparse"), (64, 1, 1 / 16, "fused"), (1, 8, 1 / 2, "eager"))
+    ]
+    assert figures.plot_dispatch(rows, tmp_path / "dispatch.png").is_file()
+
+
+def test_table_heads_every_set_of_columns():
+    text = common.table([{"a": 1, "b": 0.123456}, {"a": 22, "b": None}, {"c": "x"}])
+    assert text.splitlines() == ["a   b", "1   0.1235", "22  None", "c", "x"]
+
+
+def test_a_budget_is_shared_by_what_is_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    budget = common.Budget(10.0, 4)
+    assert budget.share() == pytest.approx(2.5)
+    now[0] = 4.0
+    assert budget.share() == pytest.approx(2.0)
+    assert budget.share(2) == pytest.approx(6.0)
+    now[0] = 11.0
+    assert budget.share() == 0.0
+    assert common.Budget(None, 4).share() is None
