@@ -92,8 +92,8 @@ def write_report(
         f"<h2>The dials</h2><table><tr>{head}</tr>{body}</table>"
         "<p class=note>Loss in nats per token over fixed windows of held-out documents; s.e. over windows; "
         "Δ is the difference to the reference point (*), paired over windows. FLOPs per token, forward, whole "
-        "model, router counted: executed is what runs now (every neuron, then the mask), ideal is what running "
-        "only the measured union of the K masks would take.</p>"
+        "model, router counted: executed is what the paths run that skip nothing (every neuron, then the mask), ideal "
+        "is what running only the measured union of the K masks takes.</p>"
         f"<h2>Text</h2>{texts}"
         f"<h2>How it was made</h2><pre>{html.escape(json.dumps(provenance, indent=1))}</pre></html>\n"
     )

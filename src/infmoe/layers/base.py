@@ -42,7 +42,7 @@ class FFNCost:
         active_params: used per token in the paper's accounting: K*r of the neurons, no W_z and no discrete
             router.
         active_params_union: used per token when counted honestly: the union of the K masks, W_z and routers.
-        flops_executed: what the masked-dense path runs, router included.
+        flops_executed: what the paths run that skip no neuron, router included.
         flops_ideal: what a path that runs only the union would run, router included.
         flops_router: the part of both that chooses: router maps and W_z z (per sample).
         weights_executed, weights_ideal: weights read for one token at batch 1; times bytes per weight.

@@ -74,12 +74,14 @@ INLINE vf fetch(const T* p, int64_t rest) { return rest >= kLanes ? load(p) : lo
 template <class T>
 INLINE void put(T* p, vf v, int64_t rest) { rest >= kLanes ? store(p, v) : store_some(p, v, rest); }
 INLINE vf pick(vi mask, vf a, vf b) { return mask ? a : b; }
-INLINE float sum(vf v) {
-  float total = 0;
+INLINE float sum(vf v) {  // by halves
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   for (int step = 8; step; step /= 2)
     for (int i = 0; i < step; ++i) v[i] += v[i + step];
-  total = v[0];
-  return total;
+  return v[0];
+#endif
 }
 INLINE float round_bf16(float x) {
   uint32_t bits;
