@@ -19,6 +19,7 @@ from infmoe.ops import dispatch
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 SAMPLES = (1, 2, 4, 8)
 KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+_EAGER_ROWS = 512  # rows of scores beyond which the plain path, several times slower before, is not run
 _LOST = 1.5  # a backend that is slower by this factor at first sight can't be the best
 
 
@@ -41,7 +42,7 @@ def dispatch_regret(
         rows with tokens, num_samples, keep_ratio, chosen (what `auto` took), best, ratio_median (auto over the
             best backend) and the 95 % interval of its mean log; summary with the medians over the grid.
     """
-    rounds, seconds = (5, 0.05) if quick else (15, 1.0)
+    rounds, seconds = (5, 0.05) if quick else (15, 0.6)
     grid = list(itertools.product(tokens, samples, keep_ratios))
     if quick:
         grid = [point for point in grid if point[0] in tokens[::3] and point[1] in samples[::2]]
@@ -81,8 +82,8 @@ def _point(layers: list[InfinityFFN], N: int, K: int, ratio: float, rounds: int,
 
         return call
 
-    arms = {name: arm(name) for name in _able(layers[0], x_1ND)}
-    first = {name: min(call() for _ in range(3)) for name, call in arms.items()}
+    arms = {name: arm(name) for name in _able(layers[0], N, K)}
+    first = {name: min(call() for _ in range(3 if N <= 64 else 1)) for name, call in arms.items()}
     arms = {name: call for name, call in arms.items() if first[name] < _LOST * min(first.values())}
     chosen = layers[0]._backend(x_1ND, Routing(), (K,), (ratio,))
     arms["auto"] = arm("auto")
@@ -112,14 +113,15 @@ def _point(layers: list[InfinityFFN], N: int, K: int, ratio: float, rounds: int,
     }
 
 
-def _able(layer: InfinityFFN, x_1ND: torch.Tensor) -> list[str]:
-    """The backends that run here; the sparse one only where it is meant to."""
-    able = []
-    for name in ("eager", "fused", "sparse"):
-        if name == "sparse" and x_1ND.shape[1] > dispatch.MAX_SPARSE_TOKENS:
+def _able(layer: InfinityFFN, N: int, K: int) -> list[str]:
+    """The backends that run here; sparse and eager only where they are not out of the question."""
+    able: list[str] = []
+    names: tuple[dispatch.Backend, ...] = ("eager", "fused", "sparse")
+    for name in names:
+        if (name == "sparse" and N > dispatch.MAX_SPARSE_TOKENS) or (name == "eager" and N * K > _EAGER_ROWS):
             continue
         try:
-            layer(x_1ND, Routing(backend=name))
+            layer(torch.zeros(1, 1, layer.hidden_size), Routing(backend=name))
         except InfMoEError:
             continue
         able.append(name)
