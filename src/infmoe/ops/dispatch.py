@@ -350,7 +350,7 @@ def _machine() -> str:
             model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
     except OSError:
         pass
-    return f"{model}, {native.isa()}, torch {torch.__version__}, calibration {_CALIBRATION_VERSION}"
+    return f"{model}, {native.isa()}, kernels {native.build()}, torch {torch.__version__}, v{_CALIBRATION_VERSION}"
 
 
 def _read() -> dict[str, Calibration]:

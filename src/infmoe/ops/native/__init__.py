@@ -72,6 +72,11 @@ def load(library: str = "masked_ffn") -> bool:
     return True
 
 
+def build() -> str | None:
+    """What tells one build of the kernels from another, or None where there is none."""
+    return _path("masked_ffn").parent.name if load() else None
+
+
 def isa() -> str | None:
     """The instructions that the kernels use here ("amx", "avx512_bf16", "avx512", "avx2", "scalar"), or None."""
     return torch.ops.infmoe.isa() if load() else None
