@@ -376,7 +376,7 @@ def test_the_backend_asked_for_is_the_one_that_runs(backend):
         seen.names.clear()
         with torch.no_grad(), dispatch.backend(backend if by_environment else "eager"), seen:
             run(layer, inputs(layer), None if by_environment else backend)
-        dense, sparse = {"infmoe.gate", "infmoe.gated_linear"} & seen.names, "infmoe.sparse_ffn_by_rows" in seen.names
+        dense, sparse = {"infmoe.gate", "infmoe.gated_linear"} & seen.names, "infmoe.sparse_ffn" in seen.names
         assert (bool(dense), sparse) == (backend == "fused", backend == "sparse")
         assert dispatch.requested(None) == "auto"
 

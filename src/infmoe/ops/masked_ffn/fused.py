@@ -155,7 +155,7 @@ def gated_linear(
     gate_inputs = (_rows(pre_BTF), b1_F, None if gate_BTF is None else _rows(gate_BTF), b3_F, _rows(mask_BTU))
     act = _ACTIVATIONS[activation]
     y_ND = torch.ops.infmoe.gated_linear(*gate_inputs, weight_DF.detach(), bias_D, act)
-    if weight_DF.requires_grad:
+    if torch.is_grad_enabled() and weight_DF.requires_grad:
         y_ND = torch.ops.infmoe.weight_gradient(y_ND, *gate_inputs, weight_DF, act)
     return y_ND.view(*pre_BTF.shape[:-1], weight_DF.shape[0])
 

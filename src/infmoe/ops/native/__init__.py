@@ -131,7 +131,10 @@ def _build(compiler: str, library: str, path: Path) -> None:
         link = [compiler, "-shared", "-o", built, *objects, f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
         failed = [output for job, output in zip(jobs, outputs, strict=True) if job.returncode]
         if not failed:
-            linked = subprocess.run(link, capture_output=True, text=True, timeout=_TIMEOUT_S)
+            try:
+                linked = subprocess.run(link, capture_output=True, text=True, timeout=_TIMEOUT_S)
+            except subprocess.TimeoutExpired as error:
+                raise _BuildError(f"{compiler} took longer than {_TIMEOUT_S} s") from error
             failed = [linked.stderr] if linked.returncode else []
         if failed:
             log = path.parent / "build.log"
