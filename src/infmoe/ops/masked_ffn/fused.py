@@ -30,7 +30,7 @@ _SIGMA_ACTIVATIONS = {"softplus": 0, "exp": 1}
 DTYPES = (torch.float32, torch.bfloat16)
 _SAMPLES_PER_PASS = 2  # of the backward pass: what it holds at once is no more than a dense FFN's
 _ROWS_PER_PRODUCT = 512
-# Up to so many rows the kernels' own product is as fast as torch's, or faster (results/decode.json).
+# Up to so many rows the kernels' own product is as fast as torch's, or faster; found by hand, no bench records it.
 _FEW_ROWS = {torch.float32: 8, torch.bfloat16: 1}
 
 
@@ -310,24 +310,11 @@ def _register() -> None:
 
     @library.register_fake("infmoe::gate_backward")
     def _(grad, pre, b1, gate, b3, mask, act):
-        N, width = pre.shape
-        return (
-            torch.empty_like(pre),
-            pre.new_empty(N if gate is not None else 0, width),
-            torch.empty_like(mask),
-            pre.new_empty(width if b1 is not None else 0, dtype=torch.float32),
-            pre.new_empty(width if b3 is not None else 0, dtype=torch.float32),
-        )
+        return torch.empty_like(pre), *_empty_gate_gradients(pre, b1, gate, b3, mask)
 
     @library.register_fake("infmoe::gate_backward_")
     def _(grad, pre, b1, gate, b3, mask, act):
-        N, width = pre.shape
-        return (
-            pre.new_empty(N if gate is not None else 0, width),
-            torch.empty_like(mask),
-            pre.new_empty(width if b1 is not None else 0, dtype=torch.float32),
-            pre.new_empty(width if b3 is not None else 0, dtype=torch.float32),
-        )
+        return _empty_gate_gradients(pre, b1, gate, b3, mask)
 
     @library.register_fake("infmoe::spread")
     def _(mu, raw, noise, act, min_sigma, max_sigma):
@@ -455,17 +442,30 @@ def _gate_context(ctx, inputs, output) -> None:
 
 @once_differentiable
 def _gate_backward(ctx, grad_NF):
-    pre_NF, b1_F, gate_NF, b3_F, mask_NU = ctx.saved_tensors
-    grad_pre, grad_gate, grad_mask, grad_b1, grad_b3 = torch.ops.infmoe.gate_backward(
-        grad_NF.contiguous(), pre_NF, b1_F, gate_NF, b3_F, mask_NU, ctx.act
-    )
+    gradients = torch.ops.infmoe.gate_backward(grad_NF.contiguous(), *ctx.saved_tensors, ctx.act)
+    return *_in_order(gradients, *ctx.saved_tensors), None
+
+
+def _in_order(gradients, pre_NF, b1_F, gate_NF, b3_F, mask_NU) -> tuple[Tensor | None, ...]:
+    """The kernel's gradients in the order of the gate's inputs, in their dtypes; None where there is no input."""
+    grad_pre, grad_gate, grad_mask, grad_b1, grad_b3 = gradients
     return (
         grad_pre,
         grad_b1.to(b1_F.dtype) if b1_F is not None else None,
         grad_gate if gate_NF is not None else None,
         grad_b3.to(b3_F.dtype) if b3_F is not None else None,
         grad_mask,
-        None,
+    )
+
+
+def _empty_gate_gradients(pre_NF, b1_F, gate_NF, b3_F, mask_NU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of gate, mask, b1 and b3, as the kernel returns them; empty where there is no input."""
+    N, width = pre_NF.shape
+    return (
+        pre_NF.new_empty(N if gate_NF is not None else 0, width),
+        torch.empty_like(mask_NU),
+        pre_NF.new_empty(width if b1_F is not None else 0, dtype=torch.float32),
+        pre_NF.new_empty(width if b3_F is not None else 0, dtype=torch.float32),
     )
 
 
@@ -496,8 +496,8 @@ def _gated_linear(
     act: int,
 ) -> Tensor:
     y_ND = pre_NF.new_empty(pre_NF.shape[0], weight_DF.shape[0])
-    # Some rows at a time: what the gate has just written is still in the cache, and oneDNN takes half as long for
-    # two products of 512 rows as for one of 1024 where the sum runs over thousands (results/ffn.json).
+    # Some rows at a time: what the gate has just written is still in the cache, and oneDNN is quicker
+    # with two products of 512 rows than with one of 1024 where the sum runs over thousands (by hand, no bench).
     for begin in range(0, pre_NF.shape[0], _ROWS_PER_PRODUCT):
         part = slice(begin, begin + _ROWS_PER_PRODUCT)
         gate_part = None if gate_NF is None else gate_NF[part]
@@ -538,30 +538,14 @@ def _gated_linear_gradients(
 
 @_gated_linear_gradients.register_fake
 def _(grad_ND, pre_NF, b1_F, gate_NF, b3_F, mask_NU, weight_DF, act):
-    return (
-        torch.empty_like(pre_NF),
-        pre_NF.new_empty(pre_NF.shape[0] if gate_NF is not None else 0, pre_NF.shape[1]),
-        torch.empty_like(mask_NU),
-        pre_NF.new_empty(pre_NF.shape[1] if b1_F is not None else 0, dtype=torch.float32),
-        pre_NF.new_empty(pre_NF.shape[1] if b3_F is not None else 0, dtype=torch.float32),
-    )
+    return torch.empty_like(pre_NF), *_empty_gate_gradients(pre_NF, b1_F, gate_NF, b3_F, mask_NU)
 
 
 def _gated_linear_backward(ctx, grad_ND):
-    pre_NF, b1_F, gate_NF, b3_F, mask_NU, weight_DF = ctx.saved_tensors
-    grad_pre, grad_gate, grad_mask, grad_b1, grad_b3 = _gated_linear_gradients(
-        grad_ND.contiguous(), pre_NF, b1_F, gate_NF, b3_F, mask_NU, weight_DF, ctx.act
-    )
-    return (
-        grad_pre,
-        grad_b1.to(b1_F.dtype) if b1_F is not None else None,
-        grad_gate if gate_NF is not None else None,
-        grad_b3.to(b3_F.dtype) if b3_F is not None else None,
-        grad_mask,
-        None,
-        grad_ND.sum(0) if ctx.has_bias and ctx.needs_input_grad[6] else None,
-        None,
-    )
+    *gate_inputs, weight_DF = ctx.saved_tensors
+    gradients = _gated_linear_gradients(grad_ND.contiguous(), *gate_inputs, weight_DF, ctx.act)
+    grad_bias = grad_ND.sum(0) if ctx.has_bias and ctx.needs_input_grad[6] else None
+    return *_in_order(gradients, *gate_inputs), None, grad_bias, None
 
 
 # The weight's gradient is a step of its own in the backward pass, before the others: the gate's result, which it
