@@ -6,7 +6,7 @@ import pytest
 
 from infmoe.bench import BENCHES, common, decode, ffn, figures, growth, run_bench
 from infmoe.cli import main
-from infmoe.ops.masked_ffn import fused
+from infmoe.ops.masked_ffn import compiled
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def small(monkeypatch, ffn_shape, decode_setting, axes):
     monkeypatch.setattr(growth, "QUICK", axes)
 
 
-NEEDS_KERNELS = pytest.mark.skipif(not fused.available(), reason="no compiled kernels, so no fused or sparse path")
+NEEDS_KERNELS = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels, so no fused or sparse path")
 
 
 @pytest.mark.parametrize("name", ["ffn", pytest.param("decode", marks=NEEDS_KERNELS), "growth", "router"])

@@ -5,7 +5,7 @@ import pytest
 from infmoe.bench import decode
 from infmoe.hf import model_cost
 from infmoe.layers import Routing
-from infmoe.ops.masked_ffn import fused
+from infmoe.ops.masked_ffn import compiled
 
 SMALL = decode.small_setting(quick=True)
 
@@ -37,7 +37,7 @@ def test_dense_models_are_those_of_the_recipes():
     assert SMALL.wide.intermediate_size == SMALL.infinity.intermediate_size == 6144
 
 
-@pytest.mark.skipif(not fused.available(), reason="no compiled kernels, so no fused or sparse path")
+@pytest.mark.skipif(not compiled.available(), reason="no compiled kernels, so no fused or sparse path")
 def test_rows_and_summary(decode_setting):
     rows, summary = decode.decode_speed(quick=True, setting=decode_setting)
     for suffix in ("", "_bf16"):

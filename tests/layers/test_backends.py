@@ -14,9 +14,9 @@ from infmoe.errors import InfMoEError
 from infmoe.layers import Routing
 from infmoe.layers.activations import ACTIVATIONS
 from infmoe.ops import dispatch
-from infmoe.ops.masked_ffn import fused
+from infmoe.ops.masked_ffn import compiled
 
-needs_kernels = pytest.mark.skipif(not fused.available(), reason="no compiled kernels here")
+needs_kernels = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels here")
 BACKENDS = ("eager", "fused", "sparse")
 
 # Options of the layer, and dials of the call.
@@ -280,7 +280,7 @@ def test_backward_hooks_on_the_maps_are_called_too(name, kind):
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("shape", [(2, 0), (0, 4)])
 def test_no_tokens_are_no_trouble(backend, shape):
-    if backend in ("fused", "sparse") and not fused.available():
+    if backend in ("fused", "sparse") and not compiled.available():
         pytest.skip("no compiled kernels here")
     layer = layer_of("swiglu").train()
     x = inputs(layer, *shape).requires_grad_(backend != "sparse")
@@ -506,3 +506,47 @@ def test_a_model_trains_alike_under_each_backend():
     for other in results[1:]:
         for name, value in results[0].items():
             close(other[name], value, what=name)
+
+
+STEP_BY_STEP = {"mu", "antithetic", "no sigma", "router of two layers"}  # the general way, in several operators
+
+
+@needs_kernels
+@EACH
+@pytest.mark.parametrize("backend", ["fused", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_one_operator_from_a_few_tokens_to_their_mask_gives_the_same_bits(case, backend, dtype, monkeypatch):
+    layer = layer_of(case, dtype)
+    # float32 up to 8 tokens, bfloat16 one: see few_tokens.few_rows
+    one_row = {name: dial for name, dial in CASES[case][1].items() if not isinstance(dial, tuple)}
+    x, dials = (inputs(layer, 3, 2), CASES[case][1]) if dtype == torch.float32 else (inputs(layer, 1, 1), one_row)
+    calls = []
+    original = torch.ops.infmoe.route
+    monkeypatch.setattr(torch.ops.infmoe, "route", lambda *args: calls.append(1) or original(*args))
+    at_once = layer(x, routing(len(x), backend=backend, **dials))
+    rescaled = layer.mask_scale == "rms" and "keep_ratio" in dials
+    assert len(calls) == (case not in STEP_BY_STEP and not rescaled)
+    monkeypatch.setattr(type(layer), "_routes_at_once", lambda *args: False)
+    in_steps = layer(x, routing(len(x), backend=backend, **dials))
+    assert at_once.y_BTD.equal(in_steps.y_BTD)
+    for name, expected in in_steps.stats._asdict().items():
+        assert getattr(at_once.stats, name).equal(expected), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["router", "router.mu", "router.sigma", "w_z", "w1", "w2"])
+@torch.no_grad()
+def test_modules_that_do_more_than_their_class_says_are_called_for_a_few_tokens_too(name):
+    layer = layer_of()
+    x = inputs(layer, 1, 1)
+    expected = run(layer, x, "fused").y_BTD
+    calls = []
+    module = layer.get_submodule(name)
+    handle = module.register_forward_hook(lambda *args: calls.append("hook"))
+    close(run(layer, x, "fused").y_BTD, expected)
+    handle.remove()
+    forward = module.forward  # as Accelerate's hooks do
+    module.forward = lambda *args: calls.append("forward") or forward(*args)
+    close(run(layer, x, "fused").y_BTD, expected)
+    assert calls == ["hook", "forward"]

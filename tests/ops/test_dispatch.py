@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from infmoe.errors import InfMoEError
 from infmoe.ops import dispatch, native
 from infmoe.ops.dispatch import Calibration, Site
-from infmoe.ops.masked_ffn import fused
+from infmoe.ops.masked_ffn import compiled, few_tokens
 
-needs_kernels = pytest.mark.skipif(not fused.available(), reason="no compiled kernels here")
+needs_kernels = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels here")
 
 SITE = Site(tokens=1, density=0.4, hidden_size=256, width=1024, matrices=2, dtype="float32", threads=1)
 GRID = Calibration((1, 4, 16), (0.1, 0.5, 1.0), ((0.2, 0.5, 1.1), (0.4, 0.9, 2.0), (0.8, 1.5, 4.0)))
@@ -202,13 +202,13 @@ def test_a_real_calibration_is_a_grid_that_reads_back(folder):
 def test_a_calibration_measures_the_same_thing_wherever_it_is_called(surrounding, monkeypatch):
     seen = []
     monkeypatch.setattr(dispatch, "_TOKENS", (1, 2))
-    original = fused.sparse_ffn
+    original = few_tokens.sparse_ffn
 
     def spy(x, mask, w1, *rest):
         seen.append((x.dtype, mask.dtype, w1.dtype, torch.is_grad_enabled(), rest[3].is_inference()))
         return original(x, mask, w1, *rest)
 
-    monkeypatch.setattr(fused, "sparse_ffn", spy)
+    monkeypatch.setattr(few_tokens, "sparse_ffn", spy)
     before = torch.get_default_dtype()
     defaults = {"bfloat16 by default": torch.bfloat16, "float64 by default": torch.float64}
     torch.set_default_dtype(defaults.get(surrounding, before))
@@ -276,7 +276,7 @@ def test_a_backend_that_cannot_run_is_refused_by_name_in_one_line(name, change, 
 
 
 def test_without_kernels_the_plain_path_runs_and_the_others_are_refused(monkeypatch, measured):
-    monkeypatch.setattr(fused, "available", lambda: False)
+    monkeypatch.setattr(compiled, "available", lambda: False)
     assert dispatch.resolve(None, **CALL) == "eager"
     assert not dispatch.use_kernels()
     for name in ("fused", "sparse"):
@@ -335,9 +335,8 @@ def test_results_are_equal_on_both_sides_of_every_switch(act, dtype, folder, mon
     switching = Calibration((1, 2, 4), (0.2, 0.9), ((0.5, 0.6), (0.7, 1.5), (3.0, 4.0)))
     layer = make_layer("infinity", 64, 4096, hidden_act=act, initializer_range=0.1).to(dtype)
     chosen = []
-    for name in ("fused", "sparse"):
-        original = getattr(type(layer), f"_{name}")
-        monkeypatch.setattr(type(layer), f"_{name}", lambda *args, n=name, f=original: chosen.append(n) or f(*args))
+    original = type(layer)._backend
+    monkeypatch.setattr(type(layer), "_backend", lambda *args: chosen.append(original(*args)) or chosen[-1])
     monkeypatch.setattr(dispatch, "calibration", lambda site: switching)
     with torch.no_grad():
         for length in (1, 2, 3, 4, 64, 65):

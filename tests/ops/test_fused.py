@@ -13,10 +13,10 @@ from helpers import Flips, count_flips, make_layer, routing
 
 from infmoe.layers.activations import ACTIVATIONS
 from infmoe.ops import dispatch, native
-from infmoe.ops.masked_ffn import fused, naive
+from infmoe.ops.masked_ffn import compiled, few_tokens, fused, naive
 from infmoe.ops.noise import normal_noise
 
-pytestmark = pytest.mark.skipif(not fused.available(), reason="no compiled kernels here")
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels here")
 
 OPS = torch.ops.infmoe
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -306,14 +306,14 @@ def test_the_linear_layer_takes_the_quick_way_only_where_it_may(monkeypatch):
     for name, (given, w, quick) in cases.items():
         calls.clear()
         with torch.no_grad():
-            y = fused.linear(given, w, bias.to(w.dtype))
+            y = few_tokens.linear(given, w, bias.to(w.dtype))
         torch.testing.assert_close(y, F.linear(given, w, bias.to(w.dtype)), rtol=1e-5, atol=1e-5, msg=name)
         assert bool(calls) == quick, name
         calls.clear()
-        fused.linear(given, w, bias.to(w.dtype))
+        few_tokens.linear(given, w, bias.to(w.dtype))
         assert not calls, name
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert fused.linear(x, weight, bias).dtype == torch.bfloat16
+        assert few_tokens.linear(x, weight, bias).dtype == torch.bfloat16
     assert not calls
 
 
@@ -346,7 +346,7 @@ def test_the_sparse_path_equals_the_dense_formula(act, dtype, N, D, width, block
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            y = fused.sparse_ffn(*inputs, act)
+            y = few_tokens.sparse_ffn(*inputs, act)
         finally:
             torch.set_num_threads(1)
         assert y.dtype == dtype
@@ -357,7 +357,7 @@ def test_the_sparse_path_equals_the_dense_formula(act, dtype, N, D, width, block
 def test_the_sparse_path_without_biases(act):
     x, mask, w1, _, w3, _, w2, _ = sparse_inputs(act, 3, 16, 48, 1, torch.float32)
     inputs = (x, mask, w1, None, w3, None, w2, None)
-    close(fused.sparse_ffn(*inputs, act), dense_formula(*inputs, act))
+    close(few_tokens.sparse_ffn(*inputs, act), dense_formula(*inputs, act))
 
 
 @DTYPES
@@ -366,7 +366,7 @@ def test_masks_of_all_none_and_one(dtype):
     single = torch.zeros_like(mask)
     single[0, 1, 49] = 2.0
     for given in (torch.zeros_like(mask), torch.ones_like(mask), single):
-        y = fused.sparse_ffn(x, given, *rest, "gelu_new")
+        y = few_tokens.sparse_ffn(x, given, *rest, "gelu_new")
         close(y, dense_formula(x, given, *rest, "gelu_new"), dtype)
 
 
@@ -376,28 +376,28 @@ def test_any_number_of_active_neurons(width):
     for active in range(0, width + 1, max(1, width // 7)):
         inputs[1] = torch.zeros(1, 2, width)
         inputs[1][..., torch.randperm(width)[:active]] = 0.7
-        close(fused.sparse_ffn(*inputs, "silu"), dense_formula(*inputs, "silu"))
+        close(few_tokens.sparse_ffn(*inputs, "silu"), dense_formula(*inputs, "silu"))
 
 
 def test_activations_weights_and_mask_may_differ_in_dtype():
     x, mask, *weights = sparse_inputs("swiglu", 2, 16, 48, 1, torch.bfloat16)
     expected = dense_formula(x, mask, *weights, "swiglu")
-    y = fused.sparse_ffn(x.float(), mask, *weights, "swiglu")
+    y = few_tokens.sparse_ffn(x.float(), mask, *weights, "swiglu")
     assert y.dtype == torch.float32
     close(y, expected)
     half = mask.bfloat16()
-    close(fused.sparse_ffn(x.float(), half, *weights, "swiglu"), dense_formula(x, half, *weights, "swiglu"))
+    close(few_tokens.sparse_ffn(x.float(), half, *weights, "swiglu"), dense_formula(x, half, *weights, "swiglu"))
 
 
 def test_nan_in_the_mask_shows_in_its_token_alone():
     x, mask, *weights = sparse_inputs("relu", 3, 16, 48, 1, torch.float32)
-    clean = fused.sparse_ffn(x, mask, *weights, "relu")
+    clean = few_tokens.sparse_ffn(x, mask, *weights, "relu")
     mask[0, 1] = torch.nan
-    y = fused.sparse_ffn(x, mask, *weights, "relu")
+    y = few_tokens.sparse_ffn(x, mask, *weights, "relu")
     assert y[0, 1].isnan().all()
     close(y[0, ::2], clean[0, ::2])
     x[0, 2, 5] = torch.nan
-    assert fused.sparse_ffn(x, mask, *weights, "relu")[0, 2].isnan().all()
+    assert few_tokens.sparse_ffn(x, mask, *weights, "relu")[0, 2].isnan().all()
 
 
 CHANGES = {
@@ -416,30 +416,30 @@ def test_a_change_of_w2_is_noticed(change):
     *inputs, w2, b2 = sparse_inputs("gelu", 2, 16, 48, 1, torch.float32)
     w2 = torch.nn.Parameter(w2)
     for _ in range(3):
-        close(fused.sparse_ffn(*inputs, w2, b2, "gelu"), dense_formula(*inputs, w2, b2, "gelu"))
+        close(few_tokens.sparse_ffn(*inputs, w2, b2, "gelu"), dense_formula(*inputs, w2, b2, "gelu"))
         CHANGES[change](w2)
 
 
 @torch.no_grad()
 def test_w2_is_transposed_once_and_let_go_with_it():
     x, mask, w1, b1, w3, b3, w2, b2 = sparse_inputs("gelu", 2, 16, 48, 1, torch.float32)
-    before, copies = len(fused._transposed), set()
+    before, copies = len(few_tokens._transposed), set()
     parameter = torch.nn.Parameter(w2.clone())
     for _ in range(3):
-        fused.sparse_ffn(x, mask, w1, b1, w3, b3, parameter, b2, "gelu")
-        assert len(fused._transposed) == before + 1
-        copies.add(id(fused._transposed[parameter][-1]))
+        few_tokens.sparse_ffn(x, mask, w1, b1, w3, b3, parameter, b2, "gelu")
+        assert len(few_tokens._transposed) == before + 1
+        copies.add(id(few_tokens._transposed[parameter][-1]))
     assert len(copies) == 1
     del parameter
-    assert len(fused._transposed) == before
+    assert len(few_tokens._transposed) == before
 
 
 @torch.inference_mode()
 def test_the_sparse_path_in_inference_mode():
     inputs = sparse_inputs("gelu", 2, 16, 48, 1, torch.float32)
-    close(fused.sparse_ffn(*inputs, "gelu"), dense_formula(*inputs, "gelu"))
+    close(few_tokens.sparse_ffn(*inputs, "gelu"), dense_formula(*inputs, "gelu"))
     inputs[6].mul_(2)
-    close(fused.sparse_ffn(*inputs, "gelu"), dense_formula(*inputs, "gelu"))
+    close(few_tokens.sparse_ffn(*inputs, "gelu"), dense_formula(*inputs, "gelu"))
 
 
 # ---- The router's spread
@@ -548,6 +548,11 @@ LAWFUL_WITHOUT_GRADIENTS = {
     "sparse_ffn": lambda: (random(2, 8), random(2, 20), random(20, 8), *NONE, random(20, 8), None, 1),
     "sparse_ffn_by_rows": lambda: (random(2, 8), random(2, 20), random(20, 8), *NONE, random(8, 20), None, 1),
     "normal_noise": lambda: (longs(1)[0], longs(2)[0], 3, longs(4, 5), longs(6, 7).view(2, 1), 2, 5),
+    "route": lambda: (
+        *(random(2, 8), random(3, 8), None, random(3, 8), random(3), 0, 0.01, 3.0),
+        *(longs(1)[0], longs(2)[0], 3, longs(4, 5), longs(6, 7).view(2, 1), 4),
+        *(random(20, 3), None, False, [5], None, 1, False, False),
+    ),
 }
 
 
@@ -592,8 +597,8 @@ def test_a_compiled_function_computes_the_same(dynamic):
 @torch.no_grad()
 def test_a_compiled_sparse_call_computes_the_same():
     inputs = sparse_inputs("swiglu", 2, 16, 48, 1, torch.float32)
-    compiled = torch.compile(fused.sparse_ffn, fullgraph=True, backend="aot_eager")
-    close(compiled(*inputs, "swiglu"), fused.sparse_ffn(*inputs, "swiglu"))
+    compiled = torch.compile(few_tokens.sparse_ffn, fullgraph=True, backend="aot_eager")
+    close(compiled(*inputs, "swiglu"), few_tokens.sparse_ffn(*inputs, "swiglu"))
 
 
 SMOOTH = {
@@ -656,8 +661,8 @@ torch.set_num_threads(1)
 def work(isa):
     os.environ["INFMOE_ISA"] = isa
     from infmoe.ops import native
-    from infmoe.ops.masked_ffn import fused
-    assert fused.available()
+    from infmoe.ops.masked_ffn import compiled
+    assert compiled.available()
     if native.isa() != isa:
         return None
     g = torch.Generator().manual_seed(0)

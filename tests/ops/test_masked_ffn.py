@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infmoe.layers import InfinityFFN, Routing
-from infmoe.ops.masked_ffn import eager, fused, naive
+from infmoe.ops.masked_ffn import compiled, eager, fused, naive
 
 SIZES = (1, 8, 9, 16, 17, 31, 100, 257, 1025, 3000)
-needs_kernels = pytest.mark.skipif(not fused.available(), reason="no compiled kernels here")
+needs_kernels = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels here")
 PATHS = ["eager", pytest.param("fused", marks=needs_kernels)]
 BOTH = pytest.mark.parametrize("path", PATHS)
 

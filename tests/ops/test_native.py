@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from infmoe.ops import native
-from infmoe.ops.masked_ffn import fused
+from infmoe.ops.masked_ffn import compiled
 
-BUILT = native._path("masked_ffn") if fused.available() else None
-needs_kernels = pytest.mark.skipif(not fused.available(), reason="no compiled kernels here")
+BUILT = native._path("masked_ffn") if compiled.available() else None
+needs_kernels = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels here")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="fakes a compiler by a shell script")
 
 CALL = """

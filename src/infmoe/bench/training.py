@@ -20,7 +20,6 @@ from infmoe.data import DataOrder, TokenData
 from infmoe.eval.latency import interleave
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import InfinityFFN, NoiseKey, Routing
-from infmoe.layers.metrics import uniform_stats
 from infmoe.recipes import recipe, recipe_names
 from infmoe.train import run
 from infmoe.train.config import RunConfig, apply_overrides, hf_config
@@ -116,16 +115,16 @@ def stats_cost(*, quick: bool = False) -> Measured:
             )
 
             def run_step() -> None:
-                InfinityFFN._stats = stats  # type: ignore[method-assign]
+                InfinityFFN._spread_stats = stats  # type: ignore[method-assign]
                 step()
 
             return run_step
 
-        real, none = InfinityFFN._stats, uniform_stats(1, 1, torch.device("cpu"))
+        real, zero = InfinityFFN._spread_stats, torch.zeros(())
         try:
-            seconds = interleave([arm(config.log.stats_tokens, real), arm(1, lambda *_: none)], rounds=rounds)
+            seconds = interleave([arm(config.log.stats_tokens, real), arm(1, lambda *_: (zero, zero))], rounds=rounds)
         finally:
-            InfinityFFN._stats = real  # type: ignore[method-assign]
+            InfinityFFN._spread_stats = real  # type: ignore[method-assign]
     rows: Rows = [
         {"arm": name, "unit": "s/step", **spread(arm)}
         for name, arm in zip((f"{config.log.stats_tokens} tokens", "no statistics"), seconds, strict=True)

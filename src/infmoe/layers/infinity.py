@@ -21,14 +21,15 @@ from infmoe.layers.metrics import RoutingStats, stats_stride
 from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation
 from infmoe.layers.routing import MODES, Mode, NoiseKey, Routing, check_keep_ratio, check_num_samples
 from infmoe.ops import dispatch, triton
-from infmoe.ops.masked_ffn import eager, fused
+from infmoe.ops.masked_ffn import compiled, eager, few_tokens, fused
 from infmoe.ops.masked_ffn.result import SELECTIONS, MaskStats, MeanMask, Selection, counted, unpacked
-from infmoe.ops.noise import normal_noise
+from infmoe.ops.noise import noise_key, normal_noise
 
 MaskScale = Literal["none", "fixed", "rms"]
 MASK_SCALES: tuple[MaskScale, ...] = ("none", "fixed", "rms")
 Ints = tuple[int, ...]
 Floats = tuple[float, ...]
+Products = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # W1 x and W3 x, each with its bias, if any
 SCORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -167,17 +168,74 @@ class InfinityFFN(ConditionalFFN):
         routing = (routing or Routing()).at_layer(self.layer_index)
         num_samples, keep_ratios, mode = self._dials(routing, batch_size=x_BTD.shape[0])
 
-        indices = self._draw(x_BTD, routing, max(num_samples), mode)
         backend = self._backend(x_BTD, routing, num_samples, keep_ratios)
-        run = {"eager": self._eager, "fused": self._fused, "sparse": self._sparse, "triton": self._triton}[backend]
-        count_every = stats_stride(x_BTD.shape[0] * x_BTD.shape[1], routing.max_stats_tokens)
-        y_BTD, mask_stats = run(x_BTD, indices.z_BTKZ, num_samples, keep_ratios, count_every)
+        num_tokens = x_BTD.shape[0] * x_BTD.shape[1]
+        count_every = stats_stride(num_tokens, routing.max_stats_tokens)
+        if self._routes_at_once(x_BTD, backend, keep_ratios, mode):
+            dtype = torch.float32 if backend == "sparse" else x_BTD.dtype
+            mask, sigma, sigma_to_mu = self._route(x_BTD, routing, num_samples, keep_ratios, count_every, dtype)
+            masked = self._masked_sparse if backend == "sparse" else self._masked_dense
+            y_BTD, mask_stats = masked(x_BTD, mask.mask_BTU), mask.stats
+        else:
+            indices = self._draw(x_BTD, routing, max(num_samples), mode)
+            run = {"eager": self._eager, "fused": self._fused, "sparse": self._sparse, "triton": self._triton}[backend]
+            y_BTD, mask_stats = run(x_BTD, indices.z_BTKZ, num_samples, keep_ratios, count_every)
+            sigma, sigma_to_mu = self._spread_stats(indices, count_every)
+        looked = -(-num_tokens // count_every)
         if not torch.is_grad_enabled():
-            self._measure_density(
-                mask_stats, num_samples, keep_ratios, -(-x_BTD.shape[0] * x_BTD.shape[1] // count_every)
-            )
-        stats = self._stats(indices, mask_stats, count_every)
-        return FFNOutput(y_BTD, torch.zeros((), device=x_BTD.device), stats)
+            self._measure_density(mask_stats, num_samples, keep_ratios, looked)
+        zero = torch.zeros((), device=x_BTD.device)
+        tokens = torch.full((), float(looked), device=x_BTD.device)
+        stats = RoutingStats(tokens, *mask_stats, sigma, sigma_to_mu, dropped=zero)
+        return FFNOutput(y_BTD, zero, stats)
+
+    def _routes_at_once(self, x_BTD: Tensor, backend: str, keep_ratios: Floats, mode: Mode) -> bool:
+        """Whether one operator goes from x to the mask: the usual router, few tokens, nothing hooked into."""
+        router = self.router
+        maps = (router.mu, router.sigma, self.w_z)
+        return (
+            backend in ("fused", "sparse")
+            and mode == "sample"
+            and not torch.compiler.is_compiling()
+            and few_tokens.few_rows(x_BTD, router.mu.weight)
+            and router.hidden is None
+            and all(_is_plain(linear) for linear in (*maps, self.w1, self.w2))
+            and router.sigma is not None
+            and router.sigma.weight.dtype == x_BTD.dtype
+            and router.sigma.weight.is_contiguous()
+            and not _is_hooked(router)
+            and not self._scale_needs_scores(keep_ratios)
+        )
+
+    def _route(
+        self,
+        x_BTD: Tensor,
+        routing: Routing,
+        num_samples: Ints,
+        keep_ratios: Floats,
+        count_every: int,
+        dtype: torch.dtype,
+    ) -> tuple[MeanMask, Tensor, Tensor]:
+        """The mean mask of few tokens, and the sums that describe the router's spread."""
+        router = self.router
+        assert router.sigma is not None
+        K = max(num_samples)
+        even = len(num_samples) == 1 and (self.mask_scale == "none" or keep_ratios == (self.keep_ratio,))
+        return few_tokens.route(
+            x_BTD,
+            (router.mu.weight, router.mu.bias),
+            (router.sigma.weight, router.sigma.bias),
+            (router.sigma_activation, router.min_sigma, router.max_sigma),
+            noise_key(**self._noise_coordinates(x_BTD, routing)),
+            K,
+            (self.w_z.weight, self.w_z.bias),
+            self._num_kept(keep_ratios),
+            None if even else self._weights(K, x_BTD.device, None, num_samples, keep_ratios),
+            count_every=count_every,
+            selection=self.selection,
+            score_dtype=SCORE_DTYPES[self.score_dtype],
+            mask_dtype=dtype,
+        )
 
     # What the backends take: input, indices, dials, and the stride of the tokens that the statistics look at.
     # They return the output and the masks' statistics.
@@ -187,7 +245,7 @@ class InfinityFFN(ConditionalFFN):
     ) -> tuple[Tensor, MaskStats]:
         """Tensor operations alone: any device and dtype."""
         scores_BTKU = self._scores(z_BTKZ)
-        weight_BTK = self._weights(z_BTKZ, scores_BTKU, num_samples, keep_ratios)
+        weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, scores_BTKU, num_samples, keep_ratios)
         mask = eager.mean_top_mask(scores_BTKU, self._num_kept(keep_ratios), weight_BTK, count_every, self.selection)
         mask_BTU = mask.mask_BTU
         mask_BTF = mask_BTU.repeat_interleave(self.block_size, dim=-1) if self.block_size > 1 else mask_BTU
@@ -200,24 +258,39 @@ class InfinityFFN(ConditionalFFN):
         self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
     ) -> tuple[Tensor, MaskStats]:
         """Compiled selection and gating between the two products, which skip nothing."""
-        pre_BTF, b1 = _product(self.w1, x_BTD)
-        gate_BTF, b3 = _product(self.w3, x_BTD) if self.w3 is not None else (None, None)
-        mask = self._fused_mask(z_BTKZ, num_samples, keep_ratios, count_every, pre_BTF.dtype)
-        if _is_plain(self.w2):
-            weight, bias = self.w2.weight.to(pre_BTF.dtype), self.w2.bias.to(pre_BTF.dtype)
-            y_BTD = fused.gated_linear(pre_BTF, b1, gate_BTF, b3, mask.mask_BTU, weight, bias, self.hidden_act)
-        else:
-            y_BTD = self.w2(fused.gate(pre_BTF, b1, gate_BTF, b3, mask.mask_BTU, self.hidden_act))
-        return y_BTD, mask.stats
+        products = self._products(x_BTD)
+        mask = self._fused_mask(z_BTKZ, num_samples, keep_ratios, count_every, products[0].dtype)
+        return self._gated(products, mask.mask_BTU), mask.stats
+
+    def _masked_dense(self, x_BTD: Tensor, mask_BTU: Tensor) -> Tensor:
+        return self._gated(self._products(x_BTD), mask_BTU)
+
+    def _products(self, x_BTD: Tensor) -> Products:
+        """W1 x and W3 x, each with the bias that is still to be added."""
+        pre_BTF, b1_F = _product(self.w1, x_BTD)
+        gate_BTF, b3_F = _product(self.w3, x_BTD) if self.w3 is not None else (None, None)
+        return pre_BTF, b1_F, gate_BTF, b3_F
+
+    def _gated(self, products: Products, mask_BTU: Tensor) -> Tensor:
+        """W2 of the gated activations."""
+        if not _is_plain(self.w2):
+            return self.w2(fused.gate(*products, mask_BTU, self.hidden_act))
+        dtype = products[0].dtype
+        return fused.gated_linear(
+            *products, mask_BTU, self.w2.weight.to(dtype), self.w2.bias.to(dtype), self.hidden_act
+        )
 
     def _sparse(
         self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
     ) -> tuple[Tensor, MaskStats]:
         """The mask first, then only the neurons that it keeps."""
         mask = self._fused_mask(z_BTKZ, num_samples, keep_ratios, count_every, torch.float32)
+        return self._masked_sparse(x_BTD, mask.mask_BTU), mask.stats
+
+    def _masked_sparse(self, x_BTD: Tensor, mask_BTU: Tensor) -> Tensor:
         w3, b3 = (self.w3.weight, self.w3.bias) if self.w3 is not None else (None, None)
         w1, b1, w2, b2 = self.w1.weight, self.w1.bias, self.w2.weight, self.w2.bias
-        return fused.sparse_ffn(x_BTD, mask.mask_BTU, w1, b1, w3, b3, w2, b2, self.hidden_act), mask.stats
+        return few_tokens.sparse_ffn(x_BTD, mask_BTU, w1, b1, w3, b3, w2, b2, self.hidden_act)
 
     def _triton(
         self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
@@ -225,7 +298,7 @@ class InfinityFFN(ConditionalFFN):
         """Selection and gating fused on the GPU, between products that skip nothing."""
         B, T, K, _ = z_BTKZ.shape
         scores_BTKU = self._scores(z_BTKZ)
-        weight_NK = self._weights(z_BTKZ, scores_BTKU, num_samples, keep_ratios).expand(B, T, K).flatten(0, 1)
+        weight_NK = self._weights(K, x_BTD.device, scores_BTKU, num_samples, keep_ratios).expand(B, T, K).flatten(0, 1)
         pre_BTF = self.w1(x_BTD)
         gate_NF = self.w3(x_BTD).flatten(0, 1) if self.w3 is not None else None
         num_kept = self._num_kept(keep_ratios)
@@ -251,7 +324,7 @@ class InfinityFFN(ConditionalFFN):
     ) -> MeanMask:
         num_kept = self._num_kept(keep_ratios)
         if _is_plain(self.w_z) and not self._scale_needs_scores(keep_ratios):
-            weight_BTK = self._weights(z_BTKZ, None, num_samples, keep_ratios)
+            weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, None, num_samples, keep_ratios)
             return fused.top_mask(
                 z_BTKZ,
                 self.w_z.weight,
@@ -264,7 +337,7 @@ class InfinityFFN(ConditionalFFN):
                 mask_dtype=dtype,
             )
         scores_BTKU = self._scores(z_BTKZ)
-        weight_BTK = self._weights(z_BTKZ, scores_BTKU, num_samples, keep_ratios)
+        weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, scores_BTKU, num_samples, keep_ratios)
         return fused.top_mask_of_scores(
             scores_BTKU, num_kept, weight_BTK, count_every=count_every, selection=self.selection, mask_dtype=dtype
         )
@@ -333,6 +406,21 @@ class InfinityFFN(ConditionalFFN):
         """Expert indices of every token: sampled (Eq. 5), or the mean."""
         if mode == "mu":
             return self.router(x_BTD, None)
+        coordinates = self._noise_coordinates(x_BTD, routing)
+        num_draws = -(-num_samples // 2) if mode == "antithetic" else num_samples
+        with torch.no_grad():
+            noise_BTKN = normal_noise(
+                num_draws,
+                self.router.noise_dim,
+                **coordinates,
+            )
+            if mode == "antithetic":
+                pairs = torch.stack([noise_BTKN, -noise_BTKN], dim=3).flatten(2, 3)
+                noise_BTKN = pairs[:, :, :num_samples]
+        return self.router(x_BTD, noise_BTKN)
+
+    def _noise_coordinates(self, x_BTD: Tensor, routing: Routing) -> dict[str, Any]:
+        """What the noise of this call is a function of."""
         B, T, _ = x_BTD.shape
         device = x_BTD.device
         routing = routing.with_key(seed=self.noise_seed, training=self.training, batch_size=B, device=device)
@@ -346,21 +434,13 @@ class InfinityFFN(ConditionalFFN):
                 f"{tuple(position_BT.shape)} for a batch of shape ({B}, {T}): "
                 "give one stream per row and one position per token"
             )
-        num_draws = -(-num_samples // 2) if mode == "antithetic" else num_samples
-        with torch.no_grad():
-            noise_BTKN = normal_noise(
-                num_draws,
-                self.router.noise_dim,
-                seed=key.seed,
-                step=key.step,
-                layer=self.layer_index,
-                stream_B=stream_B.reshape(-1).expand(B),
-                position_BT=position_BT.expand(B, T),
-            )
-            if mode == "antithetic":
-                pairs = torch.stack([noise_BTKN, -noise_BTKN], dim=3).flatten(2, 3)
-                noise_BTKN = pairs[:, :, :num_samples]
-        return self.router(x_BTD, noise_BTKN)
+        return {
+            "seed": key.seed,
+            "step": key.step,
+            "layer": self.layer_index,
+            "stream_B": stream_B.reshape(-1).expand(B),
+            "position_BT": position_BT.expand(B, T),
+        }
 
     def _scores(self, z_BTKZ: Tensor) -> Tensor:
         """W_z z in float32: both factors rounded to `score_dtype`, multiplied and summed in float32.
@@ -380,10 +460,10 @@ class InfinityFFN(ConditionalFFN):
     def _scale_needs_scores(self, keep_ratios: Floats) -> bool:
         return self.mask_scale == "rms" and any(ratio != self.keep_ratio for ratio in keep_ratios)
 
-    def _weights(self, z_BTKZ: Tensor, scores_BTKU: Tensor | None, num_samples: Ints, keep_ratios: Floats) -> Tensor:
+    def _weights(
+        self, K: int, device: torch.device, scores_BTKU: Tensor | None, num_samples: Ints, keep_ratios: Floats
+    ) -> Tensor:
         """Each sample's weight in the mean mask, float32, broadcastable to (B, T, K)."""
-        device = z_BTKZ.device
-        K = z_BTKZ.shape[2]
         if len(num_samples) == 1:
             weight_BTK = torch.full((1, 1, K), 1.0 / K, dtype=torch.float32, device=device)
         else:
@@ -412,28 +492,17 @@ class InfinityFFN(ConditionalFFN):
         return weight_BTK * mask_norm_BTK((self.keep_ratio,)) / mask_norm_BTK(keep_ratios).clamp_min(1e-12)
 
     @torch.no_grad()
-    def _stats(self, indices: Indices, mask: MaskStats, count_every: int) -> RoutingStats:
-        """What the mean mask hides: load, union and overlap of the K masks, and the router's spread."""
-        num_tokens = indices.mu_BTZ.shape[0] * indices.mu_BTZ.shape[1]
-        tokens = torch.full((), float(-(-num_tokens // count_every)), device=mask.counts_U.device)
-        zero = torch.zeros((), device=tokens.device)
-        sigma = sigma_to_mu = zero
-        if indices.sigma_BTZ is not None and tokens.device.type == "cpu" and dispatch.use_kernels():
-            sigma, sigma_to_mu = fused.spread_stats(indices.mu_BTZ, indices.sigma_BTZ, count_every)
-        elif indices.sigma_BTZ is not None:
-            sigma_NZ = indices.sigma_BTZ.flatten(0, 1)[::count_every]
-            mu_NZ = indices.mu_BTZ.flatten(0, 1)[::count_every]
-            sigma = sigma_NZ.mean(-1).sum()
-            sigma_to_mu = (sigma_NZ.norm(dim=-1) / mu_NZ.norm(dim=-1).clamp_min(1e-12)).sum()
-        return RoutingStats(
-            tokens=tokens,
-            counts_U=mask.counts_U,
-            union=mask.union,
-            overlap=mask.overlap,
-            sigma=sigma,
-            sigma_to_mu=sigma_to_mu,
-            dropped=zero,
-        )
+    def _spread_stats(self, indices: Indices, count_every: int) -> tuple[Tensor, Tensor]:
+        """The router's mean sigma and rms(sigma) / rms(mu), summed over the tokens that are looked at."""
+        if indices.sigma_BTZ is None:
+            zero = torch.zeros((), device=indices.mu_BTZ.device)
+            return zero, zero
+        if indices.mu_BTZ.device.type == "cpu" and dispatch.use_kernels():
+            return fused.spread_stats(indices.mu_BTZ, indices.sigma_BTZ, count_every)
+        sigma_NZ = indices.sigma_BTZ.flatten(0, 1)[::count_every]
+        mu_NZ = indices.mu_BTZ.flatten(0, 1)[::count_every]
+        ratio_N = sigma_NZ.norm(dim=-1) / mu_NZ.norm(dim=-1).clamp_min(1e-12)
+        return sigma_NZ.mean(-1).sum(), ratio_N.sum()
 
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
         routing = (routing or Routing()).at_layer(self.layer_index)
@@ -468,17 +537,22 @@ def _product(linear: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
     if not _is_plain(linear):
         return linear(x_BTD), None
     assert isinstance(linear, Linear)
-    return fused.linear(x_BTD, linear.weight, None), linear.bias
+    return few_tokens.linear(x_BTD, linear.weight, None), linear.bias
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def _is_plain(linear: nn.Module | None) -> bool:
     """Whether a linear map is just that: not wrapped (LoRA), quantised, or hooked into."""
-    return (
-        type(linear) is Linear
-        and linear.weight.dtype in fused.DTYPES
-        and not (
-            linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-        )
+    return type(linear) is Linear and linear.weight.dtype in compiled.DTYPES and not _is_hooked(linear)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says (hooks; Accelerate's replace `forward`)."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 

@@ -16,7 +16,7 @@ from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.base import Init
 from infmoe.layers.linear import Linear
 from infmoe.ops import dispatch
-from infmoe.ops.masked_ffn import fused
+from infmoe.ops.masked_ffn import compiled, fused
 
 SigmaActivation = Literal["softplus", "exp", "none"]
 SIGMA_ACTIVATIONS: tuple[SigmaActivation, ...] = ("softplus", "exp", "none")
@@ -163,7 +163,7 @@ class GaussianRouter(Router):
             if noise_BTKN is None or raw_BTZ is None:
                 mu_BTZ = mu_BTZ.float()
                 return Indices(mu_BTZ.unsqueeze(2), mu_BTZ, None)
-            if x_BTD.device.type == "cpu" and mu_BTZ.dtype in fused.DTYPES and dispatch.use_kernels():
+            if x_BTD.device.type == "cpu" and mu_BTZ.dtype in compiled.DTYPES and dispatch.use_kernels():
                 form = (self.sigma_activation, self.min_sigma, self.max_sigma)
                 z_BTKZ, sigma_BTZ = fused.spread(mu_BTZ, raw_BTZ, noise_BTKN, *form)
                 return Indices(z_BTKZ, mu_BTZ.float(), sigma_BTZ)

@@ -28,7 +28,7 @@ from torch import Tensor
 from infmoe.cache import cache_dir
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.ops import native, triton
-from infmoe.ops.masked_ffn import fused
+from infmoe.ops.masked_ffn import compiled, few_tokens, fused
 from infmoe.ops.tracing import ENVIRONMENT, constant, plain_wanted
 
 Backend = Literal["auto", "eager", "fused", "sparse", "triton"]
@@ -109,7 +109,7 @@ def backend(name: Backend):
 @constant
 def use_kernels() -> bool:
     """Whether operators that have no backend of their own (the noise) run compiled."""
-    return not plain_wanted() and fused.available()
+    return not plain_wanted() and compiled.available()
 
 
 def resolve(
@@ -186,9 +186,9 @@ def _fused_reason(device: str, dtype: torch.dtype) -> str | None:
     """Why the compiled dense path can't run, or None."""
     if device != "cpu":
         return f"it runs on the CPU, the input is on {device!r}"
-    if dtype not in fused.DTYPES:
+    if dtype not in compiled.DTYPES:
         return f"it computes in float32 and bfloat16, not {_name(dtype)}"
-    return None if fused.available() else "there are no compiled kernels on this machine"
+    return None if compiled.available() else "there are no compiled kernels on this machine"
 
 
 def _sparse_reason(device: str, dtype: torch.dtype, gradients: bool, plain: bool) -> str | None:
@@ -202,7 +202,7 @@ def _sparse_reason(device: str, dtype: torch.dtype, gradients: bool, plain: bool
 def _triton_reason(device: str, dtype: torch.dtype, num_units: int | None) -> str | None:
     if device != "cuda":
         return "it needs a CUDA device"
-    if dtype not in fused.DTYPES:
+    if dtype not in compiled.DTYPES:
         return f"it computes in float32 and bfloat16, not {_name(dtype)}"
     if num_units is not None and num_units > MAX_TRITON_UNITS:
         return f"it selects among at most {MAX_TRITON_UNITS} units, this layer has {num_units}"
@@ -285,13 +285,13 @@ def calibrate(site: Site) -> Calibration:
 
     def dense(turn: int, x_ND: Tensor, mask_NF: Tensor) -> None:
         w1, w3, w2 = layers[turn % copies]
-        pre = fused.linear(x_ND, w1, None)
-        gate = None if w3 is None else fused.linear(x_ND, w3, None)
-        fused.linear(fused.gate(pre, None, gate, None, mask_NF.to(dtype), activation), w2, None)
+        pre = few_tokens.linear(x_ND, w1, None)
+        gate = None if w3 is None else few_tokens.linear(x_ND, w3, None)
+        few_tokens.linear(fused.gate(pre, None, gate, None, mask_NF.to(dtype), activation), w2, None)
 
     def sparse(turn: int, x_ND: Tensor, mask_NF: Tensor) -> None:
         w1, w3, w2 = layers[turn % copies]
-        fused.sparse_ffn(x_ND, mask_NF, w1, None, w3, None, w2, None, activation)
+        few_tokens.sparse_ffn(x_ND, mask_NF, w1, None, w3, None, w2, None, activation)
 
     def ratio(N: int, density: float) -> float:
         x_ND = normal(N, D).to(dtype)
@@ -312,7 +312,7 @@ def calibrate(site: Site) -> Calibration:
     ratios: list[tuple[float, ...]] = []
     with torch.no_grad():
         for w1, w3, w2 in layers:  # the transposed copies are made now
-            fused.sparse_ffn(
+            few_tokens.sparse_ffn(
                 torch.zeros(1, D, dtype=dtype), normal(1, width) * 0, w1, None, w3, None, w2, None, activation
             )
         for N in _TOKENS:

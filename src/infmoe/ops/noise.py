@@ -49,24 +49,35 @@ def normal_noise(
     Raises:
         InfMoEError: streams or positions that are not integers.
     """
-    for name, tensor in (("stream", stream_B), ("position", position_BT)):
-        if tensor.dtype not in (torch.int64, torch.int32):
-            raise InfMoEError(f"the noise key's {name} must be int64, got {tensor.dtype}")
-    device = position_BT.device
-    key = (
-        _as_int64(seed, device),
-        _as_int64(step, device),
-        layer,
-        stream_B.to(device, torch.int64).contiguous(),
-        position_BT.long().contiguous(),
-    )
-    if device.type == "cpu" and dispatch.use_kernels():
+    key = noise_key(seed, step, layer, stream_B, position_BT)
+    if position_BT.device.type == "cpu" and dispatch.use_kernels():
         return torch.ops.infmoe.normal_noise(*key, num_samples, dim)  # the same numbers, but for their last bits
     bits = _bits(*key, num_samples, (dim + 1) // 2)
     # 24 bits each fill a float32's mantissa; the half keeps the logarithm's argument above 0.
     radius = (((bits >> 40) & 0xFFFFFF).float() + 0.5).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
     angle = (bits & 0xFFFFFF).float().mul_(2.0**-24 * 2 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :dim]
+
+
+def noise_key(
+    seed: int | Tensor, step: int | Tensor, layer: int, stream_B: Tensor, position_BT: Tensor
+) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+    """The coordinates of `normal_noise` as the operators take them: contiguous int64, on `position_BT`'s device.
+
+    Raises:
+        InfMoEError: streams or positions that are not integers.
+    """
+    for name, tensor in (("stream", stream_B), ("position", position_BT)):
+        if tensor.dtype not in (torch.int64, torch.int32):
+            raise InfMoEError(f"the noise key's {name} must be int64, got {tensor.dtype}")
+    device = position_BT.device
+    return (
+        _as_int64(seed, device),
+        _as_int64(step, device),
+        layer,
+        stream_B.to(device, torch.int64).contiguous(),
+        position_BT.long().contiguous(),
+    )
 
 
 # An operator of its own: torch.compile folds what it can of integer arithmetic, and does not wrap around.

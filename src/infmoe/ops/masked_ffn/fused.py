@@ -11,41 +11,18 @@ selection per token, z, and one weight per token and sample. The scores of the K
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from infmoe.ops import native
+from infmoe.ops.masked_ffn.compiled import ACTIVATIONS, SIGMA_ACTIVATIONS, empty_gate_gradients, rows, when_loaded
+from infmoe.ops.masked_ffn.few_tokens import few_rows
 from infmoe.ops.masked_ffn.result import MeanMask, Selection
-from infmoe.ops.tracing import constant, plain_wanted
 
-# The kernels' numbers for `layers.activations.ACTIVATIONS`; the gated ones bring their second product along.
-_ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "relu": 2, "silu": 3, "swiglu": 3, "geglu": 0}
-_SIGMA_ACTIVATIONS = {"softplus": 0, "exp": 1}
-DTYPES = (torch.float32, torch.bfloat16)
 _SAMPLES_PER_PASS = 2  # of the backward pass: what it holds at once is no more than a dense FFN's
 _ROWS_PER_PRODUCT = 512
-# Up to so many rows the kernels' own product is as fast as torch's, or faster; found by hand, no bench records it.
-_FEW_ROWS = {torch.float32: 8, torch.bfloat16: 1}
-
-
-@constant
-def available() -> bool:
-    """Whether the kernels are there; the first call may build them."""
-    return _load()  # the cache is a level down: torch.compile looks through cached functions
-
-
-@cache
-def _load() -> bool:
-    if not native.load():
-        return False
-    _register()
-    return True
 
 
 def top_mask(
@@ -131,12 +108,12 @@ def gate(
     Products and mask are of one dtype, float32 or bfloat16; sums are float32.
     """
     gated_NF = torch.ops.infmoe.gate(
-        _rows(pre_BTF),
+        rows(pre_BTF),
         b1_F,
-        None if gate_BTF is None else _rows(gate_BTF),
+        None if gate_BTF is None else rows(gate_BTF),
         b3_F,
-        _rows(mask_BTU),
-        _ACTIVATIONS[activation],
+        rows(mask_BTU),
+        ACTIVATIONS[activation],
     )
     return gated_NF.view(pre_BTF.shape)
 
@@ -152,8 +129,8 @@ def gated_linear(
     activation: str,
 ) -> Tensor:
     """`gate` and the linear map behind it, which keeps the map's input out of memory between the passes."""
-    gate_inputs = (_rows(pre_BTF), b1_F, None if gate_BTF is None else _rows(gate_BTF), b3_F, _rows(mask_BTU))
-    act = _ACTIVATIONS[activation]
+    gate_inputs = (rows(pre_BTF), b1_F, None if gate_BTF is None else rows(gate_BTF), b3_F, rows(mask_BTU))
+    act = ACTIVATIONS[activation]
     y_ND = torch.ops.infmoe.gated_linear(*gate_inputs, weight_DF.detach(), bias_D, act)
     if torch.is_grad_enabled() and weight_DF.requires_grad:
         y_ND = torch.ops.infmoe.weight_gradient(y_ND, *gate_inputs, weight_DF, act)
@@ -170,10 +147,10 @@ def spread(
     """
     B, T, K, Z = noise_BTKZ.shape
     z_NKZ, sigma_NZ = torch.ops.infmoe.spread(
-        _rows(mu_BTZ),
-        _rows(raw_BTZ),
+        rows(mu_BTZ),
+        rows(raw_BTZ),
         noise_BTKZ.reshape(B * T, K, Z).contiguous(),
-        _SIGMA_ACTIVATIONS[activation],
+        SIGMA_ACTIVATIONS[activation],
         min_sigma,
         max_sigma,
     )
@@ -182,189 +159,19 @@ def spread(
 
 def spread_stats(mu_BTZ: Tensor, sigma_BTZ: Tensor, every: int) -> tuple[Tensor, Tensor]:
     """Mean sigma, and rms(sigma) / rms(mu), summed over every so many-th token; 0-d, without gradient."""
-    mean, ratio = torch.ops.infmoe.spread_stats(_rows(mu_BTZ.detach()), _rows(sigma_BTZ.detach()), every).unbind()
+    mean, ratio = torch.ops.infmoe.spread_stats(rows(mu_BTZ.detach()), rows(sigma_BTZ.detach()), every).unbind()
     return mean, ratio
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; for a few rows and without gradients a product that runs on all threads, which torch's does not."""
-    if not _few_rows(x, weight):
-        return F.linear(x, weight, bias)
-    return torch.ops.infmoe.few_rows_linear(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
-
-
-def _few_rows(x: Tensor, weight: Tensor) -> bool:
-    return (
-        0 < x.shape[:-1].numel() <= _FEW_ROWS.get(x.dtype, 0)
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and weight.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-        and not plain_wanted()
-        and available()
-    )
-
-
-def sparse_ffn(
-    x_BTD: Tensor,
-    mask_BTU: Tensor,
-    w1_FD: Tensor,
-    b1_F: Tensor | None,
-    w3_FD: Tensor | None,
-    b3_F: Tensor | None,
-    w2_DF: Tensor,
-    b2_D: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """W2 (act(W1 x) [* W3 x] * mask), reading only the neurons for which some token's mask is not 0.
-
-    For few tokens, and without gradients. Keeps a transposed copy of W2 beside it, made at the first call and
-    again whenever W2 has changed.
-
-    Args:
-        x_BTD: float32 or bfloat16; the weights' dtype need not be the same. Sums are float32.
-        mask_BTU: the mean mask, float32 or bfloat16.
-    """
-    # what torch.compile records is an operator of its own; without it the call costs half as much
-    run = torch.ops.infmoe.sparse_ffn_by_rows if torch.compiler.is_compiling() else _sparse_by_rows
-    w1_FD, w3_FD = w1_FD.contiguous(), None if w3_FD is None else w3_FD.contiguous()
-    y_ND = run(_rows(x_BTD), _rows(mask_BTU), w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D, _ACTIVATIONS[activation])
-    return y_ND.view(x_BTD.shape)
-
-
-# W2's rows are its outputs; skipping neurons needs their columns in one piece. weight -> (its state, the copy)
-_transposed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_PROBES = 64  # entries compared at every call: a write through `.data` changes neither version nor address
-
-
-def _columns(weight_DF: Tensor) -> Tensor:
-    """W2 transposed, from the last call if W2 is still what it was."""
-    version = None if weight_DF.is_inference() else weight_DF._version
-    state = (version, weight_DF.data_ptr(), weight_DF.dtype, weight_DF.stride())
-    known = _transposed.get(weight_DF)
-    if known is None or known[0] != state or not torch.equal(_probe(weight_DF), _probe(known[1].T)):
-        known = (state, weight_DF.detach().T.contiguous())
-        _transposed[weight_DF] = known
-    return known[1]
-
-
-def _probe(weight_DF: Tensor) -> Tensor:
-    """A few entries along a diagonal, without an index tensor."""
-    D, width = weight_DF.shape
-    count = min(_PROBES, D, width)
-    down, across = weight_DF.stride()
-    step = (D // count) * down + (width // count) * across
-    return weight_DF.detach().as_strided((count,), (step,), weight_DF.storage_offset())
-
-
-@torch.library.custom_op("infmoe::sparse_ffn_by_rows", mutates_args=())
-def _sparse_ffn(
-    x_ND: Tensor,
-    mask_NU: Tensor,
-    w1_FD: Tensor,
-    b1_F: Tensor | None,
-    w3_FD: Tensor | None,
-    b3_F: Tensor | None,
-    w2_DF: Tensor,
-    b2_D: Tensor | None,
-    act: int,
-) -> Tensor:
-    return _sparse_by_rows(x_ND, mask_NU, w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D, act)
-
-
-def _sparse_by_rows(x_ND, mask_NU, w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D, act) -> Tensor:
-    return torch.ops.infmoe.sparse_ffn(x_ND, mask_NU, w1_FD, b1_F, w3_FD, b3_F, _columns(w2_DF), b2_D, act)
-
-
-@_sparse_ffn.register_fake
-def _(x_ND, mask_NU, w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D, act):
-    return torch.empty_like(x_ND)
-
-
-def _rows(x_BTF: Tensor) -> Tensor:
-    return x_BTF.flatten(0, -2).contiguous()
-
-
-@cache
-def _register() -> None:
-    """Shapes for torch.compile and derivatives, once the operators are loaded."""
+@when_loaded
+def _register_gradients() -> None:
     library = torch.library
-
-    @library.register_fake("infmoe::top_mask")
-    def _(z, w_z, bias, round_bf16, num_kept, weight, count_every, statistical, mask_bf16, want_packed):
-        return _empty_top_mask(z, w_z.shape[0], mask_bf16, want_packed)
-
-    @library.register_fake("infmoe::top_mask_of_scores")
-    def _(scores, num_kept, weight, count_every, statistical, mask_bf16, want_packed):
-        return _empty_top_mask(scores, scores.shape[2], mask_bf16, want_packed)
-
-    @library.register_fake("infmoe::expand_selection")
-    def _(grad, packed, weight, first, last, bf16):
-        N, U = grad.shape
-        return grad.new_empty(N, last - first, U, dtype=torch.bfloat16 if bf16 else torch.float32)
-
-    @library.register_fake("infmoe::gate")
-    def _(pre, b1, gate, b3, mask, act):
-        return torch.empty_like(pre)
-
-    @library.register_fake("infmoe::gate_backward")
-    def _(grad, pre, b1, gate, b3, mask, act):
-        return torch.empty_like(pre), *_empty_gate_gradients(pre, b1, gate, b3, mask)
-
-    @library.register_fake("infmoe::gate_backward_")
-    def _(grad, pre, b1, gate, b3, mask, act):
-        return _empty_gate_gradients(pre, b1, gate, b3, mask)
-
-    @library.register_fake("infmoe::spread")
-    def _(mu, raw, noise, act, min_sigma, max_sigma):
-        return torch.empty_like(noise), torch.empty_like(mu, dtype=torch.float32)
-
-    @library.register_fake("infmoe::spread_backward")
-    def _(grad_z, grad_sigma, mu, raw, noise, act, min_sigma, max_sigma):
-        return torch.empty_like(mu), torch.empty_like(raw)
-
-    @library.register_fake("infmoe::spread_stats")
-    def _(mu, sigma, every):
-        return mu.new_empty(2)
-
-    @library.register_fake("infmoe::few_rows_linear")
-    def _(x, weight, bias):
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-    @library.register_fake("infmoe::sparse_ffn")
-    def _(x, mask, w1, b1, w3, b3, w2t, b2, act):
-        return torch.empty_like(x)
-
-    @library.register_fake("infmoe::normal_noise")
-    def _(seed, step, layer, stream, position, num_samples, dim):
-        return position.new_empty(*position.shape, num_samples, dim, dtype=torch.float32)
-
-    @register_flop_formula(torch.ops.infmoe.top_mask)
-    def _(z_shape, w_z_shape, *args, **kwargs) -> int:
-        return 2 * math.prod(z_shape) * w_z_shape[0]
-
-    @register_flop_formula(torch.ops.infmoe.few_rows_linear)
-    def _(x_shape, weight_shape, *args, **kwargs) -> int:
-        return 2 * math.prod(x_shape) * weight_shape[0]
-
     library.register_autograd("infmoe::top_mask", _top_mask_backward, setup_context=_top_mask_context)
     library.register_autograd(
         "infmoe::top_mask_of_scores", _top_mask_of_scores_backward, setup_context=_top_mask_of_scores_context
     )
     library.register_autograd("infmoe::gate", _gate_backward, setup_context=_gate_context)
     library.register_autograd("infmoe::spread", _spread_backward, setup_context=_spread_context)
-
-
-def _empty_top_mask(like: Tensor, num_units: int, mask_bf16: bool, want_packed: bool) -> tuple[Tensor, ...]:
-    N, K = like.shape[:2]
-    return (
-        like.new_empty(N, num_units, dtype=torch.bfloat16 if mask_bf16 else torch.float32),
-        like.new_empty(N if want_packed else 0, K, (num_units + 7) // 8, dtype=torch.uint8),
-        like.new_empty(N, K, dtype=torch.float32),
-        like.new_empty(num_units, dtype=torch.float32),
-        like.new_empty(2, dtype=torch.float32),
-    )
 
 
 def _top_mask_context(ctx, inputs, output) -> None:
@@ -458,17 +265,6 @@ def _in_order(gradients, pre_NF, b1_F, gate_NF, b3_F, mask_NU) -> tuple[Tensor |
     )
 
 
-def _empty_gate_gradients(pre_NF, b1_F, gate_NF, b3_F, mask_NU) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of gate, mask, b1 and b3, as the kernel returns them; empty where there is no input."""
-    N, width = pre_NF.shape
-    return (
-        pre_NF.new_empty(N if gate_NF is not None else 0, width),
-        torch.empty_like(mask_NU),
-        pre_NF.new_empty(width if b1_F is not None else 0, dtype=torch.float32),
-        pre_NF.new_empty(width if b3_F is not None else 0, dtype=torch.float32),
-    )
-
-
 def _spread_context(ctx, inputs, output) -> None:
     mu_NZ, raw_NZ, noise_NKZ, *ctx.form = inputs
     ctx.save_for_backward(mu_NZ, raw_NZ, noise_NKZ)
@@ -502,7 +298,7 @@ def _gated_linear(
         part = slice(begin, begin + _ROWS_PER_PRODUCT)
         gate_part = None if gate_NF is None else gate_NF[part]
         gated_NF = torch.ops.infmoe.gate(pre_NF[part], b1_F, gate_part, b3_F, mask_NU[part], act)
-        if _few_rows(gated_NF, weight_DF):
+        if few_rows(gated_NF, weight_DF):
             y_ND[part] = torch.ops.infmoe.few_rows_linear(gated_NF, weight_DF, None)
         else:
             torch.mm(gated_NF, weight_DF.T, out=y_ND[part])
@@ -538,7 +334,7 @@ def _gated_linear_gradients(
 
 @_gated_linear_gradients.register_fake
 def _(grad_ND, pre_NF, b1_F, gate_NF, b3_F, mask_NU, weight_DF, act):
-    return torch.empty_like(pre_NF), *_empty_gate_gradients(pre_NF, b1_F, gate_NF, b3_F, mask_NU)
+    return torch.empty_like(pre_NF), *empty_gate_gradients(pre_NF, b1_F, gate_NF, b3_F, mask_NU)
 
 
 def _gated_linear_backward(ctx, grad_ND):

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -487,6 +488,40 @@ Tensor normal_noise(Tensor seed, Tensor step, int64_t layer, Tensor stream, Tens
   return result;
 }
 
+// ---- Few tokens, from x to the mean mask ----------------------------------------------------------------------------
+
+// Router, noise, z, W_z z and selection in one call: at one token the calls between them cost more than they do.
+// The third result: what `top_mask` sums (union, overlap), then what `spread_stats` does.
+std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Tensor> b_mu, Tensor w_sigma,
+                                         std::optional<Tensor> b_sigma, int64_t sigma_act, double min_sigma,
+                                         double max_sigma, Tensor seed, Tensor step, int64_t layer, Tensor stream,
+                                         Tensor position, int64_t K, Tensor w_z, std::optional<Tensor> b_z,
+                                         bool round_bf16, std::vector<int64_t> num_kept, std::optional<Tensor> weight,
+                                         int64_t count_every, bool statistical, bool mask_bf16) {
+  STD_TORCH_CHECK(x.dim() == 2 && position.numel() == x.size(0), "one position per token");
+  const int64_t N = x.size(0), Z = w_mu.size(0);
+  Tensor mu = linear(x, w_mu, b_mu), raw = linear(x, w_sigma, b_sigma);
+  Tensor noise = torch::stable::view(normal_noise(seed, step, layer, stream, position, K, Z), {N, K, Z});
+  auto [z, sigma] = spread(mu, raw, noise, sigma_act, min_sigma, max_sigma);
+  if (!weight) {
+    weight = make(x, {N, K}, false);
+    auto* to = static_cast<float*>(weight->mutable_data_ptr());
+    std::fill(to, to + N * K, 1.f / static_cast<float>(K));
+  }
+  auto [mask, packed, weights, counts, totals] =
+      top_mask(z, w_z, b_z, round_bf16, num_kept, *weight, count_every, statistical, mask_bf16, false);
+  Tensor mean = mu;
+  if (is_bf16(mu)) {
+    mean = make(mu, {N, Z}, false);
+    machine().kernels->to_float(data(mu, "mu"), N * Z, static_cast<float*>(mean.mutable_data_ptr()));
+  }
+  Tensor spreads = spread_stats(mean, sigma, count_every), sums = make(x, {4}, false);
+  auto* to = static_cast<float*>(sums.mutable_data_ptr());
+  std::memcpy(to, totals.const_data_ptr(), 2 * sizeof(float));
+  std::memcpy(to + 2, spreads.const_data_ptr(), 2 * sizeof(float));
+  return {mask, counts, sums};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(infmoe, m) {
@@ -518,6 +553,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(infmoe, m) {
   m.def(
       "normal_noise(Tensor seed, Tensor step, int layer, Tensor stream, Tensor position, int num_samples, int dim) "
       "-> Tensor");
+  m.def(
+      "route(Tensor x, Tensor w_mu, Tensor? b_mu, Tensor w_sigma, Tensor? b_sigma, int sigma_act, float min_sigma, "
+      "float max_sigma, Tensor seed, Tensor step, int layer, Tensor stream, Tensor position, int num_samples, "
+      "Tensor w_z, Tensor? b_z, bool round_bf16, int[] num_kept, Tensor? weight, int count_every, bool statistical, "
+      "bool mask_bf16) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(infmoe, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
@@ -535,6 +575,7 @@ STABLE_TORCH_LIBRARY_IMPL(infmoe, CPU, m) {
   m.impl("few_rows_linear", TORCH_BOX(&linear));
   m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
   m.impl("normal_noise", TORCH_BOX(&normal_noise));
+  m.impl("route", TORCH_BOX(&route));
 }
 
 }  // namespace infmoe
