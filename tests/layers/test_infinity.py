@@ -341,8 +341,9 @@ def test_the_branch_starts_as_large_as_a_dense_one(width, options):
 
 
 def test_score_dtype_is_what_it_says():
-    exact, coarse = layer_of(), layer_of(score_dtype="bfloat16")
-    coarse.load_state_dict(exact.state_dict())
+    exact, coarse, auto = layer_of(score_dtype="float32"), layer_of(score_dtype="bfloat16"), layer_of()
+    for layer in (coarse, auto):
+        layer.load_state_dict(exact.state_dict())
     z = torch.randn(4, 5, 3, Z)
     rounded = [t.bfloat16().double() for t in (z, exact.w_z.weight)]
     for autocast in (False, True):
@@ -350,7 +351,10 @@ def test_score_dtype_is_what_it_says():
             fine, rough = exact._scores(z), coarse._scores(z)
         torch.testing.assert_close(fine.double(), z.double() @ exact.w_z.weight.double().T, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(rough.double(), rounded[0] @ rounded[1].T, atol=1e-5, rtol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(auto._scores(z), rough if autocast else fine)
     assert not torch.equal(fine, rough)
+    assert auto.bfloat16()._rounded_to == torch.bfloat16
 
 
 def test_bfloat16_scores_and_weights_make_no_ties():
@@ -367,7 +371,7 @@ def test_mu_and_sigma_are_float32_under_autocast():
 
 
 def test_autocast_leaves_the_scores_of_equal_indices_alone():
-    layer, z = layer_of(), torch.randn(2, 3, 2, Z)
+    layer, z = layer_of(score_dtype="float32"), torch.randn(2, 3, 2, Z)
     expected = layer._scores(z)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer._scores(z), expected)

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infmoe.errors import InfMoEError
 from infmoe.layers.dense import DenseFFN
-from infmoe.layers.moe import MoEFFN
+from infmoe.layers.moe import GATE_NORMS, MoEFFN
 from infmoe.layers.routing import NoiseKey, PerLayer, Routing
 
 
@@ -362,3 +362,29 @@ def test_pure_bf16_keeps_the_router_in_fp32():
     assert torch.equal(output.stats.counts_U, expected.stats.counts_U)
     torch.testing.assert_close(output.aux_loss, expected.aux_loss)
     assert (output.y_BTD.float() - expected.y_BTD).norm() <= 0.02 * expected.y_BTD.norm()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_gates_are_a_softmax_over_what_gate_norm_says(k):
+    layers = {norm: make_layer(8, 16, num_experts=4, num_experts_per_tok=2, gate_norm=norm) for norm in GATE_NORMS}
+    x = torch.randn(1, 6, 8)
+    logits = torch.nn.functional.linear(x[0], layers["all"].router.weight)
+    weights = layers["all"].state_dict()
+    for norm, layer in layers.items():
+        layer.load_state_dict(weights)
+        seen = {}
+        layer.experts.forward = lambda x_TD, expert_Tk, gate_Tk, seen=seen: (
+            seen.update(gate=gate_Tk, at=expert_Tk) or x_TD
+        )
+        layer(x, Routing(num_experts_per_tok=k))
+        for t in range(6):
+            order = logits[t].argsort(descending=True)
+            over = {"selected": order[:k], "all": order, "trained": order[:2]}[norm]
+            expected = logits[t].exp()[order[:k]] / logits[t].exp()[over].sum()
+            torch.testing.assert_close(seen["gate"][t], expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(seen["at"][t], order[:k])
+
+
+def test_an_unknown_gate_norm_is_refused():
+    with pytest.raises(InfMoEError, match="did you mean 'trained'"):
+        make_layer(8, 16, gate_norm="train")

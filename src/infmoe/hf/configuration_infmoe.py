@@ -85,6 +85,7 @@ class InfMoEConfig(PreTrainedConfig):
     z_loss_weight: float | int | None = None
     capacity_factor: float | int | None = None
     expert_router: str | None = None
+    gate_norm: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in kwargs:

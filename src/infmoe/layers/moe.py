@@ -17,6 +17,8 @@ from infmoe.ops.noise import normal_noise
 
 ExpertRouter = Literal["learned", "hash", "random"]
 EXPERT_ROUTERS: tuple[ExpertRouter, ...] = ("learned", "hash", "random")
+GateNorm = Literal["selected", "all", "trained"]
+GATE_NORMS: tuple[GateNorm, ...] = ("selected", "all", "trained")
 # Hash routing's noise seed: fixed for good, so that a checkpoint's tokens always find their experts again.
 _HASH_SEED = 0x1F3D5B79
 
@@ -25,7 +27,8 @@ _HASH_SEED = 0x1F3D5B79
 class MoEFFN(ConditionalFFN):
     """y = sum over the top-k experts of g_i(x) E_i(x), g the softmax over the k selected logits (Eq. 2).
 
-    The dial is k, `Routing.num_experts_per_tok`; it may differ from layer to layer, not from row to row.
+    The dial is k, `Routing.num_experts_per_tok`; it may differ from layer to layer, not from row to row. What
+    the gates sum to at another k than the layer's own is `gate_norm`'s to say.
     Nothing is dropped, and a token's output depends on that token alone. The router computes in float32.
 
     The controls learn no router, so they have neither auxiliary loss; their gates are 1/k. "hash" sends every
@@ -44,6 +47,7 @@ class MoEFFN(ConditionalFFN):
         balance_loss_weight: float = 0.01,
         z_loss_weight: float = 0.0,
         expert_router: ExpertRouter = "learned",
+        gate_norm: GateNorm = "selected",
         noise_seed: int = 0,
         **shared,
     ):
@@ -58,12 +62,18 @@ class MoEFFN(ConditionalFFN):
             balance_loss_weight: weight of the load-balancing loss; its value at perfect balance.
             z_loss_weight: weight of the mean squared logsumexp of the logits, which keeps them small.
             expert_router: "learned", "hash" (needs `Routing.token_ids`) or "random".
+            gate_norm: which experts a learned router's gates are a softmax over: those "selected" (they sum to 1
+                at every k, and more experts dilute the first ones), "all" (they sum to less), or the first
+                `num_experts_per_tok` ("trained": the first ones keep their weight at every k, and more come on
+                top, so that they sum to more).
             noise_seed: seed of random routing in eval mode, where `Routing` has no key.
             **shared: see `ConditionalFFN`.
         """
         super().__init__(hidden_size, intermediate_size, **shared)
         if expert_router not in EXPERT_ROUTERS:
             raise unknown_name("expert_router", expert_router, EXPERT_ROUTERS)
+        if gate_norm not in GATE_NORMS:
+            raise unknown_name("gate_norm", gate_norm, GATE_NORMS)
         check_weight("balance_loss_weight", balance_loss_weight)
         check_weight("z_loss_weight", z_loss_weight)
         NoiseKey(seed=noise_seed)  # refuses a bad seed now rather than at the first evaluation
@@ -73,6 +83,7 @@ class MoEFFN(ConditionalFFN):
         self.balance_loss_weight = balance_loss_weight
         self.z_loss_weight = z_loss_weight
         self.expert_router = expert_router
+        self.gate_norm: GateNorm = gate_norm
         self.noise_seed = noise_seed
         self.experts = Experts(hidden_size, intermediate_size, num_experts, hidden_act)
         self._check_k(num_experts_per_tok)
@@ -91,7 +102,7 @@ class MoEFFN(ConditionalFFN):
         if self.router is not None:
             logits_TE = router_logits(x_TD, self.router.weight)
             top_Tk, expert_Tk = logits_TE.topk(k, dim=-1)
-            gate_Tk = narrow_softmax(top_Tk)
+            gate_Tk = self._gates(logits_TE, top_Tk)
             aux_loss = self._aux_loss(logits_TE, expert_Tk)
         else:
             expert_Tk = self._fixed_experts(x_BTD, k, routing)
@@ -123,6 +134,19 @@ class MoEFFN(ConditionalFFN):
         if k > self.num_experts:
             raise InfMoEError(f"num_experts_per_tok {k} is more than the layer's {self.num_experts} experts")
         return k
+
+    def _gates(self, logits_TE: Tensor, top_Tk: Tensor) -> Tensor:
+        """Weights of the selected experts, whose logits are `top_Tk`; see `gate_norm`."""
+        k = top_Tk.shape[1]
+        if self.gate_norm == "selected" or (self.gate_norm == "trained" and k == self.num_experts_per_tok):
+            return narrow_softmax(top_Tk)
+        if self.gate_norm == "all":
+            over_TE = logits_TE
+        elif k > self.num_experts_per_tok:
+            over_TE = top_Tk[:, : self.num_experts_per_tok]
+        else:
+            over_TE = logits_TE.topk(self.num_experts_per_tok, dim=-1).values
+        return (top_Tk - over_TE.logsumexp(dim=-1, keepdim=True)).exp()
 
     def _aux_loss(self, logits_TE: Tensor, expert_Tk: Tensor) -> Tensor:
         loss = self.balance_loss_weight * balance_loss(narrow_softmax(logits_TE), expert_Tk)
