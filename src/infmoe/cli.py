@@ -376,6 +376,51 @@ def bench(
     print(json.dumps(result))  # the last line is for programs, whatever stands above it
 
 
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="table1-3, table5, table6, figure2-4, controls, or all.")],
+    scale: Annotated[str, typer.Option("--scale", help="tiny (2 cores), small or medium (the paper's).")] = "tiny",
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Of every run; default: what it needs.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", help="Text files to train on; held out are whole files.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data", help="Prepared data instead of a corpus.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where results go.")] = Path("results/reproduce"),
+    work: Annotated[Path, typer.Option("--work", help="For what is unfinished, and for models.")] = Path(
+        "runs/reproduce"
+    ),
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side; each gets its share of cores.")] = 1,
+    hours: Annotated[float | None, typer.Option("--hours", help="Stop then; a run in progress goes on later.")] = None,
+    launch: Annotated[
+        str | None, typer.Option("--launch", help="What starts a training run, e.g. 'accelerate launch -m infmoe'.")
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="3 steps of 1,024 tokens of each run, all else unchanged, and stop.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their costs, and stop.")] = False,
+) -> None:
+    """Train what a table or figure of the paper needs, skip what is done, and show it beside the paper's."""
+    from infmoe.reproduce.command import Request, run_request
+
+    request = Request(name, scale, seeds, corpus, data_dir, out, work, jobs, hours, launch, smoke, dry_run)
+    raise typer.Exit(run_request(request))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option("--results", help="The folder with `reproduce/`.")] = Path("results"),
+    page: Annotated[Path, typer.Option("--page", help="The page to write.")] = Path("docs/evidence.md"),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where the page differs.")] = False,
+) -> None:
+    """Write the page of evidence from the results on disk."""
+    from infmoe.reproduce.report import write_report
+
+    same = write_report(results, page, check=check)
+    if check and not same:
+        raise InfMoEError(f"{page} is not what the results say: run `infmoe report`")
+    print(f"{page}: {'up to date' if same else 'written'}")
+
+
 def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))

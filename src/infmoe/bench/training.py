@@ -17,7 +17,8 @@ from torch import Tensor
 
 from infmoe.bench.common import Measured, Rows, paired_ratio, spread, tiny_run, training_step
 from infmoe.data import DataOrder, TokenData
-from infmoe.eval.latency import interleave
+from infmoe.eval.latency import decode_step, interleave
+from infmoe.eval.sweep import DECODE_PROMPT
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import InfinityFFN, NoiseKey, Routing
 from infmoe.recipes import recipe, recipe_names
@@ -134,10 +135,10 @@ def stats_cost(*, quick: bool = False) -> Measured:
 
 
 def variant_speed(*, quick: bool = False) -> Measured:
-    """Training tokens per second of every tiny recipe, all taking turns, in both precisions."""
+    """Every tiny recipe, all taking turns: training tokens per second in both precisions, and decoding at batch 1."""
     rounds = 3 if quick else 5
     names = [name for name in recipe_names() if name.startswith("tiny/")]
-    arms, labels = [], []
+    arms, labels, models = [], [], []
     with tiny_run("infinity") as (base, _):
         batch = _batches(base, 1)[0]
         routing = Routing(key=NoiseKey(0, 0, torch.arange(len(batch))), max_stats_tokens=1)
@@ -153,12 +154,19 @@ def variant_speed(*, quick: bool = False) -> Measured:
                     )
                 )
                 labels.append((name, precision))
+            models.append(model)
         seconds = interleave(arms, rounds=rounds, warmup=1)
+    steps = [decode_step(model.eval(), None, prompt_length=DECODE_PROMPT) for model in models]
+    decoding = interleave(steps, rounds=10 * rounds)
     rows: Rows = [
         {"arm": name, "precision": precision, "unit": "tokens/s", **spread([batch.numel() / s for s in arm])}
         for (name, precision), arm in zip(labels, seconds, strict=True)
     ]
     speed = {(r["arm"], r["precision"]): r["median"] for r in rows}
+    rows += [
+        {"arm": name, "precision": "fp32", "unit": "ms", **spread([1e3 * s for s in arm])}
+        for name, arm in zip(names, decoding, strict=True)
+    ]
     return rows, {
         f"infinity_over_{other}_{p}": speed["tiny/infinity", p] / speed[f"tiny/{other}", p]
         for other in ("dense-wide", "moe")

@@ -1,0 +1,220 @@
+"""`infmoe reproduce`: from the words of a command line to a table and a picture."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infmoe.errors import InfMoEError
+from infmoe.progress import data_progress
+from infmoe.provenance import provenance, require_writable, write_json
+from infmoe.reproduce.plan import EXPERIMENTS, Group, RunSpec, Scale, groups, scale_named, tokens_text
+from infmoe.reproduce.store import Store
+from infmoe.train.config import hf_config
+
+VAL_FRACTION = 0.06
+_SMOKE = ("steps=3", "batch_tokens=1024", "micro_batch_size=1", "eval.every=null", "log.every=1")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says; see `infmoe reproduce --help`."""
+
+    name: str
+    scale: str = "tiny"
+    seeds: int | None = None
+    corpus: str | None = None
+    data: Path | None = None
+    out: Path = Path("results/reproduce")
+    work: Path = Path("runs/reproduce")
+    jobs: int = 1
+    hours: float | None = None
+    launch: str | None = None
+    smoke: bool = False
+    dry_run: bool = False
+
+    @property
+    def label(self) -> str:
+        """The command that results name: without this machine's paths."""
+        source = "--corpus FILES" if self.corpus is not None else "--data DIR"
+        return f"infmoe reproduce {self.name} --scale {self.scale} {source}"
+
+    def worker_words(self, data: Path) -> list[str]:
+        """The command of one of several workers; it renders nothing."""
+        words = ["reproduce", self.name, "--scale", self.scale, "--data", str(data), "--out", str(self.out)]
+        words += ["--work", str(self.work)]
+        for option, value in (("--seeds", self.seeds), ("--hours", self.hours), ("--launch", self.launch)):
+            words += [option, str(value)] if value is not None else []
+        return words
+
+
+def run_request(request: Request) -> int:
+    """Do what is asked for.
+
+    Returns:
+        The exit code: 0, or that of the signal that stopped training.
+
+    Raises:
+        InfMoEError: an unknown name or scale, no data, a damaged result, or a training run that failed.
+    """
+    scale = scale_named(request.scale)
+    wanted = groups(request.name, scale, request.seeds)
+    store = Store(request.out, scale)
+    if request.dry_run:
+        print(describe_plan(store, wanted))
+        return 0
+    if wanted:
+        require_writable(request.out)
+        require_writable(request.work)
+        data = _data(request, scale)
+        if request.smoke:
+            smoke(request, store, wanted, data)
+            return 0
+        code = _work(request, store, wanted, data)
+        if code:
+            return code
+    for name in EXPERIMENTS if request.name == "all" else (request.name,):
+        _render(store, name)
+    return 0
+
+
+def _data(request: Request, scale: Scale) -> Path:
+    """The prepared data, made from the corpus where there is one."""
+    if (request.corpus is None) == (request.data is None):
+        raise InfMoEError(
+            "give --corpus FILES to train on, or --data DIR, a folder made by `infmoe data`; one of the two"
+        )
+    if request.data is not None:
+        return request.data
+    if scale.vocab is None:
+        raise InfMoEError(
+            f"scale {scale.name!r} trains on prepared data: give --data DIR, made by "
+            "`infmoe data hub:HuggingFaceFW/fineweb --subset sample-10BT --tokenizer FOLDER --out DIR` "
+            "with GPT-2's tokenizer"
+        )
+    from infmoe.data import parse_source, prepare
+
+    assert request.corpus is not None
+    folder = request.work / scale.name / "data"
+    with data_progress() as progress:
+        prepare(
+            parse_source(request.corpus),
+            folder,
+            tokenizer=f"bpe:{scale.vocab}",
+            val_fraction=VAL_FRACTION,
+            progress=progress,
+        )
+    return folder
+
+
+def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> int:
+    """Train and measure what is missing; the exit code."""
+    from infmoe.reproduce.work import Workshop, start_workers, work_through
+
+    if request.jobs > 1:
+        return start_workers(request.worker_words(data), request.jobs)
+    launch = shlex.split(request.launch) if request.launch else [sys.executable, "-m", "infmoe"]
+    shop = Workshop(
+        store=store,
+        work=request.work / store.scale.name,
+        data=data,
+        launch=tuple(launch),
+        label=request.label,
+        deadline=None if request.hours is None else time.monotonic() + 3600 * request.hours,
+        say=lambda line: print(line, flush=True),
+    )
+    if not work_through(shop, wanted):
+        print("time is up; the same command goes on from here", flush=True)
+    return 0
+
+
+def _render(store: Store, name: str) -> None:
+    """Print one table, and write it beside its picture."""
+    from infmoe.reproduce.report import render_section
+
+    section = render_section(name, store)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    path = store.folder / f"{name}.md"
+    path.write_text(f"# {section.title}\n\n{section.body}\n\n`{section.command}`\n")
+    print(f"\n{section.title}\n\n{section.body}\n")
+    print(f"table: {path}" + (f"\npicture: {section.picture}" if section.picture else ""))
+
+
+def describe_plan(store: Store, wanted: list[Group]) -> str:
+    """Every run that is wanted, what it costs, and whether it is done."""
+    from infmoe.hf import model_cost
+
+    lines, total, left = [], 0.0, 0.0
+    for spec in all_specs(store, wanted):
+        config = spec.config()
+        cost = model_cost(hf_config(config))
+        done = store.get(spec) is not None
+        flops = 3.0 * cost.flops_executed * config.steps * config.batch_tokens
+        total, left = total + flops, left + (0.0 if done else flops)
+        lines.append(
+            f"{spec.slug:<46}{spec.recipe:<28}{config.steps:>8,} steps {cost.total_with_wz / 1e6:>8.1f}M "
+            f"{flops:>9.2e} FLOPs  {'done' if done else 'to do'}"
+        )
+    lines.append(f"{len(lines)} runs, {total:.2e} FLOPs of training, {left:.2e} to do")
+    return "\n".join(lines)
+
+
+def all_specs(store: Store, wanted: list[Group]) -> list[RunSpec]:
+    """Every run, tuning included; a learning rate that is not known yet is the recipe's."""
+    specs: dict[str, RunSpec] = {}
+    for group in wanted:
+        arms = [store.scale.arm(name) for name in group.arms]
+        found = [spec for arm in arms for spec in store.tuning(arm)]
+        for seed in range(1, 1 + store.seeds_wanted(group)):
+            for arm in arms:
+                base = RunSpec(store.scale, arm, group.tokens, 0.0, seed)
+                lr = store.lr(arm)
+                found.append(RunSpec(store.scale, arm, group.tokens, _recipe_lr(base) if lr is None else lr, seed))
+        specs |= {spec.slug: spec for spec in found}
+    return list(specs.values())
+
+
+def _recipe_lr(spec: RunSpec) -> float:
+    from infmoe.recipes import recipe
+
+    return recipe(spec.recipe).optim.lr
+
+
+def smoke(request: Request, store: Store, wanted: list[Group], data: Path) -> None:
+    """Three steps of each arm at full width, with 1,024 tokens a step; all else is the run's own."""
+    rows: list[dict[str, Any]] = []
+    arms = {spec.arm.name: spec for spec in all_specs(store, wanted) if spec.seed}
+    for spec in arms.values():
+        folder = request.work / store.scale.name / f"smoke-{spec.arm.name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "infmoe", "train", spec.recipe, "--out", str(folder), "--data", str(data)]
+        command += [word for setting in (*spec.overrides(), *_SMOKE) for word in ("--set", setting)]
+        begin = time.monotonic()
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            raise InfMoEError(f"{spec.slug}: three steps failed: {lines[-1] if lines else done.returncode}")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
+        rows.append(
+            {
+                "arm": spec.arm.name,
+                "tokens_of_the_run": tokens_text(spec.tokens),
+                "losses": [record["loss"] for record in metrics if "loss" in record],
+                "tokens_per_sec": [record["tokens_per_sec"] for record in metrics if "loss" in record],
+                "seconds": round(time.monotonic() - begin, 1),
+            }
+        )
+        shutil.rmtree(folder)
+        print(json.dumps(rows[-1]), flush=True)
+        record = {
+            "name": request.name,
+            "rows": rows,
+            "provenance": provenance() | {"command": request.label + " --smoke"},
+        }
+        write_json(store.folder / f"smoke-{request.name}.json", record)

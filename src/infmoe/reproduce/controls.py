@@ -1,0 +1,322 @@
+"""The controls: every arm with what it costs, comparisons at equal budgets, and plain answers."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from infmoe.eval.dials import ratio_text
+from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.plan import TIER1, TIER2, tokens_text
+from infmoe.reproduce.sections import (
+    FAILS,
+    HOLDS,
+    MISSING,
+    Claim,
+    Section,
+    at_dials,
+    markdown_table,
+    mean_loss,
+    relative,
+    seeds_text,
+    text_of,
+    verdict_below,
+)
+from infmoe.reproduce.statistics import Interval, interval, paired
+from infmoe.reproduce.store import Finished, Store
+
+OURS = "infinity"
+# budget -> how much of it a run takes; rivals within a tenth of ours count as equal
+BUDGETS: dict[str, Callable[[Finished], float]] = {
+    "total parameters, W_z and routers left out (the paper's)": lambda run: run.cost["total"],
+    "total parameters, all counted": lambda run: run.cost["total_with_wz"],
+    "active parameters, W_z and routers left out (the paper's)": lambda run: run.cost["active"],
+    "active parameters by the union of the masks, all counted": lambda run: run.cost["active_union"],
+    "executed FLOPs per token": lambda run: run.cost["flops_executed"],
+    "ideal FLOPs per token": lambda run: run.cost["flops_ideal"],
+}
+_EQUAL = 0.1
+_RIVALS = ("dense", "switch", "moe")  # what an arm's name begins with
+
+
+def controls(store: Store, gallery: Gallery) -> Section:
+    """Everything that is not ∞-MoE as the paper has it."""
+    scale = store.scale
+    source = "--corpus NOVELS" if scale.vocab else "--data FINEWEB"
+    section = Section("Controls, at equal budgets", f"infmoe reproduce controls --scale {scale.name} {source}")
+    parts = [
+        _all_arms(store),
+        _longer(store),
+        _equal_budgets(store, section),
+        _equal_training(store),
+        _answers(store, section),
+        _keep_ratios(store, gallery),
+        _mask_scales(store),
+    ]
+    section.body = "\n\n".join(part for part in parts if part)
+    differences = {
+        name: difference
+        for name in (*TIER1, *TIER2)
+        if name != OURS and (difference := store.difference(name, OURS, scale.tokens)) is not None
+    }
+    if differences:
+        ordered = dict(sorted(differences.items(), key=lambda item: item[1].mean))
+        section.picture = gallery.bars(
+            "controls.png",
+            ordered,
+            x_label=f"held-out loss minus ∞-MoE's at {tokens_text(scale.tokens)} tokens (nats; 95 %, paired by seed)",
+            title="Left of 0: better than ∞-MoE",
+        )
+    return section
+
+
+def _all_arms(store: Store) -> str:
+    scale = store.scale
+    speeds = _speeds(store)
+    rows = []
+    for name in (*TIER1, *TIER2):
+        runs = store.runs(name, scale.tokens)
+        if not runs:
+            rows.append([name, *["–"] * 8, MISSING, "0"])
+            continue
+        cost, lr = runs[0].cost, runs[0].spec.lr
+        speed = speeds.get(runs[0].spec.arm.variant, {}) if not runs[0].spec.arm.model else {}
+        rows.append(
+            [
+                name,
+                f"{cost['total'] / 1e6:.2f}",
+                f"{cost['total_with_wz'] / 1e6:.2f}",
+                f"{cost['flops_executed'] / 1e6:.2f}",
+                f"{cost['flops_ideal'] / 1e6:.2f}",
+                _number(speed.get("train_us"), 0),
+                _number(speed.get("decode_ms"), 2),
+                f"{lr:g}",
+                text_of(mean_loss(store, name, scale.tokens)),
+                "" if name == OURS else text_of(store.difference(OURS, name, scale.tokens), sign=True),
+                seeds_text(runs),
+            ]
+        )
+    head = (
+        *("arm", "parameters, M", "with W_z, routers", "MFLOPs per token, executed", "ideal"),
+        *("training, µs per token", "decoding, ms per token", "learning rate"),
+        *(f"loss at {tokens_text(scale.tokens)} tokens, nats", "∞-MoE minus it", "seeds"),
+    )
+    return markdown_table(head, rows) + (
+        "\n\nFLOPs: forward, whole model, router counted; ideal: only the union of independent masks. Times: "
+        "`infmoe bench variants --out results/variants.json` on the machine named there. Learning rates: the best of "
+        "the grid on a seed of its own, or that of the arm it is a variation of (`reproduce/plan.py`)."
+    )
+
+
+def _longer(store: Store) -> str:
+    tokens = store.scale.long_tokens
+    rows = [
+        [
+            name,
+            text_of(mean_loss(store, name, tokens)),
+            "" if name == OURS else text_of(store.difference(OURS, name, tokens), sign=True),
+            seeds_text(store.runs(name, tokens)),
+        ]
+        for name in TIER1
+    ]
+    head = ("arm", f"loss at {tokens_text(tokens)} tokens, nats", "∞-MoE minus it", "seeds")
+    return f"**At {tokens_text(tokens)} tokens**\n\n" + markdown_table(head, rows)
+
+
+def _equal_budgets(store: Store, section: Section) -> str:
+    tokens = store.scale.tokens
+    first = {name: runs[0] for name in (*TIER1, *TIER2) if (runs := store.runs(name, tokens))}
+    rows = []
+    for budget, of in BUDGETS.items():
+        if OURS not in first:
+            continue
+        mine = of(first[OURS])
+        for name, run in first.items():
+            share = of(run) / mine
+            if name.startswith(_RIVALS) and abs(share - 1) <= _EQUAL:
+                difference = store.difference(OURS, name, tokens)
+                rows.append([budget, name, f"{share:.2f}", text_of(difference, sign=True)])
+    for rival, title in (("moe", "MoE (4 experts, top-2)"), ("dense-swiglu", "dense SwiGLU")):
+        difference = store.difference(OURS, rival, tokens)
+        section.claims.append(
+            Claim(
+                f"not in the paper: ∞-MoE against {title} at equal total parameters, W_z left out",
+                f"{text_of(difference, sign=True)} nats",
+                {HOLDS: "better", FAILS: "worse"}.get(verdict_below(difference), verdict_below(difference)),
+            )
+        )
+    head = ("budget", "rival", "the rival's, over ∞-MoE's", "loss of ∞-MoE minus it, nats")
+    if not rows:
+        return ""
+    return "**At equal budgets** (a rival within a tenth of ∞-MoE's)\n\n" + markdown_table(head, rows)
+
+
+def _equal_training(store: Store) -> str:
+    """Rivals trained for as long as ∞-MoE, in FLOPs or seconds: on more tokens, between two lengths that were run."""
+    scale = store.scale
+    speeds = _speeds(store)
+    rows = []
+    for name in TIER1:
+        runs, ours = store.runs(name, scale.tokens), store.runs(OURS, scale.tokens)
+        if name == OURS or not runs or not ours or not store.runs(name, scale.long_tokens):
+            continue
+        ratios = {"executed training FLOPs": ours[0].cost["flops_executed"] / runs[0].cost["flops_executed"]}
+        mine, its = (speeds.get(n, {}).get("train_us") for n in (OURS, name))
+        if mine and its:
+            ratios["measured training time"] = mine / its
+        for budget, ratio in ratios.items():
+            between = _at_tokens(store, name, scale.tokens * ratio)
+            difference = paired(store.losses(OURS, scale.tokens), between)
+            rows.append([budget, name, f"{ratio:.2f}", text_of(difference, sign=True)])
+    if not rows:
+        return ""
+    head = ("budget", "rival", "its tokens over ∞-MoE's", "loss of ∞-MoE minus it, nats")
+    return (
+        "**At equal training cost** (the rival's loss between its two lengths, linear in the logarithm of the tokens)"
+        "\n\n" + markdown_table(head, rows)
+    )
+
+
+def _at_tokens(store: Store, name: str, tokens: float) -> dict[int, float]:
+    scale = store.scale
+    short, long = store.losses(name, scale.tokens), store.losses(name, scale.long_tokens)
+    share = math.log(tokens / scale.tokens) / math.log(scale.long_tokens / scale.tokens)
+    return {seed: (1 - share) * short[seed] + share * long[seed] for seed in short.keys() & long.keys()}
+
+
+def _answers(store: Store, section: Section) -> str:
+    scale = store.scale
+    parts = {
+        "the gate: a dense gate of rank d_z (`infinity-glu`) against none (`dense-wide`)": (
+            "infinity-glu",
+            "dense-wide",
+        ),
+        "the sparsity: top-N of that gate (`infinity-sigma0`) against all of it": ("infinity-sigma0", "infinity-glu"),
+        "the noise: ∞-MoE against σ = 0": (OURS, "infinity-sigma0"),
+        "the sparsity, with the noise: ∞-MoE against keeping every neuron": (OURS, "infinity-no-topn"),
+        "learning W_z: ∞-MoE against W_z as drawn": (OURS, "infinity-frozen-wz"),
+        "learning a discrete router: MoE against hashing token ids": ("moe", "moe-hash"),
+        "∞-MoE over SwiGLU neurons against plain SwiGLU": ("infinity-swiglu", "dense-swiglu"),
+        "∞-MoE over SwiGLU neurons against over GELU neurons": ("infinity-swiglu", OURS),
+        "masks over blocks of 16 neurons against single ones": ("infinity-blocks16", OURS),
+        "masks over blocks of 32": ("infinity-blocks32", OURS),
+        "masks over blocks of 64": ("infinity-blocks64", OURS),
+        "an eighth kept, one sample": ("infinity-keep8", OURS),
+        "a sixteenth kept, one sample": ("infinity-keep16", OURS),
+        "W_z without weight decay": ("infinity-wz-decay0", OURS),
+        "W_z at half the learning rate": ("infinity-wz-lr-half", OURS),
+        "W_z at twice the learning rate": ("infinity-wz-lr-double", OURS),
+    }
+    rows = []
+    for text, (arm, base) in parts.items():
+        difference = store.difference(arm, base, scale.tokens)
+        count = "0" if difference is None else str(difference.count)
+        rows.append([text, text_of(difference, 4, sign=True), count])
+    head = ("what is worth how much", "loss, nats", "seeds")
+    return "**What the gain is made of**\n\n" + markdown_table(head, rows) + "\n\n" + _sigma(store, section)
+
+
+def _sigma(store: Store, section: Section) -> str:
+    """Whether the learned spread stays alive."""
+    rows = [
+        row
+        for run in store.runs(OURS, store.scale.tokens)
+        for row in run.measure("dials") or ()
+        if at_dials(row, keep_ratio=0.25, num_samples=2)
+    ]
+    if not rows:
+        return f"Does the learned σ stay alive? {MISSING.capitalize()}."
+    ratio = interval([row["sigma_to_mu"] for row in rows])
+    overlap = interval([row["overlap_ratio"] for row in rows])
+    union = interval([row["union_ratio"] for row in rows])
+    void = overlap.mean > 0.9
+    alive = ratio.mean > 0.05
+    section.claims.append(
+        Claim(
+            "not in the paper: the learned σ stays alive",
+            f"rms σ over rms μ {ratio.text(2)}, two samples share {overlap.text(2)} of their units",
+            HOLDS if alive else FAILS,
+            "two samples share more than 90 % of their units: the K dial is void" if void else "",
+        )
+    )
+    return (
+        f"Does the learned σ stay alive? rms σ over rms μ is {ratio.text(3)} at the end of training, two samples share "
+        f"{overlap.text(3)} of their units, and their union is {union.text(3)} of all (independent masks: 0.4375)."
+        + (" So the K dial is void." if void else "")
+    )
+
+
+def _keep_ratios(store: Store, gallery: Gallery) -> str:
+    """Loss over the keep ratio, of models trained at 1/4, 1/8 and 1/16."""
+    tokens = store.scale.tokens
+    lines: dict[str, dict[float, Interval]] = {}
+    for name, trained in ((OURS, 1 / 4), ("infinity-keep8", 1 / 8), ("infinity-keep16", 1 / 16)):
+        found: dict[float, list[float]] = {}
+        for run in store.runs(name, tokens):
+            for row in run.measure("dials") or ():
+                if row.get("mode") is None and row.get("num_samples") == run.values["config"]["model"]["num_samples"]:
+                    found.setdefault(row["keep_ratio"], []).append(row["loss"])
+        if found:
+            lines[f"trained at {ratio_text(trained)}"] = {r: interval(v) for r, v in sorted(found.items())}
+    if not lines:
+        return ""
+    ratios = sorted({ratio for line in lines.values() for ratio in line})
+    rows = [[name, *(text_of(line.get(ratio)) for ratio in ratios)] for name, line in lines.items()]
+    gallery.lines(
+        "keep_ratios.png",
+        [("", lines)],
+        x_label="share of the neurons that a sample keeps",
+        y_label="held-out loss (nats per token)",
+        title="One checkpoint over the keep ratio (95 % over seeds)",
+    )
+    return (
+        "**The keep ratio at inference**\n\n"
+        + markdown_table(("loss, nats", *(ratio_text(r) for r in ratios)), rows)
+        + "\n\n![Loss over the keep ratio](../results/reproduce/"
+        + f"{store.scale.name}/keep_ratios.png)"
+    )
+
+
+def _mask_scales(store: Store) -> str:
+    """Rules for the size of the mask away from the trained ratio."""
+    tokens = store.scale.tokens
+    rows = []
+    ratios: Sequence[float] = ()
+    for rule, measure in (("none", "dials"), ("fixed", "mask_scales"), ("rms", "mask_scales")):
+        line = relative(
+            store,
+            OURS,
+            tokens,
+            measure,
+            lambda row, rule=rule: (  # type: ignore[misc]
+                row.get("mask_scale", "none") == rule and row.get("mode") is None and row.get("num_samples") == 2
+            ),
+            lambda row: at_dials(row, keep_ratio=0.25, num_samples=2),
+            lambda row: row["keep_ratio"],
+        )
+        if not line:
+            return ""
+        ratios = sorted(line)
+        rows.append([rule, *(text_of(line[ratio], sign=True) for ratio in ratios)])
+    head = ("`mask_scale`", *(ratio_text(ratio) for ratio in ratios))
+    return "**The mask's size away from the trained ratio** (loss minus that at 1/4, nats)\n\n" + markdown_table(
+        head, rows
+    )
+
+
+def _speeds(store: Store) -> dict[str, dict[str, Any]]:
+    """Variant -> measured times, from `infmoe bench variants`; empty where it has not been run."""
+    path = store.folder.parent.parent / "variants.json"
+    if store.scale.name != "tiny" or not path.is_file():
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if row["unit"] == "tokens/s" and row.get("precision") == "bf16":
+            found.setdefault(row["arm"].removeprefix("tiny/"), {})["train_us"] = 1e6 / row["median"]
+        elif row["unit"] == "ms":
+            found.setdefault(row["arm"].removeprefix("tiny/"), {})["decode_ms"] = row["median"]
+    return found
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,274 @@
+"""What there is to train: arms, scales, and the runs that each table and figure needs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from infmoe.errors import unknown_name
+from infmoe.recipes import VARIANTS, recipe
+from infmoe.train.config import RunConfig, apply_overrides
+
+TUNING_SEED = 0  # learning rates are chosen on it, so it is not reported
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model that is compared.
+
+    Attributes:
+        name: in file names and tables.
+        variant: the recipe's.
+        model: fields of the model's config, over the recipe's.
+        tuned_as: the arm whose learning rate it takes; None: it has a grid of its own.
+    """
+
+    name: str
+    variant: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    tuned_as: str | None = None
+
+
+def _arms() -> dict[str, Arm]:
+    """Every recipe's variant, and W_z's ablation; what differs little from another arm takes its learning rate."""
+    tuned_as = {
+        "dense-swiglu-active": "dense-swiglu",
+        "dense-swiglu-plus": "dense-swiglu",
+        "moe-plus": "moe",
+        "moe-hash": "moe",
+        "moe16-fine": "moe",
+        **dict.fromkeys([v for v in VARIANTS if v.startswith("infinity-")], "infinity"),
+        "infinity-glu": None,
+        "infinity-swiglu": None,
+    }
+    arms = [Arm(name, name, tuned_as=tuned_as.get(name)) for name in VARIANTS]
+    arms += [
+        Arm("infinity-wz-decay0", "infinity", {"wz_weight_decay": 0.0}, "infinity"),
+        Arm("infinity-wz-lr-half", "infinity", {"wz_lr_factor": 0.5}, "infinity"),
+        Arm("infinity-wz-lr-double", "infinity", {"wz_lr_factor": 2.0}, "infinity"),
+    ]
+    return {arm.name: arm for arm in arms}
+
+
+ARMS = _arms()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        name: of the scale and of its recipes.
+        tokens: of a standard run.
+        long_tokens: of the runs behind Table 5.
+        data_sizes: tokens of Figure 3's runs.
+        entropy_tokens: of Table 3's run.
+        z_dims: Table 2's, in the paper's order.
+        lr_grid: learning rates that are tried; empty: the recipe's.
+        tune_tokens: of a tuning run.
+        warmup_ratio: share of the steps; None: the recipe's steps.
+        seeds: of a comparison, at least and at most; more are added until the intervals are narrow.
+        side_seeds: of the runs that only one table needs.
+        half_width: of the paired interval, in nats, at which seeds are enough.
+        windows: held-out windows of the final loss.
+        dial_windows: of every point of the dials.
+        settings: over the recipe's, as on the command line.
+        vocab: of the tokenizer that a corpus is given; None: data must be prepared.
+    """
+
+    name: str
+    tokens: int
+    long_tokens: int
+    data_sizes: tuple[int, ...]
+    entropy_tokens: int
+    z_dims: tuple[int, ...]
+    lr_grid: tuple[float, ...] = ()
+    tune_tokens: int = 0
+    warmup_ratio: float | None = None
+    seeds: tuple[int, int] = (1, 1)
+    side_seeds: int = 1
+    half_width: float = 0.01
+    windows: int = 4096
+    dial_windows: int = 1024
+    settings: tuple[str, ...] = ()
+    vocab: int | None = None
+
+    def arm(self, name: str) -> Arm:
+        """An arm of this scale; "infinity-z8" has z_dim 8.
+
+        Raises:
+            InfMoEError: no such arm.
+        """
+        stem, _, z_dim = name.rpartition("-z")
+        if stem == "infinity" and z_dim.isdigit():
+            return Arm(name, "infinity", {"z_dim": int(z_dim)}, "infinity")
+        if name not in ARMS:
+            raise unknown_name("arm", name, ARMS)
+        return ARMS[name]
+
+
+_B = 10**9
+_PAPER_SETTINGS = ("eval.every=1000", "checkpoint.every=1000")
+SCALES = {
+    "tiny": Scale(
+        "tiny",
+        tokens=5_000_000,
+        long_tokens=16_000_000,
+        data_sizes=(2_000_000, 4_000_000, 8_000_000, 16_000_000),
+        entropy_tokens=16_000_000,
+        z_dims=(8, 16, 32, 64),
+        lr_grid=(1e-3, 2e-3, 4e-3),
+        tune_tokens=2_000_000,
+        warmup_ratio=0.03,  # the paper's; its 700 steps are for its length
+        seeds=(3, 8),
+        side_seeds=3,
+        windows=1024,
+        dial_windows=512,
+        settings=(
+            "model.vocab_size=1024",
+            "model.attn_implementation=eager",
+            "checkpoint.every=200",
+            "checkpoint.keep_last=1",
+            "log.every=20",
+        ),
+        vocab=1024,
+    ),
+    **{
+        name: Scale(
+            name,
+            tokens=10 * _B,
+            long_tokens=100 * _B,
+            data_sizes=tuple(n * 10 * _B for n in range(1, 11)),
+            entropy_tokens=20_000 * 2**19,
+            z_dims=(32, 64, 128, 256),
+            settings=_PAPER_SETTINGS,
+        )
+        for name in ("small", "medium")
+    },
+}
+
+
+def scale_named(name: str) -> Scale:
+    """The scale of this name.
+
+    Raises:
+        InfMoEError: there is none; names those that there are.
+    """
+    if name not in SCALES:
+        raise unknown_name("scale", name, SCALES)
+    return SCALES[name]
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run."""
+
+    scale: Scale
+    arm: Arm
+    tokens: int
+    lr: float
+    seed: int
+
+    @property
+    def slug(self) -> str:
+        """Its file's name, without the suffix."""
+        return f"{self.arm.name}-{tokens_text(self.tokens)}-lr{self.lr:g}-s{self.seed}"
+
+    @property
+    def recipe(self) -> str:
+        """What `infmoe train` is given."""
+        return f"{self.scale.name}/{self.arm.variant}"
+
+    def overrides(self) -> list[str]:
+        """Settings over the recipe, as `infmoe train --set` takes them."""
+        base = apply_overrides(recipe(self.recipe), self.scale.settings)
+        steps = -(-self.tokens // base.batch_tokens)
+        settings = [f"seed={self.seed}", f"steps={steps}", f"optim.lr={self.lr!r}"]
+        if self.scale.warmup_ratio is not None:
+            settings.append(f"schedule.warmup_steps={round(self.scale.warmup_ratio * steps)}")
+        return [*settings, *self.scale.settings, *(f"model.{k}={v}" for k, v in self.arm.model.items())]
+
+    def config(self) -> RunConfig:
+        """The whole run, but for its data."""
+        return apply_overrides(recipe(self.recipe), self.overrides())
+
+
+def tokens_text(tokens: int) -> str:
+    """5M, 10B."""
+    return f"{tokens / 1e9:g}B" if tokens >= 1e9 else f"{tokens / 1e6:g}M"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms that are compared, at one length.
+
+    Attributes:
+        arms: names.
+        tokens: of every run.
+        seeds: at least and at most; more than the least are run until `half_width` is met.
+    """
+
+    arms: tuple[str, ...]
+    tokens: int
+    seeds: tuple[int, int]
+
+
+TIER1 = ("infinity", "moe", "dense-swiglu", "infinity-glu", "dense-wide")
+# Tier 2, the more informative half first
+_TIER2_FIRST = (
+    *("infinity-sigma0", "infinity-no-topn", "infinity-frozen-wz", "infinity-keep8", "infinity-keep16"),
+    *("dense", "switch", "moe16", "moe-plus", "dense-swiglu-plus", "dense-swiglu-active"),
+)
+_TIER2_THEN = (
+    *("moe16-fine", "moe-swiglu", "infinity-swiglu", "moe-hash"),
+    *("infinity-blocks16", "infinity-blocks32", "infinity-blocks64"),
+    *("infinity-wz-decay0", "infinity-wz-lr-half", "infinity-wz-lr-double"),
+)
+TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
+
+
+def _table2(scale: Scale) -> list[Group]:
+    own = recipe(f"{scale.name}/infinity").model["z_dim"]
+    arms = tuple("infinity" if z == own else f"infinity-z{z}" for z in scale.z_dims)
+    return [Group(arms, scale.tokens, _side(scale))]
+
+
+def _side(scale: Scale) -> tuple[int, int]:
+    return scale.side_seeds, scale.side_seeds
+
+
+# name -> the runs that it is made from
+EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
+    "table1": lambda s: [Group(("infinity", "moe", "dense", "switch"), s.tokens, _side(s))],
+    "table2": _table2,
+    "table3": lambda s: [Group(("infinity",), s.entropy_tokens, _side(s))],
+    "table5": lambda s: [Group(("infinity", "moe"), s.long_tokens, _side(s))],
+    "table6": lambda s: [Group(("infinity", "moe16"), s.tokens, _side(s))],
+    "figure2": lambda s: [Group(("infinity", "moe"), s.tokens, _side(s))],
+    "figure3": lambda s: [Group(("infinity", "moe"), tokens, _side(s)) for tokens in s.data_sizes],
+    "figure4": lambda s: [],
+    "controls": lambda s: [
+        Group(TIER1, s.tokens, s.seeds),
+        Group(("infinity", *_TIER2_FIRST), s.tokens, _side(s)),
+        Group(TIER1, s.long_tokens, _side(s)),
+        Group(("infinity", *_TIER2_THEN), s.tokens, _side(s)),
+    ],
+}
+# what `all` trains, the most informative first
+ORDER = ("controls", "table6", "table2", "figure3", "table1", "figure2", "table3", "table5", "figure4")
+
+
+def groups(name: str, scale: Scale, seeds: int | None = None) -> list[Group]:
+    """The runs of a table or figure, or of all of them, in the order in which they are to be trained.
+
+    Args:
+        name: of `EXPERIMENTS`, or "all".
+        scale: how large.
+        seeds: this many of every run; None: what the experiment asks for.
+
+    Raises:
+        InfMoEError: an unknown name.
+    """
+    if name != "all" and name not in EXPERIMENTS:
+        raise unknown_name("table or figure", name, [*EXPERIMENTS, "all"])
+    found = [g for n in (ORDER if name == "all" else (name,)) for g in EXPERIMENTS[n](scale)]
+    return found if seeds is None else [Group(g.arms, g.tokens, (seeds, seeds)) for g in found]

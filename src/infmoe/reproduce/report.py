@@ -1,0 +1,149 @@
+"""`docs/evidence.md`: every table and figure from what lies under `results/`, nothing typed by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from infmoe.errors import InfMoEError
+from infmoe.reproduce import sections
+from infmoe.reproduce.controls import controls
+from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.plan import SCALES, TUNING_SEED, Scale, groups
+from infmoe.reproduce.sections import Section, markdown_table
+from infmoe.reproduce.store import Store
+
+SECTIONS: dict[str, Callable[[Store, Gallery], Section]] = {
+    "table1": sections.table1,
+    "table2": sections.table2,
+    "table3": sections.table3,
+    "table5": sections.table5,
+    "table6": sections.table6,
+    "figure2": sections.figure2,
+    "figure3": sections.figure3,
+    "figure4": sections.figure4,
+    "controls": controls,
+}
+_TITLE = "# Evidence"
+_INTRODUCTION = """\
+What the paper claims, and what comes out when it is trained anew. This page is written by `infmoe report` from the
+files under `results/`; each run's file names its configuration, seed, data, versions, machine and commit. Losses are
+in nats per token on whole held-out books; “±” is a 95 % interval over seeds, and differences are paired by seed. Every
+arm sees the same tokens in the same order."""
+
+
+def render_section(name: str, store: Store, *, draw: bool = True) -> Section:
+    """One table or figure; its picture is drawn beside the results."""
+    return SECTIONS[name](store, Gallery(store.folder, draw))
+
+
+def write_report(results: Path, page: Path, *, check: bool = False) -> bool:
+    """Write the page, and the pictures beside the results.
+
+    Args:
+        results: the folder that holds `reproduce/`.
+        page: the Markdown file.
+        check: write nothing, and compare.
+
+    Returns:
+        Whether the page was what it should be already.
+
+    Raises:
+        InfMoEError: a result is damaged or of another configuration; or there are none.
+    """
+    text = render_page(results, draw=not check)
+    same = page.is_file() and page.read_text() == text
+    if not check and not same:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text)
+    return same
+
+
+def render_page(results: Path, *, draw: bool = True) -> str:
+    """The page's text; its pictures are drawn beside the results."""
+    found = [scale for name, scale in SCALES.items() if (results / "reproduce" / name / "data.json").is_file()]
+    if not found:
+        raise InfMoEError(f"{results / 'reproduce'} holds no results: make some with `infmoe reproduce`")
+    parts = [_TITLE, _INTRODUCTION]
+    for scale in found:
+        parts += _scale_parts(results, scale, draw)
+    return "\n\n".join(parts) + "\n"
+
+
+def _scale_parts(results: Path, scale: Scale, draw: bool) -> list[str]:
+    store = Store(results / "reproduce", scale)
+    made = {name: render_section(name, store, draw=draw) for name in SECTIONS}
+    claims = [
+        [claim.text, claim.measured, claim.verdict, claim.reason]
+        for section in made.values()
+        for claim in section.claims
+    ]
+    parts = [
+        f"## Scale `{scale.name}`",
+        _setting(store),
+        markdown_table(("claim", "measured", "verdict", "note"), claims).replace("---:", "---"),
+    ]
+    for section in made.values():
+        parts += [f"### {section.title}", section.body]
+        if section.picture is not None:
+            parts.append(f"![{section.title}](../{_relative(section.picture, results.parent)})")
+        parts.append(f"`{section.command}`")
+    parts += ["### Learning rates", _learning_rates(store)]
+    return parts
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.resolve().relative_to(root.resolve()).as_posix()
+
+
+def _setting(store: Store) -> str:
+    """What all runs share."""
+    data = store.data
+    assert data is not None
+    runs = sorted((store.folder / "runs").glob("*.json"))
+    any_run = next((run for arm in ("infinity", "moe") for run in store.runs(arm, store.scale.tokens)), None)
+    lines = [
+        f"{len(runs)} runs. Data: {data['splits']['train']['tokens']:,} training tokens of "
+        f"{data['splits']['train']['documents']} documents and {data['splits']['val']['tokens']:,} held-out tokens of "
+        f"{data['splits']['val']['documents']} others, {data['vocab_size']} tokens of vocabulary "
+        f"(SHA-256 {data['sha256'][:12]})."
+    ]
+    if any_run is not None:
+        config, made = any_run.values["config"], any_run.values["provenance"]
+        model = config["model"]
+        lines.append(
+            f"Model: {model['num_hidden_layers']} layers of width {model['hidden_size']}, context "
+            f"{model['max_position_embeddings']}, total FFN width {model['intermediate_size']}; ∞-MoE with d_z = "
+            f"{model['z_dim']}, K = {model['num_samples']}, keep ratio {model['keep_ratio']:g}. Training: "
+            f"{config['batch_tokens']:,} tokens a step, AdamW, {config['precision']}, warm-up over "
+            f"{config['schedule']['warmup_steps']} of {config['steps']:,} steps and a cosine to 0. Held-out loss over "
+            f"{any_run.measure('held_out') is not None and store.scale.windows:,} windows, the dials over "
+            f"{store.scale.dial_windows:,}. Machine: {made['machine']['cpu']}; torch {made['versions']['torch']}."
+        )
+    return " ".join(lines)
+
+
+def _learning_rates(store: Store) -> str:
+    """The grid, and what was chosen."""
+    scale = store.scale
+    if not scale.lr_grid:
+        return "The recipe's, for all arms: the paper names one."
+    rows = []
+    for path in sorted({spec.arm.name for group in _every_arm(scale) for spec in store.tuning(scale.arm(group))}):
+        specs = store.tuning(scale.arm(path))
+        losses = [run.loss if (run := store.get(spec)) is not None else None for spec in specs]
+        chosen = store.lr(scale.arm(path))
+        rows.append(
+            [
+                path,
+                *("–" if loss is None else f"{loss:.3f}" for loss in losses),
+                "–" if chosen is None else f"{chosen:g}",
+            ]
+        )
+    head = ("arm", *(f"{lr:g}" for lr in scale.lr_grid), "chosen")
+    tokens = scale.tune_tokens / 1e6
+    return f"Held-out loss after {tokens:g}M tokens, seed {TUNING_SEED}, which is not reported elsewhere.\n\n" + (
+        markdown_table(head, rows)
+    )
+
+
+def _every_arm(scale: Scale) -> list[str]:
+    return list(dict.fromkeys(name for group in groups("all", scale) for name in group.arms))

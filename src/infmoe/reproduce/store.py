@@ -1,0 +1,216 @@
+"""Finished runs on disk: one JSON file each, never overwritten, never mixed up."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infmoe.errors import InfMoEError
+from infmoe.provenance import write_json
+from infmoe.recipes import recipe
+from infmoe.reproduce.plan import TUNING_SEED, Arm, Group, RunSpec, Scale
+from infmoe.reproduce.statistics import Interval, paired
+from infmoe.train.config import differing_keys
+
+_KEYS = ("config", "data", "cost", "seconds", "curve", "measures", "provenance")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run.
+
+    Attributes:
+        spec: what was to be trained.
+        path: its file.
+        values: the file's content.
+    """
+
+    spec: RunSpec
+    path: Path
+    values: dict[str, Any]
+
+    @property
+    def loss(self) -> float:
+        """Held-out loss at the run's own dials, in nats per token."""
+        return self.values["measures"]["held_out"][0]["loss"]
+
+    def measure(self, name: str) -> list[dict[str, Any]] | None:
+        """The points of one measure (see `measures`), or None where it was not taken."""
+        return self.values["measures"].get(name)
+
+    @property
+    def cost(self) -> dict[str, int]:
+        """Parameters and FLOPs (see `ModelCost`)."""
+        return self.values["cost"]
+
+
+class Store:
+    """The results of one scale: `DIR/SCALE/runs/*.json`, and `data.json`, which says what they were trained on."""
+
+    def __init__(self, out: Path, scale: Scale):
+        self.scale = scale
+        self.folder = out / scale.name
+        self._known: dict[str, Finished] = {}
+
+    def path(self, spec: RunSpec) -> Path:
+        """Where a run's file is, or will be."""
+        return self.folder / "runs" / f"{spec.slug}.json"
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """What all runs were trained on; None before the first."""
+        path = self.folder / "data.json"
+        return _read(path) if path.exists() else None
+
+    def claim_data(self, data: dict[str, Any]) -> None:
+        """Say what the runs are trained on.
+
+        Raises:
+            InfMoEError: those that are there were trained on something else.
+        """
+        known = self.data
+        if known is None:
+            write_json(self.folder / "data.json", data)
+        elif known["sha256"] != data["sha256"]:
+            raise InfMoEError(
+                f"the runs in {self.folder} were trained on other data ({self.folder / 'data.json'}): "
+                "give that, or another --out"
+            )
+
+    def get(self, spec: RunSpec) -> Finished | None:
+        """A finished run, checked; None where it has not been finished.
+
+        Raises:
+            InfMoEError: its file is damaged, or of another configuration or other data.
+        """
+        path = self.path(spec)
+        if spec.slug in self._known:
+            return self._known[spec.slug]
+        if not path.exists():
+            return None
+        values = _read(path)
+        missing = [key for key in _KEYS if key not in values]
+        if missing or not _has_loss(values):
+            what = f"no {missing[0]!r}" if missing else "no held-out loss"
+            raise InfMoEError(f"{path} is damaged ({what}): restore it, or move it away to train that run again")
+        differing = differing_keys(spec.config().to_dict(), values["config"])
+        if differing:
+            raise InfMoEError(
+                f"{path} is of another configuration (other values of {', '.join(differing)}): "
+                "move it away to train that run again, or give another --out"
+            )
+        data = self.data
+        if data is not None and values["data"]["sha256"] != data["sha256"]:
+            raise InfMoEError(f"{path} was trained on other data than {self.folder / 'data.json'} says: move it away")
+        self._known[spec.slug] = Finished(spec, path, values)
+        return self._known[spec.slug]
+
+    def put(self, spec: RunSpec, values: dict[str, Any]) -> Path:
+        """Write a run's file, whole or not at all."""
+        path = self.path(spec)
+        write_json(path, values)
+        self._known.pop(spec.slug, None)
+        return path
+
+    # Learning rates
+
+    def tuning(self, arm: Arm) -> list[RunSpec]:
+        """The runs that an arm's learning rate is chosen by; none where the recipe's is taken."""
+        root = arm if arm.tuned_as is None else self.scale.arm(arm.tuned_as)
+        return [RunSpec(self.scale, root, self.scale.tune_tokens, lr, TUNING_SEED) for lr in self.scale.lr_grid]
+
+    def lr(self, arm: Arm) -> float | None:
+        """The learning rate of an arm; None while its tuning runs are not finished."""
+        specs = self.tuning(arm)
+        if not specs:
+            return recipe(f"{self.scale.name}/{arm.variant}").optim.lr
+        done = [self.get(spec) for spec in specs]
+        if not all(done):
+            return None
+        return min((run for run in done if run is not None), key=lambda run: run.loss).spec.lr
+
+    # Comparisons
+
+    def run(self, arm_name: str, tokens: int, seed: int) -> Finished | None:
+        """The finished run of an arm; None while it, or its learning rate, is missing."""
+        arm = self.scale.arm(arm_name)
+        lr = self.lr(arm)
+        return None if lr is None else self.get(RunSpec(self.scale, arm, tokens, lr, seed))
+
+    def runs(self, arm_name: str, tokens: int) -> list[Finished]:
+        """All finished runs of an arm at one length, by seed."""
+        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.max_seeds)
+        return [run for seed in seeds if (run := self.run(arm_name, tokens, seed)) is not None]
+
+    @property
+    def max_seeds(self) -> int:
+        """How many seeds are looked for: more than any experiment asks for."""
+        return 16
+
+    def losses(self, arm_name: str, tokens: int) -> dict[int, float]:
+        """Held-out loss by seed."""
+        return {run.spec.seed: run.loss for run in self.runs(arm_name, tokens)}
+
+    def difference(self, arm: str, other: str, tokens: int) -> Interval | None:
+        """The loss of an arm minus another's, paired by seed."""
+        return paired(self.losses(arm, tokens), self.losses(other, tokens))
+
+    def seeds_wanted(self, group: Group) -> int:
+        """How many seeds a group needs, by what is known of it: more while an interval is too wide."""
+        least, most = group.seeds
+        wanted = least
+        while wanted < most and self._too_wide(group, wanted):
+            wanted += 1
+        return wanted
+
+    def _too_wide(self, group: Group, seeds: int) -> bool:
+        """Whether these seeds are all there, and leave an interval of the first arm against another too wide."""
+        first, *others = group.arms
+        for other in others:
+            found = [self.losses(name, group.tokens) for name in (first, other)]
+            chosen = [{s: loss for s, loss in losses.items() if s <= TUNING_SEED + seeds} for losses in found]
+            if any(len(losses) < seeds for losses in chosen):
+                return False
+            difference = paired(*chosen)
+            assert difference is not None
+            if difference.half_width is None or difference.half_width > self.scale.half_width:
+                return True
+        return False
+
+    def missing(self, groups: Sequence[Group]) -> Iterator[RunSpec]:
+        """The runs that are still to be trained, in order; what hangs on a missing learning rate comes later."""
+        named: set[str] = set()
+        for group in groups:
+            arms = [self.scale.arm(name) for name in group.arms]
+            specs = [spec for arm in arms for spec in self.tuning(arm)]
+            seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.seeds_wanted(group))
+            for seed in seeds:
+                for arm in arms:
+                    lr = self.lr(arm)
+                    if lr is not None:
+                        specs.append(RunSpec(self.scale, arm, group.tokens, lr, seed))
+            for spec in specs:
+                if spec.slug not in named and self.get(spec) is None:
+                    named.add(spec.slug)
+                    yield spec
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise InfMoEError(f"cannot read {path}: {error.strerror or os.strerror(error.errno or 0)}") from error
+    except ValueError as error:
+        raise InfMoEError(f"{path} is damaged (no JSON): restore it, or move it away") from error
+    if not isinstance(values, dict):
+        raise InfMoEError(f"{path} is damaged (no object): restore it, or move it away")
+    return values
+
+
+def _has_loss(values: dict[str, Any]) -> bool:
+    try:
+        return isinstance(values["measures"]["held_out"][0]["loss"], float)
+    except (KeyError, IndexError, TypeError):
+        return False

@@ -1,0 +1,291 @@
+"""Training and measuring what is missing, by one worker or by several side by side.
+
+A run is trained by `infmoe train` in a process of its own, so a cluster's launcher fits before it, and whatever
+kills this process leaves that run's checkpoints. A lock that the training process holds too keeps others off.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infmoe.data import TokenData
+from infmoe.errors import InfMoEError
+from infmoe.eval.loading import open_model
+from infmoe.eval.report import read_metrics
+from infmoe.hf import model_cost
+from infmoe.provenance import provenance
+from infmoe.reproduce.measures import MEASURES, Context, wanted
+from infmoe.reproduce.plan import Group, RunSpec
+from infmoe.reproduce.store import Finished, Store
+from infmoe.train.config import hf_config
+from infmoe.train.run_dir import RUN_FILE
+
+try:
+    import fcntl
+except ImportError:  # no such thing on Windows: one worker at a time there
+    fcntl = None  # type: ignore[assignment]
+
+_CURVE_POINTS = 64
+_WAIT_SECONDS = 10.0
+# what a model folder needs to be opened; the optimizer's state stays behind
+_MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where and how runs are trained.
+
+    Attributes:
+        store: where finished runs go.
+        work: for what is unfinished, and for the models; never committed.
+        data: prepared data.
+        launch: the command that stands for `infmoe`, e.g. ("accelerate", "launch", "-m", "infmoe").
+        label: the command that a run's file names.
+        deadline: `time.monotonic()` at which to stop; None: never.
+        say: takes lines for the reader.
+    """
+
+    store: Store
+    work: Path
+    data: Path
+    launch: tuple[str, ...]
+    label: str
+    deadline: float | None
+    say: Callable[[str], None]
+
+    def model_dir(self, spec: RunSpec) -> Path:
+        """Where a trained model is kept."""
+        return self.work / "models" / spec.slug
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
+    """Train and measure until nothing is missing, or time is up.
+
+    Returns:
+        Whether nothing is missing.
+
+    Raises:
+        InfMoEError: a training run failed, or a result on disk is not what it should be.
+        SystemExit: a signal stopped training (its exit code); what was trained stays, and is gone on with.
+    """
+    data = TokenData.open(shop.data)
+    shop.store.claim_data(describe_data(data))
+    while not shop.out_of_time:
+        others_at_work = False
+        for spec in _todo(shop, groups):
+            with _lock(shop.work / f"{spec.slug}.lock") as lock:
+                if lock is None:
+                    others_at_work = True
+                    continue
+                if shop.store.get(spec) is None and not _train(shop, spec, lock):
+                    return False
+                _measure(shop, spec, data)
+                break  # what comes next may hang on what this one found
+        else:
+            if not others_at_work:
+                return True
+            time.sleep(_WAIT_SECONDS)
+    return False
+
+
+def _todo(shop: Workshop, groups: Sequence[Group]) -> Iterator[RunSpec]:
+    yield from shop.store.missing(groups)
+    for group in groups:
+        for name in group.arms:
+            for run in shop.store.runs(name, group.tokens):
+                if _missing_measures(run.spec, run) and shop.model_dir(run.spec).is_dir():
+                    yield run.spec
+
+
+def _missing_measures(spec: RunSpec, run: Finished | None) -> list[str]:
+    there = run.values["measures"] if run is not None else {}
+    return [name for name in wanted(spec, hf_config(spec.config())) if name not in there]
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[int | None]:
+    """The lock's file descriptor; None where another process holds it, which may be an orphaned training run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield None
+                return
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _train(shop: Workshop, spec: RunSpec, lock: int) -> bool:
+    """Train a run to its end, in a process of its own; False where time was up first."""
+    folder, log = shop.work / spec.slug, shop.work / f"{spec.slug}.log"
+    command = [*shop.launch, "train", spec.recipe, "--out", str(folder), "--data", str(shop.data), "--resume"]
+    command += [word for setting in spec.overrides() for word in ("--set", setting)]
+    shop.say(f"training {spec.slug} ({folder})")
+    begin = time.monotonic()
+    with log.open("ab") as output:
+        keep: dict[str, Any] = {"pass_fds": (lock,)} if fcntl is not None else {}
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **keep)
+        code = _wait(child, shop)
+    if code < 0 or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if shop.out_of_time:
+            shop.say(f"time is up: {spec.slug} goes on from its checkpoint next time")
+            return False
+        raise SystemExit(code if code > 0 else 128 - code)
+    if code:
+        lines = log.read_text(errors="replace").strip().splitlines()
+        raise InfMoEError(f"training {spec.slug} failed ({lines[-1] if lines else code}); its log is {log}")
+    shop.say(f"trained  {spec.slug} in {time.monotonic() - begin:.0f} s")
+    return True
+
+
+def _wait(child: subprocess.Popen, shop: Workshop) -> int:
+    """The exit code; SIGTERM, Ctrl-C and the deadline let the run write a checkpoint first."""
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        while True:
+            try:
+                return child.wait(None if shop.deadline is None else max(0.1, shop.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.terminate()
+                return child.wait()
+            except KeyboardInterrupt:  # the run has got it too
+                child.wait()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> None:
+    """Take what is not measured yet, write the run's file, and keep the model without its optimizer."""
+    run = shop.store.get(spec)
+    missing = _missing_measures(spec, run)
+    if not missing:
+        return
+    folder = shop.work / spec.slug
+    source = folder if run is None else shop.model_dir(spec)
+    opened = open_model(source)
+    values = run.values if run is not None else _record(shop, spec, folder, data)
+    context = Context(opened.model, data, spec)
+    measures = dict(values["measures"])
+    for name in missing:
+        measures[name] = MEASURES[name].take(context)
+    shop.store.put(spec, values | {"measures": measures})
+    loss = measures["held_out"][0]["loss"]
+    shop.say(f"measured {spec.slug}: held-out loss {loss:.4f}")
+    if run is None:
+        _keep_model(opened.checkpoint, shop.model_dir(spec))
+        shutil.rmtree(folder)
+        for suffix in (".log", ".lock"):
+            (shop.work / f"{spec.slug}{suffix}").unlink(missing_ok=True)
+
+
+def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dict[str, Any]:
+    """Everything about a run but its measures."""
+    trained = json.loads((folder / RUN_FILE).read_text())
+    config = spec.config()
+    curve, seconds = _curve(read_metrics(folder))
+    return {
+        "run": {
+            "scale": spec.scale.name,
+            "arm": spec.arm.name,
+            "recipe": spec.recipe,
+            "tokens": config.steps * config.batch_tokens,
+            "lr": spec.lr,
+            "seed": spec.seed,
+        },
+        "config": config.to_dict(),
+        "data": describe_data(data),
+        "cost": model_cost(hf_config(config)).as_dict(),
+        "seconds": seconds,
+        "curve": curve,
+        "measures": {},
+        "provenance": provenance()
+        | {
+            "command": shop.label,
+            "training": {"versions": trained["versions"], "commit": trained["git_commit"]},
+        },
+    }
+
+
+def _curve(metrics: list[dict[str, Any]]) -> tuple[dict[str, list], float]:
+    """The training's course, thinned out, and the seconds that its steps took (evaluations apart)."""
+    steps = [record for record in metrics if "loss" in record]
+    seconds, tokens = 0.0, 0
+    for record in steps:
+        seconds += (record["tokens"] - tokens) / record["tokens_per_sec"]
+        tokens = record["tokens"]
+    every = -(-len(steps) // _CURVE_POINTS)
+    kept = steps[::-1][::every][::-1]  # the last one always
+    curve: dict[str, list] = {"tokens": [r["tokens"] for r in kept], "loss": [round(r["loss"], 5) for r in kept]}
+    if kept and kept[-1].get("routing"):
+        for name in kept[-1]["routing"]:
+            curve[name] = [round(r["routing"][name], 5) for r in kept]
+    held_out = [record for record in metrics if "val_loss" in record]
+    curve["val_tokens"] = [record["tokens"] for record in held_out]
+    curve["val_loss"] = [round(record["val_loss"], 5) for record in held_out]
+    return curve, seconds
+
+
+def describe_data(data: TokenData) -> dict[str, Any]:
+    """What runs were trained on, by content: the same wherever the files lie."""
+    manifest = data.manifest
+    content = {name: [shard.sha256 for shard in split.shards] for name, split in manifest.splits.items()}
+    digest = hashlib.sha256(json.dumps([manifest.tokenizer.sha256, content], sort_keys=True).encode()).hexdigest()
+    counts = {
+        name: {"documents": split.documents, "tokens": split.tokens, "text_bytes": split.text_bytes}
+        for name, split in manifest.splits.items()
+    }
+    return {"sha256": digest, "vocab_size": manifest.tokenizer.vocab_size, "splits": counts}
+
+
+def _keep_model(checkpoint: Path, to: Path) -> None:
+    beside = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for name in (*_MODEL_FILES, *(p.name for p in checkpoint.glob("model*.safetensors*"))):
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, beside / name)
+    shutil.rmtree(to, ignore_errors=True)
+    beside.rename(to)
+
+
+def start_workers(command: Sequence[str], jobs: int) -> int:
+    """Run `jobs` workers side by side, each with its share of the cores; the first exit code that is not 0."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = os.environ | dict.fromkeys(names, threads)
+    workers = [subprocess.Popen([sys.executable, "-m", "infmoe", *command], env=environment) for _ in range(jobs)]
+
+    def stop(*_: object) -> None:
+        for worker in workers:
+            worker.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        codes = [worker.wait() for worker in workers]
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return next((code if code > 0 else 128 - code for code in codes if code), 0)

@@ -1,0 +1,86 @@
+"""A scale so small that a run takes seconds, and results that nobody trained."""
+
+import dataclasses
+from typing import Any
+
+from infmoe.hf import model_cost
+from infmoe.reproduce.plan import SCALES, RunSpec
+from infmoe.reproduce.store import Store
+from infmoe.train.config import hf_config
+
+MINI = dataclasses.replace(
+    SCALES["tiny"],
+    tokens=1024,
+    long_tokens=4096,
+    data_sizes=(512, 1024, 2048, 4096),
+    entropy_tokens=4096,
+    lr_grid=(1e-3, 2e-3),
+    tune_tokens=512,
+    seeds=(2, 4),
+    side_seeds=2,
+    windows=16,
+    dial_windows=8,
+    settings=(
+        *("model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2"),
+        *("model.max_position_embeddings=32", "batch_tokens=256", "micro_batch_size=8", "checkpoint.every=2"),
+        *("eval.every=2", "eval.windows=8", "log.every=1", "precision=fp32"),
+    ),
+)
+DATA = {
+    "sha256": "d" * 64,
+    "vocab_size": 300,
+    "splits": {
+        "train": {"documents": 9, "tokens": 1000, "text_bytes": 3000},
+        "val": {"documents": 2, "tokens": 200, "text_bytes": 600},
+    },
+}
+
+
+def spec_of(store: Store, arm: str = "infinity", seed: int = 1, *, tokens: int | None = None, lr: float = 2e-3):
+    """A run of an arm."""
+    return RunSpec(store.scale, store.scale.arm(arm), tokens or store.scale.tokens, lr, seed)
+
+
+def fake_values(spec: RunSpec, loss: float, **changes: Any) -> dict[str, Any]:
+    """A run's file, as if it had been trained to this loss."""
+    config = spec.config()
+    model = hf_config(config)
+    routing = {"entropy": 0.9, "effective_units": 500.0, "dead_ratio": 0.01, "sigma_to_mu": 0.3, "overlap_ratio": 0.8}
+    steps = [round(i * spec.tokens / 16) for i in range(1, 17)]
+    curve: dict[str, list] = {"tokens": steps, "loss": [loss + 1.0] * 16, "val_tokens": [steps[-1]], "val_loss": [loss]}
+    measures: dict[str, list] = {"held_out": [{"loss": loss}]}
+    if model.ffn == "infinity":
+        curve |= {name: [value] * 16 for name, value in routing.items()}
+        trained = {"num_samples": model.num_samples} if model.sigma_activation != "none" else {}
+        ratios = [{**trained, "keep_ratio": r, "loss": loss + abs(r - 0.25)} for r in (0.125, 0.25, 0.5)]
+        samples = [{"num_samples": k, "keep_ratio": model.keep_ratio, "loss": loss + 0.01 / k} for k in (1, 2, 4, 8)]
+        both = {row["keep_ratio"]: row for row in ratios if row["keep_ratio"] != model.keep_ratio or not trained}
+        points = [*both.values(), *(samples if trained else [])]
+        figures = {"overlap_ratio": 0.8, "union_ratio": 0.3, "sigma_to_mu": 0.3}
+        mean = [{"mode": "mu", "keep_ratio": model.keep_ratio, "loss": loss + 0.002}] if trained else []
+        measures["dials"] = [row | figures for row in points + mean]
+        measures["mask_scales"] = [{"mask_scale": rule, **row} for rule in ("fixed", "rms") for row in ratios]
+    elif model.ffn == "moe" and model.expert_router == "learned":
+        rows = [{"num_experts_per_tok": k, "loss": loss + 0.02 * abs(k - 2)} for k in (1, 2, 3, 4)]
+        measures["dials"] = rows
+        measures["gate_norms"] = [{"gate_norm": norm, **row} for norm in ("selected", "all", "trained") for row in rows]
+    return {
+        "config": config.to_dict(),
+        "data": DATA,
+        "cost": model_cost(model).as_dict(),
+        "seconds": 1.0,
+        "curve": curve,
+        "measures": measures,
+        "provenance": {"machine": {"cpu": "a processor"}, "versions": {"torch": "2"}},
+    } | changes
+
+
+def fill(store: Store, losses: dict[str, float], tokens: int, seeds: int = 3) -> None:
+    """Runs of these arms at these losses, a little different from seed to seed, tuning runs too."""
+    for arm_name, loss in losses.items():
+        arm = store.scale.arm(arm_name)
+        for i, spec in enumerate(store.tuning(arm)):
+            store.put(spec, fake_values(spec, loss + 1.0 - 0.1 * i))
+        for seed in range(1, 1 + seeds):
+            spec = spec_of(store, arm_name, seed, tokens=tokens)
+            store.put(spec, fake_values(spec, loss + 0.001 * seed + 0.0005 * (seed == 2) * (arm_name == "moe")))

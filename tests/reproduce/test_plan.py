@@ -1,0 +1,95 @@
+"""What there is to train."""
+
+import pytest
+
+from infmoe.errors import InfMoEError
+from infmoe.hf import model_cost
+from infmoe.reproduce.command import all_specs, describe_plan
+from infmoe.reproduce.plan import ARMS, EXPERIMENTS, SCALES, TIER1, TIER2, TUNING_SEED, RunSpec, groups, scale_named
+from infmoe.reproduce.store import Store
+from infmoe.train.config import hf_config
+
+SCALE = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+
+
+@SCALE
+def test_every_arm_is_a_run_that_can_be_built(scale):
+    for arm in (*ARMS.values(), *(scale.arm(f"infinity-z{z}") for z in scale.z_dims)):
+        config = RunSpec(scale, arm, scale.tokens, 1e-3, 1).config()
+        cost = model_cost(hf_config(config))
+        assert cost.flops_executed >= cost.flops_ideal > 0
+        assert arm.tuned_as is None or scale.arm(arm.tuned_as).tuned_as is None
+
+
+@SCALE
+def test_the_arms_that_get_the_routers_parameters_too_have_them(scale):
+    cost = {
+        name: model_cost(hf_config(RunSpec(scale, scale.arm(name), scale.tokens, 1e-3, 1).config()))
+        for name in ("infinity", "moe-plus", "dense-swiglu-plus", "moe", "dense-swiglu", "dense-wide")
+    }
+    wanted = cost["infinity"].total_with_wz
+    for name in ("moe-plus", "dense-swiglu-plus"):
+        assert cost[name].total_with_wz == pytest.approx(wanted, rel=0.005)
+    for name in ("moe", "dense-swiglu", "dense-wide"):
+        assert cost[name].total == pytest.approx(cost["infinity"].total, rel=0.05)
+        assert cost[name].total_with_wz < 0.97 * wanted
+
+
+@pytest.mark.parametrize("name", ["small", "medium"])
+def test_the_papers_scales_are_the_papers_setting(name):
+    scale = scale_named(name)
+    specs = {name: RunSpec(scale, scale.arm("infinity"), tokens, 6e-4, 1).config() for name, tokens in (
+        ("table1", scale.tokens), ("table3", scale.entropy_tokens), ("table5", scale.long_tokens))}  # fmt: skip
+    assert specs["table1"].steps == 19_074  # 10B tokens, the last step begun
+    assert specs["table3"].steps == 20_000
+    assert specs["table5"].steps == pytest.approx(10 * specs["table1"].steps, rel=0.001)
+    for config in specs.values():
+        assert (config.batch_tokens, config.optim.lr, config.optim.weight_decay) == (2**19, 6e-4, 0.1)
+        assert (config.schedule.warmup_steps, config.precision, config.window) == (700, "bf16", 1024)
+    assert not scale.lr_grid
+    assert scale.z_dims == (32, 64, 128, 256)
+
+
+@SCALE
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "all"])
+def test_every_experiment_can_be_planned_without_data(scale, name, tmp_path):
+    store = Store(tmp_path, scale)
+    wanted = groups(name, scale)
+    specs = all_specs(store, wanted)
+    assert len({spec.slug for spec in specs}) == len(specs)
+    lines = describe_plan(store, wanted).splitlines()
+    assert len(lines) == len(specs) + 1
+    assert "to do" in lines[-1]
+    assert not list(tmp_path.iterdir())
+    if name == "all":
+        assert {spec.arm.name for spec in specs} >= {*TIER1, *TIER2}
+
+
+def test_the_tuning_seed_is_not_reported(mini, tmp_path):
+    specs = all_specs(Store(tmp_path, mini), groups("controls", mini))
+    tuning = [spec for spec in specs if spec.seed == TUNING_SEED]
+    assert {spec.tokens for spec in tuning} == {mini.tune_tokens}
+    assert {spec.lr for spec in tuning} == set(mini.lr_grid)
+    assert all(spec.seed > TUNING_SEED for spec in specs if spec not in tuning)
+
+
+def test_all_arms_of_a_seed_see_the_same_data_in_the_same_order():
+    scale = SCALES["tiny"]
+    configs = [RunSpec(scale, scale.arm(name), scale.tokens, 1e-3, 3).config() for name in (*TIER1, *TIER2)]
+    assert len({(c.seed, c.batch_tokens, c.window, c.steps, c.schedule.warmup_steps) for c in configs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: groups("table9", SCALES["tiny"]), "unknown table or figure 'table9'; did you mean"),
+        (lambda: groups("tabel1", SCALES["tiny"]), "did you mean 'table1'?"),
+        (lambda: groups("zzz", SCALES["tiny"]), "known: all, controls, figure2"),
+        (lambda: scale_named("large"), "unknown scale 'large'; known: medium, small, tiny"),
+        (lambda: SCALES["tiny"].arm("infinity-blocks"), "unknown arm"),
+    ],
+)
+def test_unknown_names_name_the_known(call, words):
+    with pytest.raises(InfMoEError) as error:
+        call()
+    assert words in str(error.value)

@@ -1,0 +1,98 @@
+"""The page of evidence."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from fake_results import DATA, fake_values, fill, spec_of
+
+from infmoe.cli import main
+from infmoe.errors import InfMoEError
+from infmoe.reproduce.plan import TIER1, TIER2
+from infmoe.reproduce.report import SECTIONS, render_page, render_section, write_report
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def filled(store, mini):
+    """Everything, as if it had been trained."""
+    losses = {name: 3.5 + 0.01 * i for i, name in enumerate(dict.fromkeys((*TIER1, *TIER2)))}
+    losses |= {f"infinity-z{z}": 3.6 - 0.001 * z for z in mini.z_dims[:-1]}
+    fill(store, losses | {"infinity": 3.4, "moe": 3.6, "dense-swiglu": 3.3}, mini.tokens)
+    fill(store, dict.fromkeys(TIER1, 3.2) | {"infinity": 3.1}, mini.long_tokens)
+    for tokens in set(mini.data_sizes) - {mini.tokens, mini.long_tokens}:
+        fill(store, {"infinity": 3.5, "moe": 3.7}, tokens)
+    return store
+
+
+def test_the_page_says_what_the_results_say(filled, mini):
+    page = render_page(filled.folder.parent.parent)
+    row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats MoE (Table 1"))
+    assert "-0.200 ± 0.001 nats | holds |" in row
+    row = next(line for line in page.splitlines() if "against dense SwiGLU" in line)
+    assert "+0.100 ± 0.000 nats | worse |" in row
+    for name in (*TIER1, *TIER2):
+        assert re.search(rf"^\| {re.escape(name)} \|", page, re.M), name
+    assert "two samples share 80% of their units" in page
+    assert "not measured yet" not in page.split("### Figure 4")[0]
+    for picture in re.findall(r"!\[.*?\]\(\.\./results/(.*?)\)", page):
+        assert (filled.folder.parent.parent / picture).stat().st_size > 10_000, picture
+
+
+def test_without_results_every_part_says_so(store):
+    page = render_page(store.folder.parent.parent)
+    assert page.count("not measured yet") > 20
+    assert "nan" not in page.lower().replace("finance", "")
+
+
+def test_half_the_results_make_a_page_too(store, mini):
+    fill(store, {"infinity": 3.4}, mini.tokens, seeds=1)
+    page = render_page(store.folder.parent.parent)
+    assert "3.401" in page
+    for name in SECTIONS:
+        render_section(name, store)
+
+
+def test_a_verdict_needs_an_interval_that_leaves_0_out(store, mini):
+    fill(store, {"infinity": 3.4}, mini.tokens)
+    for spec in store.tuning(mini.arm("moe")):
+        store.put(spec, fake_values(spec, 4.0))
+    for seed, loss in ((1, 3.5), (2, 3.3), (3, 3.4)):
+        spec = spec_of(store, "moe", seed, lr=1e-3)
+        store.put(spec, fake_values(spec, loss))
+    page = render_page(store.folder.parent.parent)
+    row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats MoE (Table 1"))
+    assert "not decided: the interval contains 0" in row
+
+
+def test_check_fails_when_the_page_or_a_result_changes(filled, tmp_path, monkeypatch):
+    results, page = filled.folder.parent.parent, tmp_path / "docs" / "evidence.md"
+    assert not write_report(results, page)
+    assert write_report(results, page, check=True)
+    words = ["report", "--results", str(results), "--page", str(page), "--check"]
+    assert main(words) == 0
+    text = page.read_text()
+    page.write_text(text.replace("3.4", "3.3", 1))
+    assert main(words) == 2
+    page.write_text(text)
+    path = filled.path(spec_of(filled))
+    values = json.loads(path.read_text())
+    values["measures"]["held_out"][0]["loss"] += 0.05
+    path.write_text(json.dumps(values))
+    assert main(words) == 2
+    assert page.read_text() == text
+
+
+def test_nothing_to_report_is_one_line(tmp_path):
+    with pytest.raises(InfMoEError, match="holds no results: make some with `infmoe reproduce`"):
+        render_page(tmp_path)
+
+
+def test_the_committed_page_is_what_the_committed_results_say(tmp_path):
+    assert (ROOT / "docs" / "evidence.md").read_text() == render_page(ROOT / "results", draw=False)
+
+
+def test_the_data_is_described(store):
+    assert f"{DATA['splits']['train']['tokens']:,} training tokens" in render_page(store.folder.parent.parent)

@@ -1,0 +1,180 @@
+"""`infmoe reproduce`, with real training runs of seconds."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fake_results import MINI
+
+from infmoe.errors import InfMoEError
+from infmoe.reproduce import measures, plan, work
+from infmoe.reproduce.command import Request, run_request
+from infmoe.reproduce.measures import Measure
+from infmoe.reproduce.plan import Group
+from infmoe.reproduce.store import Store
+
+
+@pytest.fixture
+def request_(mini_data, tmp_path, monkeypatch):
+    """Two arms, one seed, no tuning."""
+    monkeypatch.setitem(plan.SCALES, "tiny", dataclasses.replace(MINI, lr_grid=()))
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("infinity", "moe16"), s.tokens, (1, 1))])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Request("table6", data=mini_data, out=tmp_path / "results" / "reproduce", work=tmp_path / "runs")
+
+
+def runs_of(request):
+    folder = request.out / "tiny" / "runs"
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def test_what_is_missing_is_trained_and_what_is_done_is_not(request_, capsys, monkeypatch):
+    assert run_request(request_) == 0
+    found = runs_of(request_)
+    assert list(found) == ["infinity-0.001024M-lr0.002-s1", "moe16-0.001024M-lr0.002-s1"]
+    for values in found.values():
+        assert values["measures"]["held_out"][0]["loss"] == pytest.approx(values["curve"]["val_loss"][-1], abs=0.3)
+        assert values["curve"]["tokens"] == [256, 512, 768, 1024]
+        assert values["seconds"] > 0
+        assert values["config"]["data"]["dir"] is None
+        assert str(request_.work) not in json.dumps(values)
+        assert values["provenance"]["command"] == "infmoe reproduce table6 --scale tiny --data DIR"
+    infinity, moe = found.values()
+    ks = [
+        row["num_samples"] for row in infinity["measures"]["dials"] if row["keep_ratio"] == 0.25 and "mode" not in row
+    ]
+    assert sorted(ks) == [1, 2, 3, 4, 8, 16]
+    assert {row["gate_norm"] for row in moe["measures"]["gate_norms"]} == {"selected", "all", "trained"}
+    # what is kept: the models, without the optimizer
+    left = sorted(path.name for path in (request_.work / "tiny").iterdir())
+    assert left == ["models"]
+    assert sorted(p.name for p in (request_.work / "tiny" / "models").iterdir()) == list(found)
+    out = capsys.readouterr().out
+    assert "Table 6: sixteen experts" in out
+    assert (request_.out / "tiny" / "table6.md").is_file()
+
+    monkeypatch.setattr(work.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert run_request(request_) == 0
+    assert runs_of(request_) == found
+
+    # a measure that comes later is taken of the models that are there
+    later = Measure(lambda context: [{"loss": 1.0, "seed": context.spec.seed}], lambda config: config.ffn == "moe")
+    monkeypatch.setitem(measures.MEASURES, "later", later)
+    assert run_request(request_) == 0
+    now = runs_of(request_)
+    assert now["moe16-0.001024M-lr0.002-s1"]["measures"].pop("later") == [{"loss": 1.0, "seed": 1}]
+    assert now == found
+
+
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, mini_data, tmp_path, monkeypatch):
+    longer = dataclasses.replace(plan.SCALES["tiny"], tokens=256 * 40)
+    monkeypatch.setitem(plan.SCALES, "tiny", longer)
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("infinity",), s.tokens, (1, 1))])
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import dataclasses, sys\n"
+        f"sys.path.insert(0, {str(os.path.dirname(os.path.dirname(__file__)))!r})\n"
+        "from fake_results import MINI\n"
+        "from infmoe.reproduce import plan\n"
+        "from infmoe.cli import main\n"
+        "plan.SCALES['tiny'] = dataclasses.replace(MINI, lr_grid=(), tokens=256 * 40)\n"
+        "plan.EXPERIMENTS['table6'] = lambda s: [plan.Group(('infinity',), s.tokens, (1, 1))]\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    killed = dataclasses.replace(request_, out=tmp_path / "killed" / "reproduce", work=tmp_path / "killed-runs")
+    words = [sys.executable, script, *killed.worker_words(mini_data)]
+    for wait_for in ("step-000002", "step-000014"):
+        process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
+        folder = killed.work / "tiny"
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and not list(folder.glob(f"*/checkpoints/{wait_for}")):
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not runs_of(killed)
+    assert run_request(killed) == 0
+    assert run_request(request_) == 0
+    (one,), (other,) = runs_of(killed).values(), runs_of(request_).values()
+    assert one["measures"] == other["measures"]
+    assert one["curve"] == other["curve"]
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
+    spec = next(iter(Store(request_.out, plan.SCALES["tiny"]).missing(plan.groups("table6", plan.SCALES["tiny"]))))
+    lock = request_.work / "tiny" / f"{spec.slug}.lock"
+    lock.parent.mkdir(parents=True)
+    trained = []
+    monkeypatch.setattr(work, "_train", lambda shop, spec, lock: trained.append(spec.arm.name) or False)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_request(request_) == 0
+    assert trained == ["moe16"]
+
+
+def test_when_time_is_up_it_says_so_and_goes_on_later(request_, monkeypatch, capsys):
+    endless = dataclasses.replace(plan.SCALES["tiny"], tokens=256 * 100_000)
+    monkeypatch.setitem(plan.SCALES, "tiny", endless)
+    assert run_request(dataclasses.replace(request_, hours=12 / 3600)) == 0
+    out = capsys.readouterr().out
+    assert "the same command goes on from here" in out
+    assert list((request_.work / "tiny").glob("*/checkpoints/step-*"))
+    assert not runs_of(request_)
+
+
+def test_a_run_that_fails_is_named_with_its_reason(request_, mini_data, monkeypatch):
+    broken = dataclasses.replace(plan.SCALES["tiny"], settings=(*plan.SCALES["tiny"].settings, "model.vocab_size=10"))
+    monkeypatch.setitem(plan.SCALES, "tiny", broken)
+    with pytest.raises(
+        InfMoEError, match=r"training infinity-.* failed \(error: .*set model.vocab_size=300\); its log"
+    ):
+        run_request(request_)
+
+
+def test_a_signal_to_stop_ends_with_a_checkpoint_and_the_signals_code(request_, tmp_path, monkeypatch):
+    launch = tmp_path / "launch.py"
+    launch.write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    with pytest.raises(SystemExit) as stop:
+        run_request(dataclasses.replace(request_, launch=f"{sys.executable} {launch}"))
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": None}, "give --corpus FILES to train on, or --data DIR"),
+        ({"corpus": "x"}, "one of the two"),
+        ({"name": "table4"}, "unknown table or figure 'table4'"),
+        ({"scale": "huge"}, "unknown scale 'huge'; known: medium, small, tiny"),
+        ({"scale": "small", "data": None, "corpus": "x"}, "trains on prepared data: give --data DIR"),
+    ],
+)
+def test_bad_requests_name_the_fix(request_, changes, words):
+    with pytest.raises(InfMoEError) as error:
+        run_request(dataclasses.replace(request_, **changes))
+    assert words in str(error.value)
+
+
+def test_other_data_is_refused(request_, tmp_path, mini_data):
+    folder = request_.out / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "data.json").write_text('{"sha256": "other"}')
+    with pytest.raises(InfMoEError, match="were trained on other data"):
+        run_request(request_)
+
+
+def test_three_steps_of_each_arm(request_, capsys):
+    assert run_request(dataclasses.replace(request_, smoke=True)) == 0
+    record = json.loads((request_.out / "tiny" / "smoke-table6.json").read_text())
+    assert [row["arm"] for row in record["rows"]] == ["infinity", "moe16"]
+    assert all(len(row["losses"]) == 3 for row in record["rows"])
+
+
+def test_workers_side_by_side_report_the_first_that_failed():
+    assert work.start_workers(["recipes"], 2) == 0
+    assert work.start_workers(["params", "nothing"], 2) == 2

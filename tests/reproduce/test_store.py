@@ -1,0 +1,100 @@
+"""Finished runs on disk."""
+
+import json
+
+import pytest
+from fake_results import DATA, fake_values, fill, spec_of
+
+from infmoe.errors import InfMoEError
+from infmoe.reproduce.plan import Group
+from infmoe.reproduce.store import Store
+
+
+def test_what_is_put_is_found_again(store, mini):
+    spec = spec_of(store)
+    assert store.get(spec) is None
+    store.put(spec, fake_values(spec, 3.5))
+    assert Store(store.folder.parent, mini).get(spec).loss == 3.5
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_text(path.read_text()[:-40]), "is damaged (no JSON)"),
+        (lambda path: path.write_text("[]"), "is damaged (no object)"),
+        (lambda path: _edit(path, lambda v: v.pop("curve")), "is damaged (no 'curve')"),
+        (lambda path: _edit(path, lambda v: v["measures"].update(held_out=[])), "is damaged (no held-out loss)"),
+        (lambda path: _edit(path, lambda v: v["config"].update(steps=5)), "other values of steps"),
+        (lambda path: _edit(path, lambda v: v["config"]["model"].update(z_dim=3)), "other values of model.z_dim"),
+        (lambda path: _edit(path, lambda v: v["data"].update(sha256="e")), "was trained on other data"),
+    ],
+)
+def test_a_bad_file_is_named_and_left_alone(store, mini, damage, words):
+    spec = spec_of(store)
+    path = store.put(spec, fake_values(spec, 3.5))
+    damage(path)
+    before = path.read_bytes()
+    fresh = Store(store.folder.parent, mini)
+    for tuning in fresh.tuning(mini.arm("infinity")):
+        fresh.put(tuning, fake_values(tuning, 4.0 - tuning.lr))
+    for ask in (lambda: fresh.get(spec), lambda: list(fresh.missing([Group(("infinity",), mini.tokens, (1, 1))]))):
+        with pytest.raises(InfMoEError) as error:
+            ask()
+        assert str(path) in str(error.value)
+        assert words in str(error.value)
+    assert path.read_bytes() == before
+
+
+def _edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_other_data_is_refused(store):
+    store.claim_data(DATA)
+    with pytest.raises(InfMoEError, match="were trained on other data"):
+        store.claim_data(DATA | {"sha256": "e" * 64})
+
+
+def test_the_learning_rate_is_the_best_of_the_grid_and_passed_on(store):
+    arm, child = store.scale.arm("infinity"), store.scale.arm("infinity-sigma0")
+    assert store.lr(arm) is None
+    for spec, loss in zip(store.tuning(arm), (3.9, 4.1), strict=True):
+        assert store.lr(child) is None
+        store.put(spec, fake_values(spec, loss))
+    assert store.lr(arm) == store.lr(child) == 1e-3
+    assert store.lr(store.scale.arm("moe")) is None
+
+
+def test_tuning_comes_first_and_then_seed_by_seed(store, mini):
+    wanted = [Group(("infinity", "moe"), mini.tokens, (2, 2))]
+    first = [(s.arm.name, s.tokens, s.seed) for s in store.missing(wanted)]
+    assert first == [(arm, mini.tune_tokens, 0) for arm in ("infinity", "infinity", "moe", "moe")]
+    for name in ("infinity", "moe"):
+        for spec in store.tuning(mini.arm(name)):
+            store.put(spec, fake_values(spec, 4.0 - spec.lr))
+    rest = [(s.arm.name, s.lr, s.seed) for s in store.missing(wanted)]
+    assert rest == [(arm, 2e-3, seed) for seed in (1, 2) for arm in ("infinity", "moe")]
+
+
+def test_seeds_are_added_until_the_interval_is_narrow(store, mini):
+    group = Group(("infinity", "moe"), mini.tokens, (2, 4))
+    fill(store, {"infinity": 3.0, "moe": 3.2}, mini.tokens, seeds=1)
+    assert store.seeds_wanted(group) == 2  # one seed is not enough to say
+    for seed, gap in ((1, 0.20), (2, 0.25)):
+        for arm, loss in (("infinity", 3.0), ("moe", 3.0 + gap)):
+            spec = spec_of(store, arm, seed)
+            store.put(spec, fake_values(spec, loss))
+    assert store.seeds_wanted(group) == 3  # 0.05 apart: the interval is far wider than 0.01
+    for seed in (1, 2):
+        spec = spec_of(store, "moe", seed)
+        store.put(spec, fake_values(spec, 3.2 + 0.0001 * seed))
+    assert store.seeds_wanted(group) == 2
+    assert store.seeds_wanted(Group(("infinity", "moe"), mini.tokens, (4, 4))) == 4
+
+
+def test_a_difference_is_paired(store, mini):
+    fill(store, {"infinity": 3.0, "moe": 3.2}, mini.tokens)
+    assert store.difference("infinity", "moe", mini.tokens).mean == pytest.approx(-0.2, abs=1e-3)
+    assert store.difference("infinity", "dense", mini.tokens) is None
