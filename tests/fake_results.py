@@ -1,12 +1,13 @@
 """A scale so small that a run takes seconds, and results that nobody trained."""
 
 import dataclasses
+import json
+from functools import cache
 from typing import Any
 
-from infmoe.hf import model_cost
+from infmoe.hf import InfMoEConfig, model_cost
 from infmoe.reproduce.plan import SCALES, RunSpec
 from infmoe.reproduce.store import Store
-from infmoe.train.config import hf_config
 
 MINI = dataclasses.replace(
     SCALES["tiny"],
@@ -36,6 +37,13 @@ DATA = {
 }
 
 
+@cache
+def _built(model: str) -> tuple[Any, dict[str, int]]:
+    """A model's configuration and what it costs."""
+    built = InfMoEConfig(**json.loads(model))
+    return built, model_cost(built).as_dict()
+
+
 def spec_of(store: Store, arm: str = "infinity", seed: int = 1, *, tokens: int | None = None, lr: float = 2e-3):
     """A run of an arm."""
     return RunSpec(store.scale, store.scale.arm(arm), tokens or store.scale.tokens, lr, seed)
@@ -44,7 +52,7 @@ def spec_of(store: Store, arm: str = "infinity", seed: int = 1, *, tokens: int |
 def fake_values(spec: RunSpec, loss: float, **changes: Any) -> dict[str, Any]:
     """A run's file, as if it had been trained to this loss."""
     config = spec.config()
-    model = hf_config(config)
+    model, cost = _built(json.dumps(config.model))
     routing = {"entropy": 0.9, "effective_units": 500.0, "dead_ratio": 0.01, "sigma_to_mu": 0.3, "overlap_ratio": 0.8}
     steps = [round(i * spec.tokens / 16) for i in range(1, 17)]
     curve: dict[str, list] = {"tokens": steps, "loss": [loss + 1.0] * 16, "val_tokens": [steps[-1]], "val_loss": [loss]}
@@ -67,7 +75,7 @@ def fake_values(spec: RunSpec, loss: float, **changes: Any) -> dict[str, Any]:
     return {
         "config": config.to_dict(),
         "data": DATA,
-        "cost": model_cost(model).as_dict(),
+        "cost": cost,
         "seconds": 1.0,
         "curve": curve,
         "measures": measures,

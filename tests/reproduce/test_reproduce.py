@@ -89,15 +89,15 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, min
     )
     killed = dataclasses.replace(request_, out=tmp_path / "killed" / "reproduce", work=tmp_path / "killed-runs")
     words = [sys.executable, script, *killed.worker_words(mini_data)]
-    for wait_for in ("step-000002", "step-000014"):
-        process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
-        folder = killed.work / "tiny"
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and not list(folder.glob(f"*/checkpoints/{wait_for}")):
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
+    folder = killed.work / "tiny"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not list(folder.glob("*/checkpoints/step-0000*")):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     assert not runs_of(killed)
+    assert list(folder.glob("*/checkpoints/step-*"))
     assert run_request(killed) == 0
     assert run_request(request_) == 0
     (one,), (other,) = runs_of(killed).values(), runs_of(request_).values()
@@ -120,7 +120,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
 def test_when_time_is_up_it_says_so_and_goes_on_later(request_, monkeypatch, capsys):
     endless = dataclasses.replace(plan.SCALES["tiny"], tokens=256 * 100_000)
     monkeypatch.setitem(plan.SCALES, "tiny", endless)
-    assert run_request(dataclasses.replace(request_, hours=12 / 3600)) == 0
+    assert run_request(dataclasses.replace(request_, hours=9 / 3600)) == 0
     out = capsys.readouterr().out
     assert "the same command goes on from here" in out
     assert list((request_.work / "tiny").glob("*/checkpoints/step-*"))
@@ -168,10 +168,11 @@ def test_other_data_is_refused(request_, tmp_path, mini_data):
         run_request(request_)
 
 
-def test_three_steps_of_each_arm(request_, capsys):
+def test_three_steps_of_each_arm(request_, monkeypatch):
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("infinity",), s.tokens, (1, 1))])
     assert run_request(dataclasses.replace(request_, smoke=True)) == 0
     record = json.loads((request_.out / "tiny" / "smoke-table6.json").read_text())
-    assert [row["arm"] for row in record["rows"]] == ["infinity", "moe16"]
+    assert [row["arm"] for row in record["rows"]] == ["infinity"]
     assert all(len(row["losses"]) == 3 for row in record["rows"])
 
 
