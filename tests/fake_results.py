@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from infmoe.hf import InfMoEConfig, model_cost
+from infmoe.reproduce.measures import settings
 from infmoe.reproduce.plan import SCALES, RunSpec
 from infmoe.reproduce.store import Store
 
@@ -79,6 +80,7 @@ def fake_values(spec: RunSpec, loss: float, **changes: Any) -> dict[str, Any]:
         "seconds": 1.0,
         "curve": curve,
         "measures": measures,
+        "measured_with": settings(spec.scale),
         "provenance": {"machine": {"cpu": "a processor"}, "versions": {"torch": "2"}},
     } | changes
 

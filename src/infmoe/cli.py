@@ -41,13 +41,14 @@ BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a mistake that the user can mend ends in one line on stderr and exit code 2.
+    """Run a command; a mistake that the user can mend ends in one line on stderr.
 
     Args:
         argv: the words after `infmoe`; None: this process's own.
 
     Returns:
-        The exit code: 0, 1 where the reader of the output has gone, 2 for a mistake, 130 after Ctrl-C.
+        The exit code: 0, 1 where the reader of the output has gone, 2 for a mistake, 3 where training diverged,
+        130 after Ctrl-C.
     """
     # our own lines say what matters; transformers reads this when it is first imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-        return 2
+        return error.exit_code if isinstance(error, InfMoEError) else 2
     return 0
 
 
@@ -380,7 +381,9 @@ def bench(
 def reproduce(
     name: Annotated[str, typer.Argument(help="table1-3, table5, table6, figure2-4, controls, or all.")],
     scale: Annotated[str, typer.Option("--scale", help="tiny (2 cores), small or medium (the paper's).")] = "tiny",
-    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Of every run; default: what it needs.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, max=16, help="Of every run; default: what it needs.")
+    ] = None,
     corpus: Annotated[
         str | None, typer.Option("--corpus", help="Text files to train on; held out are whole files.")
     ] = None,
@@ -398,11 +401,12 @@ def reproduce(
         bool, typer.Option("--smoke", help="3 steps of 1,024 tokens of each run, all else unchanged, and stop.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their costs, and stop.")] = False,
+    worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
 ) -> None:
     """Train what a table or figure of the paper needs, skip what is done, and show it beside the paper's."""
     from infmoe.reproduce.command import Request, run_request
 
-    request = Request(name, scale, seeds, corpus, data_dir, out, work, jobs, hours, launch, smoke, dry_run)
+    request = Request(name, scale, seeds, corpus, data_dir, out, work, jobs, hours, launch, smoke, dry_run, worker)
     raise typer.Exit(run_request(request))
 
 
@@ -410,7 +414,7 @@ def reproduce(
 def report(
     results: Annotated[Path, typer.Option("--results", help="The folder with `reproduce/`.")] = Path("results"),
     page: Annotated[Path, typer.Option("--page", help="The page to write.")] = Path("docs/evidence.md"),
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where the page differs.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where the page differs.")] = False,
 ) -> None:
     """Write the page of evidence from the results on disk."""
     from infmoe.reproduce.report import write_report

@@ -5,7 +5,15 @@ from collections.abc import Iterable
 
 
 class InfMoEError(ValueError):
-    """A mistake the user can mend: one line that names the fix. The CLI prints it and exits with 2."""
+    """A mistake the user can mend: one line that names the fix. The CLI prints it and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class DivergedError(InfMoEError):
+    """Training met a loss or a gradient that is not finite."""
+
+    exit_code = 3
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InfMoEError:

@@ -87,6 +87,6 @@ def require_writable(folder: Path) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write readable JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(values, indent=1) + "\n")
     beside.replace(path)

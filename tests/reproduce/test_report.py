@@ -31,9 +31,19 @@ def test_the_page_says_what_the_results_say(filled, mini):
     summary = {"forward_speedup_min": 3.5, "forward_over_gemms_max": 1.1}
     (filled.folder.parent.parent / "ffn.json").write_text(json.dumps({"summary": summary}))
     page = render_page(filled.folder.parent.parent)
-    assert "at least 3.50 times on a CPU | holds" in page
-    row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats MoE (Table 1"))
+    assert "on a CPU: at least 3.50 times | not testable at this scale" in page
+    row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats MoE, in held-out loss"))
     assert "-0.200 ± 0.001 nats | holds |" in row
+    row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats dense, Switch"))
+    assert "not testable at this scale" in row
+    for text, arm, base in (
+        ("the gate: a dense gate", "infinity-glu", "dense-wide"),
+        ("the sparsity: top-N of that gate", "infinity-sigma0", "infinity-glu"),
+        ("W_z at half the learning rate", "infinity-wz-lr-half", "infinity"),
+    ):
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {text}")]
+        a, b = (filled.losses(name, mini.tokens)[1] for name in (arm, base))
+        assert f"| {a - b:+.4f} ± 0.0000 |" in row, row
     row = next(line for line in page.splitlines() if "against dense SwiGLU" in line)
     assert "+0.100 ± 0.000 nats | worse |" in row
     for name in (*TIER1, *TIER2):
@@ -66,7 +76,7 @@ def test_a_verdict_needs_an_interval_that_leaves_0_out(store, mini):
         spec = spec_of(store, "moe", seed, lr=1e-3)
         store.put(spec, fake_values(spec, loss))
     page = render_page(store.folder.parent.parent)
-    row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats MoE (Table 1"))
+    row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats MoE, in held-out loss"))
     assert "not decided: the interval contains 0" in row
 
 
@@ -86,6 +96,29 @@ def test_check_fails_when_the_page_or_a_result_changes(filled, tmp_path, monkeyp
     path.write_text(json.dumps(values))
     assert main(words) == 2
     assert page.read_text() == text
+
+
+def test_one_seed_is_shown_and_decides_nothing(store, mini):
+    fill(store, {"infinity": 3.4, "moe": 3.6}, mini.tokens, seeds=1)
+    row = next(line for line in render_page(store.folder.parent.parent).splitlines() if "∞-MoE beats MoE, in" in line)
+    assert "| -0.200 nats | not decided: one seed |" in row
+
+
+def test_a_picture_that_is_missing_is_named(filled, tmp_path):
+    results = filled.folder.parent.parent
+    page = tmp_path / "evidence.md"
+    write_report(results, page)
+    (filled.folder / "controls.png").unlink()
+    with pytest.raises(InfMoEError, match=r"controls.png is missing: run `infmoe report`"):
+        write_report(results, page, check=True)
+
+
+def test_a_damaged_bench_is_named(filled):
+    path = filled.folder.parent.parent / "ffn.json"
+    for text in ("{", "{}", '{"summary": {}}'):
+        path.write_text(text)
+        with pytest.raises(InfMoEError, match=r"ffn\.json is damaged"):
+            render_page(filled.folder.parent.parent)
 
 
 def test_nothing_to_report_is_one_line(tmp_path):

@@ -110,7 +110,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
     lock = request_.work / "tiny" / f"{spec.slug}.lock"
     lock.parent.mkdir(parents=True)
     trained = []
-    monkeypatch.setattr(work, "_train", lambda shop, spec, lock: trained.append(spec.arm.name) or False)
+    monkeypatch.setattr(work, "_train", lambda shop, spec, *rest: trained.append(spec.arm.name) or False)
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert run_request(request_) == 0
@@ -130,9 +130,7 @@ def test_when_time_is_up_it_says_so_and_goes_on_later(request_, monkeypatch, cap
 def test_a_run_that_fails_is_named_with_its_reason(request_, mini_data, monkeypatch):
     broken = dataclasses.replace(plan.SCALES["tiny"], settings=(*plan.SCALES["tiny"].settings, "model.vocab_size=10"))
     monkeypatch.setitem(plan.SCALES, "tiny", broken)
-    with pytest.raises(
-        InfMoEError, match=r"training infinity-.* failed \(error: .*set model.vocab_size=300\); its log"
-    ):
+    with pytest.raises(InfMoEError, match=r"training infinity-.* failed with exit code 2 \(error: .*=300\); its log"):
         run_request(request_)
 
 
@@ -174,6 +172,29 @@ def test_three_steps_of_each_arm(request_, monkeypatch):
     record = json.loads((request_.out / "tiny" / "smoke-table6.json").read_text())
     assert [row["arm"] for row in record["rows"]] == ["infinity"]
     assert all(len(row["losses"]) == 3 for row in record["rows"])
+
+
+def test_a_run_that_diverges_is_finished_and_the_rest_goes_on(request_, tmp_path, monkeypatch):
+    launch = tmp_path / "launch.py"
+    launch.write_text(
+        "import sys\nfrom infmoe.cli import main\nimport infmoe.train.loop as loop\n"
+        "check = loop.check_finite\n"
+        "loop.check_finite = lambda step, loss, *rest: check(step, float('nan') if step == 3 else loss, *rest)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("infinity",), s.tokens, (1, 1))])
+    assert run_request(dataclasses.replace(request_, launch=f"{sys.executable} {launch}")) == 0
+    (values,) = runs_of(request_).values()
+    assert values["diverged"].startswith("the loss is nan at step 3")
+    assert values["curve"]["tokens"] == [256, 512]
+    assert not list((request_.work / "tiny").glob("infinity*"))
+
+
+def test_a_crash_is_named_with_its_log(request_, tmp_path):
+    launch = tmp_path / "launch.py"
+    launch.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(InfMoEError, match=r"training infinity-.* failed with exit code 137 \(no output\); its log is"):
+        run_request(dataclasses.replace(request_, launch=f"{sys.executable} {launch}"))
 
 
 def test_workers_side_by_side_report_the_first_that_failed():

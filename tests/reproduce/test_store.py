@@ -1,6 +1,8 @@
 """Finished runs on disk."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 from fake_results import DATA, fake_values, fill, spec_of
@@ -23,7 +25,15 @@ def test_what_is_put_is_found_again(store, mini):
         (lambda path: path.write_text(path.read_text()[:-40]), "is damaged (no JSON)"),
         (lambda path: path.write_text("[]"), "is damaged (no object)"),
         (lambda path: _edit(path, lambda v: v.pop("curve")), "is damaged (no 'curve')"),
-        (lambda path: _edit(path, lambda v: v["measures"].update(held_out=[])), "is damaged (no held-out loss)"),
+        (lambda path: _edit(path, lambda v: v["measures"].update(held_out=[])), "an empty measure 'held_out'"),
+        (lambda path: _edit(path, lambda v: v["measures"].pop("held_out")), "is damaged (no held-out loss)"),
+        (lambda path: _edit(path, lambda v: v["measures"]["dials"].append({})), "a point of 'dials' without a loss"),
+        (lambda path: _edit(path, lambda v: v["measures"]["held_out"][0].update(loss=float("nan"))), "without a loss"),
+        (lambda path: _edit(path, lambda v: v.update(config=None)), "is damaged (no 'config')"),
+        (lambda path: _edit(path, lambda v: v.update(data={})), "no SHA-256 of its data"),
+        (lambda path: _edit(path, lambda v: v.update(cost={})), "no parameters and FLOPs"),
+        (lambda path: _edit(path, lambda v: v["curve"].update(tokens=[])), "no course of training"),
+        (lambda path: _edit(path, lambda v: v["measured_with"].update(windows=3)), "measured with other windows"),
         (lambda path: _edit(path, lambda v: v["config"].update(steps=5)), "other values of steps"),
         (lambda path: _edit(path, lambda v: v["config"]["model"].update(z_dim=3)), "other values of model.z_dim"),
         (lambda path: _edit(path, lambda v: v["data"].update(sha256="e")), "was trained on other data"),
@@ -92,6 +102,29 @@ def test_seeds_are_added_until_the_interval_is_narrow(store, mini):
         store.put(spec, fake_values(spec, 3.2 + 0.0001 * seed))
     assert store.seeds_wanted(group) == 2
     assert store.seeds_wanted(Group(("infinity", "moe"), mini.tokens, (4, 4))) == 4
+
+
+def test_a_diverged_run_is_finished_and_has_no_loss(store, mini):
+    arm = mini.arm("infinity")
+    broken = {"diverged": "the loss is nan at step 3", "measures": {}}
+    for spec, changes in zip(store.tuning(arm), ({}, broken), strict=True):
+        store.put(spec, fake_values(spec, 3.0, **changes))
+    assert store.lr(arm) == 1e-3
+    for seed, changes in ((1, {}), (2, broken)):
+        spec = spec_of(store, seed=seed, lr=1e-3)
+        store.put(spec, fake_values(spec, 3.0, **changes))
+    assert store.losses("infinity", mini.tokens) == {1: 3.0}
+    assert not list(store.missing([Group(("infinity",), mini.tokens, (2, 2))]))
+    for spec in store.tuning(arm):
+        store.put(spec, fake_values(spec, 3.0, **broken))
+    with pytest.raises(InfMoEError, match="every learning rate of infinity diverged"):
+        Store(store.folder.parent, mini).lr(arm)
+
+
+def test_results_are_not_ignored_by_git(store):
+    root = Path(__file__).parents[2]
+    done = subprocess.run(["git", "check-ignore", "-q", "results/reproduce/tiny/runs/a.json"], cwd=root, check=False)
+    assert done.returncode != 0
 
 
 def test_a_difference_is_paired(store, mini):

@@ -17,7 +17,7 @@ BENCHES: dict[str, tuple[str, str, str]] = {
         "tiny/dense against transformers' GPT-2 of the same shape, same loop",
     ),
     "stats": ("training", "stats_cost", "what the routing statistics cost in a training step"),
-    "variants": ("training", "variant_speed", "training and decoding speed of every tiny recipe"),
+    "variants": ("training", "variant_speed", "training and decoding speed of every arm of the tiny experiments"),
     "select": ("selection", "select_speed", "top-N selection: numpy's quickselect against torch.topk"),
     "startup": ("startup", "startup", "time of `infmoe --help` and of `import infmoe` over `import torch`"),
     "resume": ("resume", "kill_and_resume", "a run killed by SIGKILL and resumed, bit for bit"),

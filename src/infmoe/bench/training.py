@@ -8,6 +8,7 @@ import gc
 import io
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from infmoe.eval.latency import decode_step, interleave
 from infmoe.eval.sweep import DECODE_PROMPT
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import InfinityFFN, NoiseKey, Routing
-from infmoe.recipes import recipe, recipe_names
 from infmoe.train import run
 from infmoe.train.config import RunConfig, apply_overrides, hf_config
 from infmoe.train.optim import build_optimizer
@@ -135,31 +135,29 @@ def stats_cost(*, quick: bool = False) -> Measured:
 
 
 def variant_speed(*, quick: bool = False) -> Measured:
-    """Every tiny recipe, all taking turns: training tokens per second in both precisions, and decoding at batch 1."""
+    """Every arm of the tiny experiments, all taking turns: training in both precisions, and decoding at batch 1."""
+    from infmoe.reproduce.plan import SCALES, TIER1, TIER2, RunSpec
+
     rounds = 3 if quick else 5
-    names = [name for name in recipe_names() if name.startswith("tiny/")]
+    scale = SCALES["tiny"]
+    names = TIER1 if quick else (*TIER1, *TIER2)
     arms, labels, models = [], [], []
-    with tiny_run("infinity") as (base, _):
-        batch = _batches(base, 1)[0]
-        routing = Routing(key=NoiseKey(0, 0, torch.arange(len(batch))), max_stats_tokens=1)
-        for name in names:
-            model = InfMoEForCausalLM(hf_config(recipe(name))).train()
-            for precision in ("fp32", "bf16"):
-                config = apply_overrides(recipe(name), [f"precision={precision}"])
-                arms.append(
-                    training_step(
-                        model,
-                        config,
-                        lambda m: m(input_ids=batch, labels=batch, routing=routing, use_cache=False),
-                    )
-                )
-                labels.append((name, precision))
-            models.append(model)
-        seconds = interleave(arms, rounds=rounds, warmup=1)
+    for name in names:
+        spec = RunSpec(scale, scale.arm(name), scale.tokens, 1e-3, 1)
+        model = InfMoEForCausalLM(hf_config(spec.config())).train()
+        models.append(model)
+        for precision in ("fp32", "bf16"):
+            config = apply_overrides(spec.config(), [f"precision={precision}"])
+            tokens_BT = torch.randint(model.config.vocab_size, (config.batch_rows, config.window))
+            routing = Routing(key=NoiseKey(0, 0, torch.arange(config.batch_rows)), max_stats_tokens=1)
+            forward = partial(_forward, tokens_BT=tokens_BT, routing=routing)
+            arms.append(training_step(model, config, forward))
+            labels.append((name, precision))
+    seconds = interleave(arms, rounds=rounds, warmup=1)
     steps = [decode_step(model.eval(), None, prompt_length=DECODE_PROMPT) for model in models]
     decoding = interleave(steps, rounds=10 * rounds)
     rows: Rows = [
-        {"arm": name, "precision": precision, "unit": "tokens/s", **spread([batch.numel() / s for s in arm])}
+        {"arm": name, "precision": precision, "unit": "tokens/s", **spread([config.batch_tokens / s for s in arm])}
         for (name, precision), arm in zip(labels, seconds, strict=True)
     ]
     speed = {(r["arm"], r["precision"]): r["median"] for r in rows}
@@ -168,10 +166,14 @@ def variant_speed(*, quick: bool = False) -> Measured:
         for name, arm in zip(names, decoding, strict=True)
     ]
     return rows, {
-        f"infinity_over_{other}_{p}": speed["tiny/infinity", p] / speed[f"tiny/{other}", p]
+        f"infinity_over_{other}_{p}": speed["infinity", p] / speed[other, p]
         for other in ("dense-wide", "moe")
         for p in ("fp32", "bf16")
     } | {"rounds": rounds}
+
+
+def _forward(model: Any, *, tokens_BT: Tensor, routing: Routing) -> Any:
+    return model(input_ids=tokens_BT, labels=tokens_BT, routing=routing, use_cache=False)
 
 
 def _batches(config: RunConfig, steps: int) -> list[Tensor]:

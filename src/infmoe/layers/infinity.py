@@ -465,7 +465,9 @@ class InfinityFFN(ConditionalFFN):
         chosen = SCORE_DTYPES[self.score_dtype]
         if chosen is not None:
             return chosen
-        weight = self.w1.weight
+        weight = self.w_z.weight  # W1's may be packed away (quantised)
+        if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point or weight.dtype == torch.float64:
+            return torch.float32
         device = weight.device.type
         computes_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return torch.bfloat16 if computes_in == torch.bfloat16 else torch.float32

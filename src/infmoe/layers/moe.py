@@ -74,6 +74,8 @@ class MoEFFN(ConditionalFFN):
             raise unknown_name("expert_router", expert_router, EXPERT_ROUTERS)
         if gate_norm not in GATE_NORMS:
             raise unknown_name("gate_norm", gate_norm, GATE_NORMS)
+        if gate_norm != "selected" and expert_router != "learned":
+            raise InfMoEError(f"expert_router={expert_router!r} has gates of 1/k: leave gate_norm={gate_norm!r} out")
         check_weight("balance_loss_weight", balance_loss_weight)
         check_weight("z_loss_weight", z_loss_weight)
         NoiseKey(seed=noise_seed)  # refuses a bad seed now rather than at the first evaluation

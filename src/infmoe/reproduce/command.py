@@ -37,17 +37,20 @@ class Request:
     launch: str | None = None
     smoke: bool = False
     dry_run: bool = False
+    worker: str | None = None  # one of several: the label of the command that started them
 
     @property
     def label(self) -> str:
         """The command that results name: without this machine's paths."""
+        if self.worker is not None:
+            return self.worker
         source = "--corpus FILES" if self.corpus is not None else "--data DIR"
         return f"infmoe reproduce {self.name} --scale {self.scale} {source}"
 
     def worker_words(self, data: Path) -> list[str]:
         """The command of one of several workers; it renders nothing."""
         words = ["reproduce", self.name, "--scale", self.scale, "--data", str(data), "--out", str(self.out)]
-        words += ["--work", str(self.work)]
+        words += ["--work", str(self.work), "--worker", self.label]
         for option, value in (("--seeds", self.seeds), ("--hours", self.hours), ("--launch", self.launch)):
             words += [option, str(value)] if value is not None else []
         return words
@@ -76,7 +79,7 @@ def run_request(request: Request) -> int:
             smoke(request, store, wanted, data)
             return 0
         code = _work(request, store, wanted, data)
-        if code:
+        if code or request.worker is not None:
             return code
     for name in EXPERIMENTS if request.name == "all" else (request.name,):
         _render(store, name)
@@ -140,9 +143,10 @@ def _render(store: Store, name: str) -> None:
     section = render_section(name, store)
     store.folder.mkdir(parents=True, exist_ok=True)
     path = store.folder / f"{name}.md"
-    path.write_text(f"# {section.title}\n\n{section.body}\n\n`{section.command}`\n")
+    pictures = "".join(f"![{title}]({picture.name})\n\n" for title, picture in section.pictures)
+    path.write_text(f"# {section.title}\n\n{section.body}\n\n{pictures}`{section.command}`\n")
     print(f"\n{section.title}\n\n{section.body}\n")
-    print(f"table: {path}" + (f"\npicture: {section.picture}" if section.picture else ""))
+    print("\n".join([f"table: {path}", *(f"picture: {picture}" for _, picture in section.pictures)]))
 
 
 def describe_plan(store: Store, wanted: list[Group]) -> str:

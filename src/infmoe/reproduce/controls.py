@@ -1,6 +1,5 @@
 """The controls: every arm with what it costs, comparisons at equal budgets, and plain answers."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,19 +22,28 @@ from infmoe.reproduce.sections import (
     verdict_below,
 )
 from infmoe.reproduce.statistics import Interval, interval, paired
-from infmoe.reproduce.store import Finished, Store
+from infmoe.reproduce.store import Finished, Store, read_json
 
 OURS = "infinity"
 # budget -> how much of it a run takes; rivals within a tenth of ours count as equal
 BUDGETS: dict[str, Callable[[Finished], float]] = {
-    "total parameters, W_z and routers left out (the paper's)": lambda run: run.cost["total"],
+    "total parameters, W_z and discrete routers left out (the paper's)": lambda run: run.cost["total"],
     "total parameters, all counted": lambda run: run.cost["total_with_wz"],
-    "active parameters, W_z and routers left out (the paper's)": lambda run: run.cost["active"],
-    "active parameters by the union of the masks, all counted": lambda run: run.cost["active_union"],
+    "active parameters, W_z and discrete routers left out (the paper's)": lambda run: run.cost["active"],
+    "weights used per token: the masks' measured union, all counted": lambda run: measured(run, "weights_ideal"),
     "executed FLOPs per token": lambda run: run.cost["flops_executed"],
-    "ideal FLOPs per token": lambda run: run.cost["flops_ideal"],
+    "ideal FLOPs per token: the masks' measured union": lambda run: measured(run, "flops_ideal"),
 }
+
+
+def measured(run: Finished, name: str) -> float:
+    """What a token costs by the measured union of its masks."""
+    held_out = run.measure("held_out")
+    return held_out[0][name] if held_out and name in held_out[0] else run.cost[name]
+
+
 _EQUAL = 0.1
+_ALIVE = 0.05
 _RIVALS = ("dense", "switch", "moe")  # what an arm's name begins with
 
 
@@ -50,7 +58,7 @@ def controls(store: Store, gallery: Gallery) -> Section:
         _equal_budgets(store, section),
         _equal_training(store),
         _answers(store, section),
-        _keep_ratios(store, gallery),
+        _keep_ratios(store, gallery, section),
         _mask_scales(store),
     ]
     section.body = "\n\n".join(part for part in parts if part)
@@ -61,12 +69,13 @@ def controls(store: Store, gallery: Gallery) -> Section:
     }
     if differences:
         ordered = dict(sorted(differences.items(), key=lambda item: item[1].mean))
-        section.picture = gallery.bars(
+        picture = gallery.bars(
             "controls.png",
             ordered,
             x_label=f"held-out loss minus ∞-MoE's at {tokens_text(scale.tokens)} tokens (nats; 95 %, paired by seed)",
             title="Left of 0: better than ∞-MoE",
         )
+        section.pictures.append((section.title, picture))
     return section
 
 
@@ -77,17 +86,17 @@ def _all_arms(store: Store) -> str:
     for name in (*TIER1, *TIER2):
         runs = store.runs(name, scale.tokens)
         if not runs:
-            rows.append([name, *["–"] * 8, MISSING, "0"])
+            rows.append([name, *["–"] * 7, MISSING, "–", "0"])
             continue
         cost, lr = runs[0].cost, runs[0].spec.lr
-        speed = speeds.get(runs[0].spec.arm.variant, {}) if not runs[0].spec.arm.model else {}
+        speed = speeds.get(name, {})
         rows.append(
             [
                 name,
                 f"{cost['total'] / 1e6:.2f}",
                 f"{cost['total_with_wz'] / 1e6:.2f}",
                 f"{cost['flops_executed'] / 1e6:.2f}",
-                f"{cost['flops_ideal'] / 1e6:.2f}",
+                f"{measured(runs[0], 'flops_ideal') / 1e6:.2f}",
                 _number(speed.get("train_us"), 0),
                 _number(speed.get("decode_ms"), 2),
                 f"{lr:g}",
@@ -102,9 +111,9 @@ def _all_arms(store: Store) -> str:
         *(f"loss at {tokens_text(scale.tokens)} tokens, nats", "∞-MoE minus it", "seeds"),
     )
     return markdown_table(head, rows) + (
-        "\n\nFLOPs: forward, whole model, router counted; ideal: only the union of independent masks. Times: "
-        "`infmoe bench variants --out results/variants.json` on the machine named there. Learning rates: the best of "
-        "the grid on a seed of its own, or that of the arm it is a variation of (`reproduce/plan.py`)."
+        "\n\nFLOPs: forward, whole model, router counted; ideal: only the measured union of a token's masks. "
+        "Times: `infmoe bench variants --out results/variants.json`, two threads, on the machine named there. Learning "
+        "rates: the best of the grid on a seed of its own, or that of the arm it is a variation of (below)."
     )
 
 
@@ -165,9 +174,12 @@ def _equal_training(store: Store) -> str:
         if mine and its:
             ratios["measured training time"] = mine / its
         for budget, ratio in ratios.items():
-            between = _at_tokens(store, name, scale.tokens * ratio)
+            inside = 1.0 <= ratio <= scale.long_tokens / scale.tokens
+            between = _at_tokens(store, name, scale.tokens * ratio) if inside else {}
             difference = paired(store.losses(OURS, scale.tokens), between)
-            rows.append([budget, name, f"{ratio:.2f}", text_of(difference, sign=True)])
+            rows.append(
+                [budget, name, f"{ratio:.2f}", text_of(difference, sign=True) if inside else "not run that short"]
+            )
     if not rows:
         return ""
     head = ("budget", "rival", "its tokens over ∞-MoE's", "loss of ∞-MoE minus it, nats")
@@ -192,7 +204,7 @@ def _answers(store: Store, section: Section) -> str:
             "dense-wide",
         ),
         "the sparsity: top-N of that gate (`infinity-sigma0`) against all of it": ("infinity-sigma0", "infinity-glu"),
-        "the noise: ∞-MoE against σ = 0": (OURS, "infinity-sigma0"),
+        "the noise and a second sample: ∞-MoE against σ = 0": (OURS, "infinity-sigma0"),
         "the sparsity, with the noise: ∞-MoE against keeping every neuron": (OURS, "infinity-no-topn"),
         "learning W_z: ∞-MoE against W_z as drawn": (OURS, "infinity-frozen-wz"),
         "learning a discrete router: MoE against hashing token ids": ("moe", "moe-hash"),
@@ -230,10 +242,10 @@ def _sigma(store: Store, section: Section) -> str:
     overlap = interval([row["overlap_ratio"] for row in rows])
     union = interval([row["union_ratio"] for row in rows])
     void = overlap.mean > 0.9
-    alive = ratio.mean > 0.05
+    alive = ratio.low > _ALIVE
     section.claims.append(
         Claim(
-            "not in the paper: the learned σ stays alive",
+            f"not in the paper: the learned σ stays alive (above {_ALIVE} of μ)",
             f"rms σ over rms μ {ratio.text(2)}, two samples share {overlap.text(2)} of their units",
             HOLDS if alive else FAILS,
             "two samples share more than 90 % of their units: the K dial is void" if void else "",
@@ -246,7 +258,7 @@ def _sigma(store: Store, section: Section) -> str:
     )
 
 
-def _keep_ratios(store: Store, gallery: Gallery) -> str:
+def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
     """Loss over the keep ratio, of models trained at 1/4, 1/8 and 1/16."""
     tokens = store.scale.tokens
     lines: dict[str, dict[float, Interval]] = {}
@@ -262,19 +274,16 @@ def _keep_ratios(store: Store, gallery: Gallery) -> str:
         return ""
     ratios = sorted({ratio for line in lines.values() for ratio in line})
     rows = [[name, *(text_of(line.get(ratio)) for ratio in ratios)] for name, line in lines.items()]
-    gallery.lines(
+    picture = gallery.lines(
         "keep_ratios.png",
         [("", lines)],
         x_label="share of the neurons that a sample keeps",
         y_label="held-out loss (nats per token)",
         title="One checkpoint over the keep ratio (95 % over seeds)",
     )
-    return (
-        "**The keep ratio at inference**\n\n"
-        + markdown_table(("loss, nats", *(ratio_text(r) for r in ratios)), rows)
-        + "\n\n![Loss over the keep ratio](../results/reproduce/"
-        + f"{store.scale.name}/keep_ratios.png)"
-    )
+    section.pictures.append(("Loss over the keep ratio", picture))
+    head = ("loss, nats", *(ratio_text(r) for r in ratios))
+    return "**The keep ratio at inference**\n\n" + markdown_table(head, rows)
 
 
 def _mask_scales(store: Store) -> str:
@@ -310,11 +319,11 @@ def _speeds(store: Store) -> dict[str, dict[str, Any]]:
     if store.scale.name != "tiny" or not path.is_file():
         return {}
     found: dict[str, dict[str, Any]] = {}
-    for row in json.loads(path.read_text())["rows"]:
+    for row in read_json(path).get("rows", []):
         if row["unit"] == "tokens/s" and row.get("precision") == "bf16":
-            found.setdefault(row["arm"].removeprefix("tiny/"), {})["train_us"] = 1e6 / row["median"]
+            found.setdefault(row["arm"], {})["train_us"] = 1e6 / row["median"]
         elif row["unit"] == "ms":
-            found.setdefault(row["arm"].removeprefix("tiny/"), {})["decode_ms"] = row["median"]
+            found.setdefault(row["arm"], {})["decode_ms"] = row["median"]
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from infmoe.eval.plots import COLOURS, MARKERS, figure, save
 from infmoe.reproduce.statistics import Interval
@@ -22,7 +23,7 @@ class Gallery:
     folder: Path
     draw: bool = True
 
-    def lines(self, name: str, panels: Sequence[tuple[str, Mapping[str, Line]]], **labels: str) -> Path:
+    def lines(self, name: str, panels: Sequence[tuple[str, Mapping[str, Line]]], **labels: Any) -> Path:
         """See `lines`."""
         return lines(self.folder / name, panels, **labels) if self.draw else self.folder / name
 
@@ -38,6 +39,7 @@ def lines(
     x_label: str,
     y_label: str,
     title: str,
+    few_ticks: bool = False,
 ) -> Path:
     """One panel for each title, one line with intervals for each name.
 
@@ -46,6 +48,7 @@ def lines(
         panels: a panel's title, and its lines: name -> x -> interval.
         x_label, y_label: axes, with units.
         title: of the whole picture.
+        few_ticks: a linear axis with its own ticks, for many points; else a logarithmic one with a tick at each.
     """
     fig, axes = figure(len(panels), width=4.6, height=3.9)
     for ax, (panel, drawn) in zip(axes, panels, strict=True):
@@ -63,9 +66,12 @@ def lines(
                 capsize=3,
             )
         ticks = sorted({x for line in drawn.values() for x in line})
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(ticks, [_tick(x) for x in ticks])
-        ax.minorticks_off()
+        if few_ticks:
+            ax.xaxis.set_major_formatter(lambda x, _: _tick(x))
+        else:
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(ticks, [_tick(x) for x in ticks])
+            ax.minorticks_off()
         ax.set(xlabel=x_label, ylabel=y_label, title=panel)
         if drawn:
             ax.legend(fontsize=8)

@@ -13,12 +13,12 @@ from infmoe.eval.dials import Point, grid
 from infmoe.eval.heldout import HeldOut
 from infmoe.eval.sweep import evaluate_points
 from infmoe.layers.moe import GATE_NORMS
-from infmoe.reproduce.plan import RunSpec
+from infmoe.reproduce.plan import TUNING_SEED, RunSpec, Scale
 
 Points = list[dict[str, Any]]
 SAMPLES = (1, 2, 3, 4, 8, 16)
 KEEP_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0)
-_BATCH = 64  # windows per forward pass
+_BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,11 @@ class Context:
         model: in eval mode.
         data: what it was trained on, and its held-out part.
         spec: the run.
-        batch_size: windows per forward pass.
     """
 
     model: Any
     data: TokenData
     spec: RunSpec
-    batch_size: int = _BATCH
 
     def evaluate(self, points: list[Point], windows: int) -> Points:
         """Loss, routing and costs of every point (see `evaluate_points`), on windows of whole held-out documents."""
@@ -43,7 +41,7 @@ class Context:
         held_out = HeldOut.from_data(self.data, length, windows)
         return [
             {key: value for key, value in row.items() if value is not None}
-            for row in evaluate_points(self.model, held_out, points, batch_size=self.batch_size)
+            for row in evaluate_points(self.model, held_out, points, batch_size=max(1, _BATCH_TOKENS // length))
         ]
 
 
@@ -120,9 +118,17 @@ MEASURES: dict[str, Measure] = {
 }
 
 
+def settings(scale: Scale) -> dict[str, Any]:
+    """What a run's measures depend on beside the run: files made with others are not mixed in."""
+    return {
+        "windows": scale.windows,
+        "dial_windows": scale.dial_windows,
+        "samples": list(SAMPLES),
+        "keep_ratios": list(KEEP_RATIOS),
+    }
+
+
 def wanted(spec: RunSpec, config: Any) -> list[str]:
     """The measures of a run; tuning needs the loss alone."""
-    from infmoe.reproduce.plan import TUNING_SEED
-
     names = [name for name, measure in MEASURES.items() if measure.applies(config)]
     return names if spec.seed != TUNING_SEED else names[:1]

@@ -1,5 +1,6 @@
 """`docs/evidence.md`: every table and figure from what lies under `results/`, nothing typed by hand."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from infmoe.reproduce.controls import controls
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import SCALES, TUNING_SEED, Scale, groups
 from infmoe.reproduce.sections import Section, markdown_table
-from infmoe.reproduce.store import Store
+from infmoe.reproduce.store import Store, read_json
 
 SECTIONS: dict[str, Callable[[Store, Gallery], Section]] = {
     "table1": sections.table1,
@@ -26,8 +27,9 @@ _TITLE = "# Evidence"
 _INTRODUCTION = """\
 What the paper claims, and what comes out when it is trained anew. This page is written by `infmoe report` from the
 files under `results/`; each run's file names its configuration, seed, data, versions, machine and commit. Losses are
-in nats per token on whole held-out books; “±” is a 95 % interval over seeds, and differences are paired by seed. Every
-arm sees the same tokens in the same order."""
+in nats per token on whole held-out documents; “±” is a 95 % interval over seeds (Student's t), and differences are
+paired by seed. Every arm sees the same tokens in the same order. Tier 1 adds seeds until its intervals are narrow,
+which makes them hold the mean a little less often than 95 %."""
 
 
 def render_section(name: str, store: Store, *, draw: bool = True) -> Section:
@@ -83,8 +85,10 @@ def _scale_parts(results: Path, scale: Scale, draw: bool) -> list[str]:
     ]
     for section in made.values():
         parts += [f"### {section.title}", section.body]
-        if section.picture is not None:
-            parts.append(f"![{section.title}](../{_relative(section.picture, results.parent)})")
+        for title, picture in section.pictures:
+            if not draw and not picture.is_file():
+                raise InfMoEError(f"{picture} is missing: run `infmoe report`")
+            parts.append(f"![{title}](../{_relative(picture, results.parent)})")
         parts.append(f"`{section.command}`")
     parts += ["### Learning rates", _learning_rates(store)]
     return parts
@@ -107,7 +111,7 @@ def _setting(store: Store) -> str:
         f"(SHA-256 {data['sha256'][:12]})."
     ]
     if any_run is not None:
-        config, made = any_run.values["config"], any_run.values["provenance"]
+        config = any_run.values["config"]
         model = config["model"]
         lines.append(
             f"Model: {model['num_hidden_layers']} layers of width {model['hidden_size']}, context "
@@ -116,8 +120,16 @@ def _setting(store: Store) -> str:
             f"{config['batch_tokens']:,} tokens a step, AdamW, {config['precision']}, warm-up over "
             f"{config['schedule']['warmup_steps']} of {config['steps']:,} steps and a cosine to 0. Held-out loss over "
             f"{any_run.measure('held_out') is not None and store.scale.windows:,} windows, the dials over "
-            f"{store.scale.dial_windows:,}. Machine: {made['machine']['cpu']}; torch {made['versions']['torch']}."
+            f"{store.scale.dial_windows:,}."
         )
+    made = [read_json(path).get("provenance", {}) for path in runs]
+    for what, found in (
+        ("Machines", {p["machine"]["cpu"] for p in made if "machine" in p}),
+        ("torch", {p["versions"]["torch"] for p in made if "versions" in p}),
+        ("commits", {str(p["training"]["commit"])[:7] for p in made if "training" in p}),
+    ):
+        if found:
+            lines.append(f"{what}: {', '.join(sorted(found))}.")
     return " ".join(lines)
 
 
@@ -131,17 +143,25 @@ def _learning_rates(store: Store) -> str:
         specs = store.tuning(scale.arm(path))
         losses = [run.loss if (run := store.get(spec)) is not None else None for spec in specs]
         chosen = store.lr(scale.arm(path))
+        edge = chosen in (min(scale.lr_grid), max(scale.lr_grid))
         rows.append(
             [
                 path,
-                *("–" if loss is None else f"{loss:.3f}" for loss in losses),
-                "–" if chosen is None else f"{chosen:g}",
+                *("–" if loss is None else "diverged" if loss == math.inf else f"{loss:.3f}" for loss in losses),
+                "–" if chosen is None else f"{chosen:g}" + (", the grid's edge" if edge else ""),
             ]
         )
     head = ("arm", *(f"{lr:g}" for lr in scale.lr_grid), "chosen")
     tokens = scale.tune_tokens / 1e6
-    return f"Held-out loss after {tokens:g}M tokens, seed {TUNING_SEED}, which is not reported elsewhere.\n\n" + (
-        markdown_table(head, rows)
+    inherited: dict[str, list[str]] = {}
+    for name in _every_arm(scale):
+        if (root := scale.arm(name).tuned_as) is not None:
+            inherited.setdefault(root, []).append(name)
+    passed_on = "; ".join(f"`{root}`: {', '.join(names)}" for root, names in inherited.items())
+    return (
+        f"Held-out loss after {tokens:g}M tokens, seed {TUNING_SEED}, which is not reported elsewhere.\n\n"
+        + markdown_table(head, rows)
+        + f"\n\nVariations that take an arm's learning rate: {passed_on}."
     )
 
 

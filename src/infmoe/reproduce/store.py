@@ -1,6 +1,7 @@
 """Finished runs on disk: one JSON file each, never overwritten, never mixed up."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,20 @@ from typing import Any
 from infmoe.errors import InfMoEError
 from infmoe.provenance import write_json
 from infmoe.recipes import recipe
+from infmoe.reproduce.measures import settings
 from infmoe.reproduce.plan import TUNING_SEED, Arm, Group, RunSpec, Scale
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.train.config import differing_keys
 
-_KEYS = ("config", "data", "cost", "seconds", "curve", "measures", "provenance")
+_KEYS = {
+    "config": dict,
+    "data": dict,
+    "cost": dict,
+    "seconds": float,
+    "curve": dict,
+    "measures": dict,
+    "provenance": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,15 @@ class Finished:
     values: dict[str, Any]
 
     @property
+    def diverged(self) -> bool:
+        """Whether training met a loss that is not finite; then there is no model and nothing to measure."""
+        return bool(self.values.get("diverged"))
+
+    @property
     def loss(self) -> float:
-        """Held-out loss at the run's own dials, in nats per token."""
+        """Held-out loss at the run's own dials, in nats per token; infinity where training diverged."""
+        if self.diverged:
+            return math.inf
         return self.values["measures"]["held_out"][0]["loss"]
 
     def measure(self, name: str) -> list[dict[str, Any]] | None:
@@ -44,6 +61,9 @@ class Finished:
     def cost(self) -> dict[str, int]:
         """Parameters and FLOPs (see `ModelCost`)."""
         return self.values["cost"]
+
+
+MAX_SEEDS = 16
 
 
 class Store:
@@ -62,7 +82,12 @@ class Store:
     def data(self) -> dict[str, Any] | None:
         """What all runs were trained on; None before the first."""
         path = self.folder / "data.json"
-        return _read(path) if path.exists() else None
+        if not path.exists():
+            return None
+        data = read_json(path)
+        if not isinstance(data.get("sha256"), str) or not isinstance(data.get("splits"), dict):
+            raise InfMoEError(f"{path} is damaged: restore it")
+        return data
 
     def claim_data(self, data: dict[str, Any]) -> None:
         """Say what the runs are trained on.
@@ -90,16 +115,19 @@ class Store:
             return self._known[spec.slug]
         if not path.exists():
             return None
-        values = _read(path)
-        missing = [key for key in _KEYS if key not in values]
-        if missing or not _has_loss(values):
-            what = f"no {missing[0]!r}" if missing else "no held-out loss"
-            raise InfMoEError(f"{path} is damaged ({what}): restore it, or move it away to train that run again")
+        values = read_json(path)
+        damage = _damage(values)
+        if damage is not None:
+            raise InfMoEError(f"{path} is damaged ({damage}): restore it, or move it away to train that run again")
         differing = differing_keys(spec.config().to_dict(), values["config"])
         if differing:
             raise InfMoEError(
                 f"{path} is of another configuration (other values of {', '.join(differing)}): "
                 "move it away to train that run again, or give another --out"
+            )
+        if values.get("measured_with") != settings(self.scale) and not values.get("diverged"):
+            raise InfMoEError(
+                f"{path} was measured with other settings (windows, dials): move it away to make it again"
             )
         data = self.data
         if data is not None and values["data"]["sha256"] != data["sha256"]:
@@ -113,6 +141,11 @@ class Store:
         write_json(path, values)
         self._known.pop(spec.slug, None)
         return path
+
+    def fresh(self, spec: RunSpec) -> Finished | None:
+        """As `get`, read again: another worker may have written it."""
+        self._known.pop(spec.slug, None)
+        return self.get(spec)
 
     # Learning rates
 
@@ -129,7 +162,12 @@ class Store:
         done = [self.get(spec) for spec in specs]
         if not all(done):
             return None
-        return min((run for run in done if run is not None), key=lambda run: run.loss).spec.lr
+        best = min((run for run in done if run is not None), key=lambda run: run.loss)
+        if best.diverged:
+            raise InfMoEError(
+                f"every learning rate of {specs[0].arm.name} diverged ({best.path}): widen the grid downwards"
+            )
+        return best.spec.lr
 
     # Comparisons
 
@@ -140,18 +178,13 @@ class Store:
         return None if lr is None else self.get(RunSpec(self.scale, arm, tokens, lr, seed))
 
     def runs(self, arm_name: str, tokens: int) -> list[Finished]:
-        """All finished runs of an arm at one length, by seed."""
-        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.max_seeds)
+        """All finished runs of an arm at one length, by seed; diverged ones too."""
+        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + MAX_SEEDS)
         return [run for seed in seeds if (run := self.run(arm_name, tokens, seed)) is not None]
 
-    @property
-    def max_seeds(self) -> int:
-        """How many seeds are looked for: more than any experiment asks for."""
-        return 16
-
     def losses(self, arm_name: str, tokens: int) -> dict[int, float]:
-        """Held-out loss by seed."""
-        return {run.spec.seed: run.loss for run in self.runs(arm_name, tokens)}
+        """Held-out loss by seed, of the runs that did not diverge."""
+        return {run.spec.seed: run.loss for run in self.runs(arm_name, tokens) if not run.diverged}
 
     def difference(self, arm: str, other: str, tokens: int) -> Interval | None:
         """The loss of an arm minus another's, paired by seed."""
@@ -197,7 +230,7 @@ class Store:
                     yield spec
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except OSError as error:
@@ -209,8 +242,23 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _has_loss(values: dict[str, Any]) -> bool:
-    try:
-        return isinstance(values["measures"]["held_out"][0]["loss"], float)
-    except (KeyError, IndexError, TypeError):
-        return False
+def _damage(values: dict[str, Any]) -> str | None:
+    """What is wrong with a run's file, or None."""
+    for key, kind in _KEYS.items():
+        if not isinstance(values.get(key), kind):
+            return f"no {key!r}"
+    if not isinstance(values["data"].get("sha256"), str):
+        return "no SHA-256 of its data"
+    if not all(isinstance(values["cost"].get(name), int) for name in ("total", "total_with_wz", "flops_executed")):
+        return "no parameters and FLOPs"
+    if values.get("diverged"):
+        return None
+    if not values["curve"].get("tokens"):
+        return "no course of training"
+    for name, rows in values["measures"].items():
+        if not isinstance(rows, list) or not rows:
+            return f"an empty measure {name!r}"
+        for row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get("loss"), float) or not math.isfinite(row["loss"]):
+                return f"a point of {name!r} without a loss"
+    return None if "held_out" in values["measures"] else "no held-out loss"

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from infmoe.data import TokenData
-from infmoe.errors import InfMoEError
+from infmoe.errors import DivergedError, InfMoEError
 from infmoe.eval.loading import open_model
 from infmoe.eval.report import read_metrics
 from infmoe.hf import model_cost
 from infmoe.provenance import provenance
-from infmoe.reproduce.measures import MEASURES, Context, wanted
+from infmoe.reproduce.measures import MEASURES, Context, settings, wanted
 from infmoe.reproduce.plan import Group, RunSpec
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config
@@ -85,6 +85,7 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
     """
     data = TokenData.open(shop.data)
     shop.store.claim_data(describe_data(data))
+    _sweep(shop)
     while not shop.out_of_time:
         others_at_work = False
         for spec in _todo(shop, groups):
@@ -92,9 +93,10 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
                 if lock is None:
                     others_at_work = True
                     continue
-                if shop.store.get(spec) is None and not _train(shop, spec, lock):
+                if shop.store.fresh(spec) is None and not _train(shop, spec, lock, data):
                     return False
-                _measure(shop, spec, data)
+                if not _measure(shop, spec, data):
+                    continue
                 break  # what comes next may hang on what this one found
         else:
             if not others_at_work:
@@ -108,7 +110,7 @@ def _todo(shop: Workshop, groups: Sequence[Group]) -> Iterator[RunSpec]:
     for group in groups:
         for name in group.arms:
             for run in shop.store.runs(name, group.tokens):
-                if _missing_measures(run.spec, run) and shop.model_dir(run.spec).is_dir():
+                if not run.diverged and _missing_measures(run.spec, run) and shop.model_dir(run.spec).is_dir():
                     yield run.spec
 
 
@@ -134,8 +136,27 @@ def _lock(path: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _train(shop: Workshop, spec: RunSpec, lock: int) -> bool:
-    """Train a run to its end, in a process of its own; False where time was up first."""
+def _sweep(shop: Workshop) -> None:
+    """Remove what finished runs left behind when their worker was killed."""
+    for model in (shop.work / "models").glob("*"):
+        slug = model.name
+        if (shop.store.folder / "runs" / f"{slug}.json").is_file():
+            with _lock(shop.work / f"{slug}.lock") as lock:
+                if lock is not None:
+                    _clear(shop, slug)
+
+
+def _clear(shop: Workshop, slug: str) -> None:
+    shutil.rmtree(shop.work / slug, ignore_errors=True)
+    for suffix in (".log", ".lock"):
+        (shop.work / f"{slug}{suffix}").unlink(missing_ok=True)
+
+
+def _train(shop: Workshop, spec: RunSpec, lock: int, data: TokenData) -> bool:
+    """Train a run to its end, in a process of its own; False where time was up first.
+
+    A run whose loss is no longer finite is finished too: its file says so.
+    """
     folder, log = shop.work / spec.slug, shop.work / f"{spec.slug}.log"
     command = [*shop.launch, "train", spec.recipe, "--out", str(folder), "--data", str(shop.data), "--resume"]
     command += [word for setting in spec.overrides() for word in ("--set", setting)]
@@ -145,14 +166,21 @@ def _train(shop: Workshop, spec: RunSpec, lock: int) -> bool:
         keep: dict[str, Any] = {"pass_fds": (lock,)} if fcntl is not None else {}
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **keep)
         code = _wait(child, shop)
-    if code < 0 or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    code = code if code >= 0 else 128 - code  # killed by a signal, as a shell would say it
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         if shop.out_of_time:
             shop.say(f"time is up: {spec.slug} goes on from its checkpoint next time")
             return False
-        raise SystemExit(code if code > 0 else 128 - code)
+        raise SystemExit(code)
+    lines = log.read_text(errors="replace").strip().splitlines()
+    last = lines[-1] if lines else "no output"
+    if code == DivergedError.exit_code:
+        shop.say(f"diverged {spec.slug}: {last}")
+        shop.store.put(spec, _record(shop, spec, folder, data) | {"diverged": last.removeprefix("error: ")})
+        _clear(shop, spec.slug)
+        return True
     if code:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        raise InfMoEError(f"training {spec.slug} failed ({lines[-1] if lines else code}); its log is {log}")
+        raise InfMoEError(f"training {spec.slug} failed with exit code {code} ({last}); its log is {log}")
     shop.say(f"trained  {spec.slug} in {time.monotonic() - begin:.0f} s")
     return True
 
@@ -174,12 +202,18 @@ def _wait(child: subprocess.Popen, shop: Workshop) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> None:
-    """Take what is not measured yet, write the run's file, and keep the model without its optimizer."""
-    run = shop.store.get(spec)
+def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
+    """Take what is not measured yet, write the run's file, and keep the model without its optimizer.
+
+    Returns:
+        Whether there was something to do.
+    """
+    run = shop.store.fresh(spec)
+    if run is not None and run.diverged:
+        return True
     missing = _missing_measures(spec, run)
     if not missing:
-        return
+        return False
     folder = shop.work / spec.slug
     source = folder if run is None else shop.model_dir(spec)
     opened = open_model(source)
@@ -188,14 +222,13 @@ def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> None:
     measures = dict(values["measures"])
     for name in missing:
         measures[name] = MEASURES[name].take(context)
+    if run is None:
+        _keep_model(opened.checkpoint, shop.model_dir(spec))  # first: without its model a run can't be measured again
     shop.store.put(spec, values | {"measures": measures})
     loss = measures["held_out"][0]["loss"]
     shop.say(f"measured {spec.slug}: held-out loss {loss:.4f}")
-    if run is None:
-        _keep_model(opened.checkpoint, shop.model_dir(spec))
-        shutil.rmtree(folder)
-        for suffix in (".log", ".lock"):
-            (shop.work / f"{spec.slug}{suffix}").unlink(missing_ok=True)
+    _clear(shop, spec.slug)
+    return True
 
 
 def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dict[str, Any]:
@@ -218,6 +251,7 @@ def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dic
         "seconds": seconds,
         "curve": curve,
         "measures": {},
+        "measured_with": settings(spec.scale),
         "provenance": provenance()
         | {
             "command": shop.label,

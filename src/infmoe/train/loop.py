@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infmoe.errors import InfMoEError
+from infmoe.errors import DivergedError
 from infmoe.train.config import RunConfig
 from infmoe.train.evaluate import validate
 from infmoe.train.optim import lr_ratio, set_lr
@@ -133,11 +133,11 @@ def check_finite(step: int, loss: float, grad_norm: float, lr: float) -> None:
     """Raise before a broken gradient reaches the weights.
 
     Raises:
-        InfMoEError: the loss or the gradient's norm is not finite.
+        DivergedError: the loss or the gradient's norm is not finite.
     """
     for what, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
-            raise InfMoEError(
+            raise DivergedError(
                 f"the {what} is {value} at step {step} (learning rate {lr:.2e}): stopped before the update; "
                 f"start anew with a lower optim.lr or a longer schedule.warmup_steps"
             )

@@ -1,0 +1,261 @@
+"""The model that lm-eval sees, and local files as tasks of lm-eval's own kind."""
+
+import contextlib
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from infmoe.errors import InfMoEError
+from infmoe.eval.dials import Point, grid, parse_ints, parse_mode, parse_ratios
+from infmoe.eval.loading import Opened, open_model
+from infmoe.eval.zero_shot.local import LocalTask
+from infmoe.eval.zero_shot.scoring import Request, Score, score
+from infmoe.layers import NoiseKey, Routing
+
+VERSION = lm_eval.__version__
+
+
+@register_model("infmoe")
+class InfMoELM(TemplateLM):
+    """A checkpoint of ours; every item is its own noise stream, so that batch and order change no score.
+
+    On lm-eval's command line: `--model infmoe --model_args pretrained=DIR,num_samples=2,keep_ratio=0.25`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Opened,
+        *,
+        num_samples: int | str | None = None,
+        keep_ratio: float | str | None = None,
+        num_experts_per_tok: int | str | None = None,
+        mode: str | None = None,
+        seed: int = 0,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ):
+        """Open a checkpoint.
+
+        Args:
+            pretrained: a run folder, a checkpoint or a saved model; or one that is open.
+            num_samples, keep_ratio, num_experts_per_tok, mode: the dials, one value each; None: the model's own.
+            seed: of the noise.
+            batch_size: contexts per forward pass; None or "auto": 16.
+            max_batch_size: taken and not needed.
+            device: "cpu", "cuda"; None: the GPU where there is one.
+
+        Raises:
+            InfMoEError: nothing to open, or a dial that the model does not have.
+        """
+        super().__init__()
+        opened = pretrained if isinstance(pretrained, Opened) else open_model(pretrained, device)
+        self.model, self.tokenizer = opened.model, opened.tokenizer()
+        points = grid(
+            self.model.config,
+            num_samples=parse_ints(_text(num_samples), "num_samples"),
+            keep_ratios=parse_ratios(_text(keep_ratio), "keep_ratio"),
+            num_experts_per_tok=parse_ints(_text(num_experts_per_tok), "num_experts_per_tok"),
+            mode=parse_mode(mode),
+        )
+        if len(points) > 1:
+            raise InfMoEError("lm-eval scores one setting at a time: give one value for each dial")
+        self.point: Point = points[0]
+        self.seed = int(seed)
+        self.rows = 16 if batch_size in (None, "auto") else int(str(batch_size))
+        self.progress: Callable[[int], None] = lambda _: None
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that precedes a document."""
+        eot = self.model.config.eos_token_id
+        return int(eot[0] if isinstance(eot, list) else eot if eot is not None else 0)
+
+    @property
+    def routing(self) -> Routing:
+        """The dials that are being scored."""
+        return self.point.routing()
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids, without special tokens."""
+        return self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each request's continuation, and whether it is the greedy one."""
+        scores = self._score([self._request(instance) for instance in requests])
+        return [(s.log_likelihood, s.greedy) for s in scores]
+
+    def _request(self, instance: Instance) -> Request:
+        context, continuation = instance.args
+        if context == "":
+            encoded = self.tok_encode(continuation)
+            prefix = [self.prefix_token_id]
+            context_ids, ids = (prefix, encoded) if prefix != encoded[:1] else (encoded[:1], encoded[1:])
+        else:
+            context_ids, ids = self._encode_pair(context, continuation)
+        return Request(tuple(context_ids), tuple(ids), stream_of(instance))
+
+    def _score(self, requests: Sequence[Request]) -> list[Score]:
+        return score(self.model, requests, self.routing, seed=self.seed, batch_size=self.rows, progress=self.progress)
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        """Token ids instead of texts; what they belong to is not known, so a stream follows from the context."""
+        made = [
+            Request(tuple(context), tuple(continuation), zlib.crc32(repr(context).encode()))
+            for _, context, continuation in requests
+        ]
+        return [(s.log_likelihood, s.greedy) for s in self._score(made)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows that overlap by one token."""
+        made: list[Request] = []
+        owners: list[int] = []
+        for i, instance in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(instance.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.model.config.max_position_embeddings,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, windows):
+                made.append(Request(tuple(context), tuple(continuation), stream_of(instance)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for owner, found in zip(owners, self._score(made), strict=True):
+            totals[owner] += found.log_likelihood
+        return totals
+
+    @torch.no_grad()
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, cut at the first stop text."""
+        texts = []
+        window = self.model.config.max_position_embeddings
+        for instance in requests:
+            context, options = instance.args
+            until = options.get("until") or []
+            stops = [until] if isinstance(until, str) else list(until)
+            wanted = min(int(options.get("max_gen_toks", 256)), window - 1)
+            ids = self.tok_encode(context)[-(window - wanted) :] or [self.prefix_token_id]
+            stream = torch.tensor([stream_of(instance)], device=self.model.device)
+            routing = self.point.routing()
+            model: Any = self.model
+            made = model.generate(
+                torch.tensor([ids], device=self.model.device),
+                max_new_tokens=wanted,
+                do_sample=False,
+                pad_token_id=self.eot_token_id,
+                routing=Routing(
+                    num_samples=routing.num_samples,
+                    keep_ratio=routing.keep_ratio,
+                    num_experts_per_tok=routing.num_experts_per_tok,
+                    mode=routing.mode,
+                    key=NoiseKey(seed=self.seed, stream=stream),
+                ),
+            )
+            text = str(self.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+            for stop in filter(None, stops):
+                text = text.split(stop)[0]
+            texts.append(text)
+        return texts
+
+
+def stream_of(instance: Instance) -> int:
+    """An item's noise stream: its task and its number there, whatever else is scored beside it."""
+    task = zlib.crc32((instance.task_name or "").removesuffix(_LOCAL).encode())
+    number = instance.doc_id if instance.doc_id is not None else zlib.crc32(repr(instance.args).encode())
+    return (task << 31) ^ int(number)
+
+
+_LOCAL = "_local"
+
+
+def local_config(task: LocalTask) -> dict[str, Any]:
+    """A file's items as a task of lm-eval, with the prompts and metrics of its own one."""
+    import datasets
+
+    several = len(task.docs[0]["contexts"]) > 1
+    metrics = ["acc"] if several or task.column.task in ("boolq", "sat_en") else ["acc", "acc_norm"]
+    return {
+        "task": task.column.task + _LOCAL,
+        "custom_dataset": lambda **kwargs: {"test": datasets.Dataset.from_list(task.docs)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": _gold if several else _context,
+        "doc_to_target": _continuation if several else _gold,
+        "doc_to_choice": _contexts if several else _choices,
+        "target_delimiter": " ",
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
+        "metadata": {"version": task.column.version},
+    }
+
+
+def _gold(doc: dict[str, Any]) -> int:
+    return doc["gold"]
+
+
+def _context(doc: dict[str, Any]) -> str:
+    return doc["contexts"][0]
+
+
+def _contexts(doc: dict[str, Any]) -> list[str]:
+    return doc["contexts"]
+
+
+def _continuation(doc: dict[str, Any]) -> str:
+    return doc["continuations"][0].removeprefix(" ")
+
+
+def _choices(doc: dict[str, Any]) -> list[str]:
+    return doc["choices"]
+
+
+def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """lm-eval's own result of one task, samples included.
+
+    Raises:
+        InfMoEError: the task needs the Hub, and it can't be reached.
+    """
+    name = task if isinstance(task, str) else task["task"]
+    try:
+        with _quiet():
+            result = lm_eval.simple_evaluate(
+                model=model, tasks=[task], limit=limit, log_samples=True, verbosity="ERROR"
+            )
+    except InfMoEError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(task, dict):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InfMoEError(
+            f"task {name!r} is read from the Hugging Face Hub, which could not be reached or does not have it "
+            f"({reason}): give --data-dir for local files, or leave it out of --tasks"
+        ) from error
+    assert result is not None
+    return result
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval logs what it is about to do."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)

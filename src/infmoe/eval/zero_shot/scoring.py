@@ -1,0 +1,167 @@
+"""Log-likelihoods of continuations: a context runs once for all its continuations, and batches are sorted by length.
+
+B rows, T tokens of a row, M scored tokens of a batch, V vocabulary.
+
+A row holds a context and, behind it, its continuations as branches: each token sees the context and its own branch,
+and counts its position from the context's end. So a branch is what it would be alone, noise included.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infmoe.errors import InfMoEError
+from infmoe.layers import NoiseKey, Routing
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be scored.
+
+    Attributes:
+        context: token ids, at least one; cut from the left where it does not fit the window.
+        continuation: token ids, at least one.
+        stream: the noise stream of the item that it belongs to.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+    stream: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What was found.
+
+    Attributes:
+        log_likelihood: of the whole continuation, in nats.
+        greedy: whether each of its tokens was the likeliest.
+    """
+
+    log_likelihood: float
+    greedy: bool
+
+
+@dataclass
+class _Row:
+    """A context with the continuations that share it; `members` are (index of the request, continuation)."""
+
+    context: tuple[int, ...]
+    stream: int
+    members: list[tuple[int, tuple[int, ...]]]
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + sum(len(continuation) - 1 for _, continuation in self.members)
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    requests: Sequence[Request],
+    routing: Routing | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Score]:
+    """Score every request; the result depends on neither order nor batch size, but for rounding.
+
+    Args:
+        model: an `InfMoEForCausalLM`, in eval mode.
+        requests: in any order.
+        routing: dials and mode; its key is replaced.
+        seed: of the noise.
+        batch_size: rows per forward pass.
+        progress: told how many requests are done.
+
+    Raises:
+        InfMoEError: a continuation that does not fit the model's window.
+    """
+    rows = sorted(_rows(requests, model.config.max_position_embeddings), key=lambda row: row.length, reverse=True)
+    found: list[Score | None] = [None] * len(requests)
+    done = 0
+    for start in range(0, len(rows), batch_size):
+        for index, result in _score_batch(model, rows[start : start + batch_size], routing or Routing(), seed):
+            found[index] = result
+            done += 1
+        progress(done)
+    return [result for result in found if result is not None]
+
+
+def _rows(requests: Sequence[Request], window: int) -> list[_Row]:
+    rows: dict[tuple, _Row] = {}
+    for i, request in enumerate(requests):
+        if not request.context or not request.continuation:
+            raise InfMoEError(f"request {i} has an empty context or continuation: leave it out")
+        room = window + 1 - len(request.continuation)
+        if room < 1:
+            raise InfMoEError(
+                f"request {i} has a continuation of {len(request.continuation)} tokens, the model's window is {window}:"
+                " leave it out"
+            )
+        context = request.context[-room:]
+        row = rows.setdefault((request.stream, context), _Row(context, request.stream, []))
+        row.members.append((i, request.continuation))
+    return list(rows.values())
+
+
+def _score_batch(model: Any, rows: Sequence[_Row], routing: Routing, seed: int) -> list[tuple[int, Score]]:
+    device = next(model.parameters()).device
+    length = max(row.length for row in rows)
+    tokens_BT = torch.zeros(len(rows), length, dtype=torch.int64)
+    position_BT = torch.zeros(len(rows), length, dtype=torch.int64)
+    branch_BT = torch.full((len(rows), length), -2, dtype=torch.int64)  # padding sees itself alone
+    taken: list[int] = []  # where, over the flattened batch, each scored token is predicted
+    targets: list[int] = []
+    spans: list[tuple[int, int]] = []  # (request, scored tokens)
+    for b, row in enumerate(rows):
+        n = len(row.context)
+        tokens_BT[b, :n] = torch.tensor(row.context)
+        position_BT[b, :n] = torch.arange(n)
+        branch_BT[b, :n] = -1
+        at = n
+        for branch, (index, continuation) in enumerate(row.members):
+            inner = len(continuation) - 1
+            tokens_BT[b, at : at + inner] = torch.tensor(continuation[:-1], dtype=torch.int64)
+            position_BT[b, at : at + inner] = torch.arange(n, n + inner)
+            branch_BT[b, at : at + inner] = branch
+            taken += [b * length + n - 1, *range(b * length + at, b * length + at + inner)]
+            targets += continuation
+            spans.append((index, len(continuation)))
+            at += inner
+    key = NoiseKey(seed=seed, stream=torch.tensor([row.stream for row in rows], device=device))
+    hidden_BTD = model.transformer(
+        input_ids=tokens_BT.to(device),
+        attention_mask=_mask(branch_BT, model.dtype).to(device),
+        position_ids=position_BT.to(device),
+        use_cache=False,
+        routing=dataclasses.replace(routing, key=key, max_stats_tokens=1),
+    ).last_hidden_state
+    hidden_MD = hidden_BTD.flatten(0, 1)[torch.tensor(taken, device=device)]
+    logits_MV = model.lm_head(hidden_MD).float()
+    target_M = torch.tensor(targets, device=device)
+    likelihood_M = logits_MV.gather(1, target_M[:, None])[:, 0] - logits_MV.logsumexp(dim=-1)
+    greedy_M = logits_MV.argmax(dim=-1) == target_M
+    results, begin = [], 0
+    values, hits = likelihood_M.double().cpu(), greedy_M.cpu()
+    for index, count in spans:
+        part = slice(begin, begin + count)
+        results.append((index, Score(float(values[part].sum()), bool(hits[part].all()))))
+        begin += count
+    return results
+
+
+def _mask(branch_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Added to the attention's scores, (B, 1, T, T): a token sees what came before in the context and its branch."""
+    T = branch_BT.shape[1]
+    before_TT = torch.ones(T, T, dtype=torch.bool).tril()
+    same_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
+    context_B1T = (branch_BT == -1)[:, None, :]
+    padding_BT1 = (branch_BT == -2)[:, :, None]
+    seen_BTT = before_TT & (same_BTT | (context_B1T & ~padding_BT1))
+    return torch.zeros(seen_BTT.shape, dtype=dtype).masked_fill_(~seen_BTT, torch.finfo(dtype).min)[:, None]

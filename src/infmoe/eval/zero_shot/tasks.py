@@ -1,0 +1,63 @@
+"""What each column of the paper's Table 1 means here: one table for code and docs."""
+
+from dataclasses import dataclass
+
+from infmoe.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class Column:
+    """One task.
+
+    Attributes:
+        name: the column's heading, as the paper prints it.
+        task: lm-eval's own task.
+        metric: what the column shows: "acc", the share of items whose right answer has the highest log-likelihood.
+            The paper's figures fit it; "acc_norm" (per byte of the answer) is reported beside it.
+        version: of lm-eval's task.
+        chance: accuracy of guessing.
+        items: of the split that is scored: the test split, the validation split where that has no labels.
+        file: the local file's name, or None where there is none.
+    """
+
+    name: str
+    task: str
+    metric: str
+    version: float
+    chance: float
+    items: int
+    file: str | None
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("BoolQ", "boolq", "acc", 2.0, 0.5, 3270, "boolq.jsonl"),
+    Column("HellaSwag", "hellaswag", "acc", 1.0, 0.25, 10042, "hellaswag_val.txt"),
+    Column("WinoGrande", "winogrande", "acc", 1.0, 0.5, 1267, "winogrande.jsonl"),
+    Column("ARC-e", "arc_easy", "acc", 1.0, 0.25, 2376, "arc_easy.jsonl"),
+    Column("ARC-c", "arc_challenge", "acc", 1.0, 0.25, 1172, "arc_challenge.jsonl"),
+    Column("OBQA", "openbookqa", "acc", 1.0, 0.25, 500, "openbook_qa.jsonl"),
+    Column("RACE-high", "race", "acc", 3.0, 0.25, 1045, None),
+)
+# Reading comprehension where RACE can't be had: never shown under its name.
+SAT = Column("SAT-en", "sat_en", "acc", 1.0, 0.25, 206, "agi_eval_sat_en.jsonl")
+ALL = {column.task: column for column in (*COLUMNS, SAT)}
+
+
+def columns_named(text: str, *, local: bool) -> list[Column]:
+    """The tasks of a command line: "paper", or lm-eval's names separated by commas.
+
+    Args:
+        text: what was given.
+        local: whether they come from files: then SAT-en stands where RACE can't.
+
+    Raises:
+        InfMoEError: an unknown task.
+    """
+    if text == "paper":
+        return [column if column.file or not local else SAT for column in COLUMNS]
+    chosen = []
+    for name in text.split(","):
+        if name.strip() not in ALL:
+            raise unknown_name("task", name.strip(), [*ALL, "paper"])
+        chosen.append(ALL[name.strip()])
+    return chosen
