@@ -275,9 +275,48 @@ def evaluate(
     windows: WindowsOption = 256,
     batch_size: BatchOption = 16,
     seed: SeedOption = 0,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Zero-shot tasks: 'paper', or lm-eval's names: arc_easy,boolq.")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="The tasks' local files; default: the Hugging Face Hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=2, help="The first N items of each task.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Score the tasks with this many seeds.")] = 1,
+    per_item: Annotated[
+        Path | None, typer.Option("--per-item", help="Write each item's log-likelihoods to this file.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the tasks' JSON and picture.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss at each setting of the dials, with standard error and routing figures."""
+    """Held-out loss at each setting of the dials, with standard error and routing figures; or zero-shot tasks."""
+    if tasks is not None:
+        from infmoe.eval.zero_shot import run as zero_shot
+
+        if out is not None:
+            from infmoe.provenance import require_writable
+
+            require_writable(out)
+        settings = zero_shot.Settings(tasks, task_dir, limit, tuple(range(seed, seed + seeds)), batch_size, per_item)
+        scored = zero_shot.evaluate_tasks(
+            model_dir,
+            settings,
+            num_samples=num_samples,
+            keep_ratio=keep_ratio,
+            num_experts_per_tok=num_experts_per_tok,
+            mode=mode,
+            out=out,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+        print(json.dumps(scored) if as_json else zero_shot.table(scored))
+        if out is not None:
+            picture = zero_shot.plot(scored, out / zero_shot.PICTURE)
+            if not as_json:
+                print(f"\npicture: {picture}\nfigures: {out / zero_shot.RESULTS}")
+        return
+    for option, value in (("--data-dir", task_dir), ("--limit", limit), ("--per-item", per_item), ("--out", out)):
+        if value is not None:
+            raise InfMoEError(f"{option} goes with --tasks: add --tasks paper, or leave it out")
     from infmoe.eval.sweep import sweep_checkpoint
 
     result = sweep_checkpoint(

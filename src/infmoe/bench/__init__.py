@@ -17,6 +17,7 @@ BENCHES: dict[str, tuple[str, str, str]] = {
         "tiny/dense against transformers' GPT-2 of the same shape, same loop",
     ),
     "stats": ("training", "stats_cost", "what the routing statistics cost in a training step"),
+    "zero_shot": ("zero_shot_speed", "zero_shot_speed", "multiple-choice items per second against lm-eval's own model"),
     "variants": ("training", "variant_speed", "training and decoding speed of every arm of the tiny experiments"),
     "select": ("selection", "select_speed", "top-N selection: numpy's quickselect against torch.topk"),
     "startup": ("startup", "startup", "time of `infmoe --help` and of `import infmoe` over `import torch`"),

@@ -1,9 +1,11 @@
 """The model that lm-eval sees, and local files as tasks of lm-eval's own kind."""
 
 import contextlib
+import io
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import lm_eval
@@ -11,6 +13,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from infmoe.errors import InfMoEError
@@ -227,7 +230,12 @@ def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> 
     try:
         with _quiet():
             result = lm_eval.simple_evaluate(
-                model=model, tasks=[task], limit=limit, log_samples=True, verbosity="ERROR"
+                model=model,
+                tasks=[task],
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,  # standard errors are ours, from the items
+                task_manager=_task_manager(own=isinstance(task, dict)),
             )
     except InfMoEError:
         raise
@@ -243,15 +251,22 @@ def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> 
     return result
 
 
+@cache
+def _task_manager(*, own: bool) -> TaskManager:
+    """lm-eval's index of tasks, read once; our own tasks need none, and reading its thousands of files takes long."""
+    return TaskManager(include_defaults=not own)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval logs what it is about to do."""
+    """lm-eval logs what it is about to do, and draws bars."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,0 +1,433 @@
+"""Zero-shot scoring: against a plain scorer, against lm-eval's own model, over batches, orders, seeds and files."""
+
+import dataclasses
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import MODEL_SETTINGS
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+pytest.importorskip("lm_eval", reason="the `eval` extra is not installed")
+
+from infmoe.cli import main
+from infmoe.errors import InfMoEError
+from infmoe.eval.loading import Opened, open_model
+from infmoe.eval.zero_shot import harness, run
+from infmoe.eval.zero_shot.local import read_local
+from infmoe.eval.zero_shot.scoring import Request, score
+from infmoe.eval.zero_shot.tasks import ALL, COLUMNS, SAT, columns_named
+from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
+from infmoe.layers import NoiseKey, Routing
+
+# The real files, where they lie beside the project or where the environment says.
+BENCH = Path(os.environ.get("INFMOE_BENCH_DATA", Path(__file__).parents[3] / "shared" / "data" / "bench"))
+WINDOW = 32
+
+
+def plain_score(model, context, continuation, stream, seed=0, routing=None):
+    """One continuation alone: the whole text in one row, no batch, no sharing; float64 from the logits on."""
+    window = model.config.max_position_embeddings
+    tokens = (list(context) + list(continuation))[-(window + 1) :]
+    key = NoiseKey(seed=seed, stream=torch.tensor([stream]))
+    with torch.no_grad():
+        given = dataclasses.replace(routing or Routing(), key=key)
+        logits = model(input_ids=torch.tensor([tokens[:-1]]), routing=given).logits[0].double()
+    likelihoods = logits.log_softmax(-1)[-len(continuation) :]
+    return float(sum(row[token] for row, token in zip(likelihoods, continuation, strict=True)))
+
+
+def model_of(ffn, seed=0, **options):
+    torch.manual_seed(seed)
+    settings = {s.partition("=")[0].removeprefix("model."): json.loads(s.partition("=")[2]) for s in MODEL_SETTINGS}
+    extra = {"z_dim": 8} if ffn == "infinity" else {}
+    return InfMoEForCausalLM(InfMoEConfig(**{**settings, "ffn": ffn, **extra, **options})).eval()
+
+
+def requests(count=60, seed=0):
+    """Several continuations a context; contexts longer than the window, one-token continuations among them."""
+    draw = random.Random(seed)
+    made = []
+    for item in range(count):
+        context = tuple(draw.randrange(320) for _ in range(draw.choice((1, 3, 12, 31, 32, 50))))
+        for _ in range(draw.randrange(1, 5)):
+            length = draw.choice((1, 1, 2, 5, 9))
+            made.append(Request(context, tuple(draw.randrange(320) for _ in range(length)), item))
+    return made
+
+
+FFNS = {"dense": {}, "infinity": {}, "moe": {"intermediate_size": 96}, "switch": {}}
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_the_plain_scorer_agrees(ffn):
+    model = model_of(ffn, **FFNS[ffn])
+    asked = requests()
+    found = score(model, asked, seed=3)
+    for request, result in zip(asked, found, strict=True):
+        expected = plain_score(model, request.context, request.continuation, request.stream, seed=3)
+        assert result.log_likelihood == pytest.approx(expected, abs=1e-4 if ffn == "dense" else 1e-3)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "infinity"])
+def test_batch_and_order_change_nothing(ffn):
+    model = model_of(ffn)
+    asked = requests()
+    expected = [s.log_likelihood for s in score(model, asked, batch_size=1)]
+    order = list(range(len(asked)))
+    random.Random(1).shuffle(order)
+    tolerance = 1e-5 if ffn == "dense" else 1e-3
+    for batch_size in (7, 32):
+        shuffled = score(model, [asked[i] for i in order], batch_size=batch_size)
+        for i, result in zip(order, shuffled, strict=True):
+            assert result.log_likelihood == pytest.approx(expected[i], abs=tolerance)
+
+
+def test_the_seed_is_part_of_a_sampled_score_and_of_no_other():
+    model, asked = model_of("infinity"), requests(8)
+    by_seed = [[s.log_likelihood for s in score(model, asked, seed=seed)] for seed in (0, 0, 1)]
+    assert by_seed[0] == by_seed[1]
+    assert by_seed[0] != by_seed[2]
+    mu = Routing(mode="mu")
+    assert score(model, asked, mu, seed=0) == score(model, asked, mu, seed=1)
+
+
+def test_the_dials_reach_the_model():
+    model, asked = model_of("infinity"), requests(8)
+    for routing in (Routing(num_samples=4), Routing(keep_ratio=0.5), Routing(mode="mu")):
+        found = score(model, asked, routing)
+        assert found != score(model, asked)
+        first = asked[0]
+        expected = plain_score(model, first.context, first.continuation, first.stream, routing=routing)
+        assert found[0].log_likelihood == pytest.approx(expected, abs=1e-3)
+
+
+def test_greedy_is_what_generation_would_choose():
+    model = model_of("dense")
+    context = (5, 6, 7)
+    with torch.no_grad():
+        made = model.generate(torch.tensor([context]), max_new_tokens=4, do_sample=False, pad_token_id=0)[
+            0, 3:
+        ].tolist()
+    other = [*made[:-1], (made[-1] + 1) % 320]
+    found = score(model, [Request(context, tuple(made), 0), Request(context, tuple(other), 0)])
+    assert [s.greedy for s in found] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request((), (1,), 0), "request 0 has an empty context"),
+        (Request((1,), (), 0), "request 0 has an empty context or continuation"),
+        (Request((1,), tuple(range(40)), 0), "continuation of 40 tokens, the model's window is 32"),
+    ],
+)
+def test_what_can_t_be_scored_is_named(request_, words):
+    with pytest.raises(InfMoEError) as error:
+        score(model_of("dense"), [request_])
+    assert words in str(error.value)
+
+
+# ---- Through lm-eval ------------------------------------------------------------------------------------------------
+
+
+def write_files(folder):
+    """A few items of every local task, in their files' layouts."""
+    folder.mkdir()
+    words = ["ab", "cde", "fgh", "ha", "bead", "cab", "gef", "dah"]
+    draw = random.Random(0)
+
+    def text(count):
+        return " ".join(draw.choice(words) for _ in range(count))
+
+    def jsonl(name, docs):
+        (folder / name).write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+
+    for name, stem in (("arc_easy", "Question: "), ("arc_challenge", "Question: "), ("openbook_qa", "")):
+        docs = [
+            {"query": stem + text(6) + f" {i}", "choices": [text(1 + j) for j in range(4)], "gold": i % 4}
+            for i in range(9)
+        ]
+        jsonl(f"{name}.jsonl", docs)
+    boolq = [
+        {"query": f"Passage: {text(40)}\nQuestion: is {text(2)} {i}", "choices": ["no", "yes"], "gold": i % 2}
+        for i in range(9)
+    ]
+    jsonl("boolq.jsonl", boolq)
+    sat = [{"query": text(50) + "\nAnswer:", "choices": list("ABCD"), "gold": i % 4} for i in range(9)]
+    jsonl("agi_eval_sat_en.jsonl", sat)
+    winogrande = [
+        {"context_options": [f"{i} {text(5)} ab", f"{i} {text(5)} cab"], "continuation": text(3), "gold": i % 2}
+        for i in range(9)
+    ]
+    jsonl("winogrande.jsonl", winogrande)
+    lines = [line for i in range(9) for line in (f"{text(8)} {i}", str(i % 4), *(text(3 + j) for j in range(4)))]
+    (folder / "hellaswag_val.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("bench") / "files")
+
+
+def opened_with(model, tiny_run):
+    """A model with the tiny run's tokenizer."""
+    opened = open_model(tiny_run.run)
+    model.config.eos_token_id = opened.model.config.eos_token_id
+    return Opened(model, opened.checkpoint)
+
+
+def expected_likelihoods(model, tokenizer, task, doc_id, doc):
+    """As lm-eval splits texts into tokens, and then plainly."""
+    stream = harness.stream_of(type("I", (), {"task_name": task, "doc_id": doc_id}))
+    several = len(doc["contexts"]) > 1
+    pairs = [
+        (context, continuation)
+        for context in doc["contexts"]
+        for continuation in (doc["continuations"] if not several else doc["continuations"][:1])
+    ]
+    values = []
+    for context, continuation in pairs:
+        start = len(tokenizer.encode(context, add_special_tokens=False))
+        whole = tokenizer.encode(context + continuation, add_special_tokens=False)
+        values.append(plain_score(model, whole[:start], whole[start:], stream))
+    return values
+
+
+def check_against_plain(model, tiny_run, folder, limit, tolerance):
+    lm = harness.InfMoELM(opened_with(model, tiny_run), batch_size=8)
+    checked = 0
+    for column in columns_named("paper", local=True):
+        task = read_local(column, folder)
+        result = harness.run_task(lm, harness.local_config(task), limit)
+        (samples,) = result["samples"].values()
+        right = []
+        for sample in samples:
+            doc = task.docs[sample["doc_id"]]
+            expected = expected_likelihoods(model, lm.tokenizer, column.task, sample["doc_id"], doc)
+            found = [response[0] for response in sample["filtered_resps"]]
+            assert found == pytest.approx(expected, abs=tolerance), (column.name, sample["doc_id"])
+            right.append(max(range(len(found)), key=lambda i: found[i]) == doc["gold"])
+            checked += 1
+        (figures,) = result["results"].values()
+        assert figures["acc,none"] == pytest.approx(sum(right) / len(right))
+    return checked
+
+
+@pytest.mark.parametrize(("ffn", "tolerance"), [("dense", 1e-4), ("infinity", 1e-3)])
+def test_every_task_agrees_with_the_plain_scorer(ffn, tolerance, tiny_run, files):
+    assert check_against_plain(model_of(ffn), tiny_run, files, 9, tolerance) == 63
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BENCH.is_dir(), reason="the real task files are not here")
+@pytest.mark.parametrize(("ffn", "tolerance"), [("dense", 1e-4), ("infinity", 1e-3)])
+def test_200_real_items_of_every_task_agree_with_the_plain_scorer(ffn, tolerance, tiny_run):
+    assert check_against_plain(model_of(ffn, max_position_embeddings=96), tiny_run, BENCH, 200, tolerance) == 1400
+
+
+def test_lm_evals_own_model_scores_gpt2_the_same(tiny_run, files):
+    from lm_eval.models.huggingface import HFLM
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=WINDOW, initializer_range=0.2)
+    gpt2 = GPT2LMHeadModel(config).eval()
+    ours = harness.InfMoELM(opened_with(InfMoEForCausalLM.from_gpt2(gpt2).eval(), tiny_run))
+    tokenizer: PreTrainedTokenizerFast = ours.tokenizer
+    gpt2.config.eos_token_id = ours.eot_token_id
+    theirs = HFLM(pretrained=gpt2, tokenizer=tokenizer, max_length=WINDOW, batch_size=4)
+    for column in columns_named("paper", local=True):
+        config = harness.local_config(read_local(column, files))
+        found, expected = (
+            [s["filtered_resps"] for s in next(iter(harness.run_task(lm, config, None)["samples"].values()))]
+            for lm in (ours, theirs)
+        )
+        for mine, its in zip(found, expected, strict=True):
+            assert [r[0] for r in mine] == pytest.approx([r[0] for r in its], abs=1e-4), column.name
+            assert [r[1] for r in mine] == [r[1] for r in its]
+
+
+def test_empty_contexts_rolling_windows_and_generation(tiny_run):
+    from lm_eval.api.instance import Instance
+
+    model = model_of("infinity")
+    lm = harness.InfMoELM(opened_with(model, tiny_run))
+
+    def instance(kind, *arguments):
+        return Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=("t", 4, 1))
+
+    (found,) = lm.loglikelihood([instance("loglikelihood", "", "ab cde")])
+    ids = lm.tok_encode("ab cde")
+    stream = harness.stream_of(instance("loglikelihood", "", "ab cde"))
+    assert found[0] == pytest.approx(plain_score(model, [lm.eot_token_id], ids, stream), abs=1e-3)
+    text = "ab cde fgh " * 30
+    (total,) = lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)])
+    assert -12.0 * len(lm.tok_encode(text)) < total < 0
+    options = {"until": [" "], "max_gen_toks": 5}
+    (made,) = lm.generate_until([instance("generate_until", "ab cde", options)])
+    assert " " not in made
+
+
+def test_a_checkpoint_over_its_dials(tiny_run, files, tmp_path, capsys):
+    words = ["evaluate", tiny_run.run, "--tasks", "paper", "--data-dir", files, "--num-samples", "1,2", "--seeds", 2]
+    words += ["--out", tmp_path / "out", "--per-item", tmp_path / "items.jsonl", "--limit", 5]
+    assert main([str(word) for word in words]) == 0
+    out = capsys.readouterr().out
+    assert "SAT-en" in out
+    assert "RACE" not in out
+    assert "paper, small infinity" in out
+    result = json.loads((tmp_path / "out" / "zero_shot.json").read_text())
+    assert [row["label"] for row in result["points"]] == ["K=1 keep=1/4", "K=2 keep=1/4"]
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert len(items) == 7 * 2 * 2 * 5
+    first = result["points"][0]["tasks"]["ARC-e"]
+    mine = [i for i in items if (i["task"], i["point"], i["seed"]) == ("ARC-e", "K=1 keep=1/4", 0)]
+    margins = [
+        i["log_likelihoods"][i["gold"]] - (sum(i["log_likelihoods"]) - i["log_likelihoods"][i["gold"]]) / 3
+        for i in mine
+    ]
+    assert first["margin"] == pytest.approx(sum(margins) / 5)
+    assert first["acc"] == sum(max(i["log_likelihoods"]) == i["log_likelihoods"][i["gold"]] for i in mine) / 5
+    assert len(first["acc_by_seed"]) == 2
+    assert first["within_noise"]
+    assert (tmp_path / "out" / "zero_shot.png").stat().st_size > 10_000
+
+
+# ---- Files and names ------------------------------------------------------------------------------------------------
+
+
+def test_the_columns_are_the_papers():
+    from infmoe.reproduce.paper import TABLE1_TASKS
+
+    assert tuple(column.name for column in COLUMNS) == TABLE1_TASKS
+    local = columns_named("paper", local=True)
+    assert local[-1] is SAT
+    assert [c.name for c in columns_named("paper", local=False)][-1] == "RACE-high"
+    assert columns_named("arc_easy, boolq", local=True) == [ALL["arc_easy"], ALL["boolq"]]
+    with pytest.raises(InfMoEError, match="unknown task 'arc_esy'; did you mean 'arc_easy'"):
+        columns_named("arc_esy", local=True)
+
+
+def test_prompts_are_lm_evals(files):
+    boolq = read_local(ALL["boolq"], files).docs[0]
+    assert boolq["contexts"][0].endswith("?\nAnswer:")
+    assert not boolq["contexts"][0].startswith("Passage")
+    assert boolq["continuations"] == [" no", " yes"]
+    arc = read_local(ALL["arc_easy"], files).docs[0]
+    assert arc["contexts"][0].startswith("Question: ")
+    assert arc["contexts"][0].endswith("\nAnswer:")
+    winogrande = read_local(ALL["winogrande"], files).docs[0]
+    assert len(winogrande["contexts"]) == 2
+    assert len(winogrande["continuations"]) == 1
+
+
+def test_repeated_and_empty_items_are_counted(tmp_path):
+    docs = [
+        {"query": "a", "choices": ["x", "y", "x", "z"], "gold": 2},
+        {"query": "b", "choices": ["x", "y"], "gold": 1},
+        {"query": "b", "choices": ["x", "y"], "gold": 1},
+        {"query": "c", "choices": ["x", " "], "gold": 0},
+    ]
+    (tmp_path / "openbook_qa.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    task = read_local(ALL["openbookqa"], tmp_path)
+    assert task.notes == {"repeated answers, scored once": 1, "repeated items": 1, "empty, left out": 1}
+    assert task.docs[0]["choices"] == ["x", "y", "z"]
+    assert task.docs[0]["gold"] == 0
+    assert len(task.docs) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot read"),
+        ("", "holds no items"),
+        ('{"query": "a"', ":1: no JSON"),
+        ("[1]", ":1: no JSON object"),
+        ('{"query": "a", "gold": 0}', ":1: no item of OBQA ('choices')"),
+        ('{"query": "a", "choices": ["x", "y"], "gold": 2}', "label 2 is none of the 2 answers"),
+        ('{"query": "a", "choices": ["x", "y"], "gold": true}', "label True is none"),
+        ('{"query": "a", "choices": ["x"], "gold": 0}', "two answers at least"),
+        ('{"query": "a", "choices": ["x", 3], "gold": 0}', "no item of OBQA"),
+        (b"\xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_a_bad_file_is_one_line(content, words, tmp_path, tiny_run, capsys):
+    path = tmp_path / "openbook_qa.jsonl"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["evaluate", str(tiny_run.run), "--tasks", "openbookqa", "--data-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert words in error
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"), [(["a", "1", "b", "c", "d"], "no multiple of 6"), (["a", "x", "b", "c", "d", "e"], "no label")]
+)
+def test_a_bad_hellaswag_file_is_named(lines, words, tmp_path):
+    (tmp_path / "hellaswag_val.txt").write_text("\n".join(lines))
+    with pytest.raises(InfMoEError, match=words):
+        read_local(ALL["hellaswag"], tmp_path)
+
+
+def test_a_task_of_the_hub_that_can_t_be_reached_is_one_line(tiny_run, capsys):
+    assert main(["evaluate", str(tiny_run.run), "--tasks", "openbookqa"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "give --data-dir for local files" in error
+
+
+def test_results_so_far_are_kept(tiny_run, files, tmp_path, monkeypatch):
+    original = run._scored
+
+    def fails_at_the_third(model, column, *rest):
+        if column.name == "WinoGrande":
+            raise InfMoEError("no")
+        return original(model, column, *rest)
+
+    monkeypatch.setattr(run, "_scored", fails_at_the_third)
+    with pytest.raises(InfMoEError, match="no"):
+        run.evaluate_tasks(tiny_run.run, run.Settings(data_dir=files, limit=2), out=tmp_path)
+    kept = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert list(kept["points"][0]["tasks"]) == ["BoolQ", "HellaSwag"]
+
+
+@pytest.mark.parametrize("option", ["--data-dir", "--limit", "--per-item", "--out"])
+def test_options_of_tasks_need_tasks(option, tiny_run, capsys):
+    assert main(["evaluate", str(tiny_run.run), option, "3"]) == 2
+    assert f"{option} goes with --tasks" in capsys.readouterr().err
+
+
+def test_lm_evals_command_line_knows_our_models(tiny_run, capsys, monkeypatch):
+    from lm_eval.api.registry import get_model
+
+    made = get_model("infmoe").create_from_arg_string(
+        f"pretrained={tiny_run.run},num_samples=3,keep_ratio=0.125,seed=5"
+    )
+    assert (made.point.num_samples, made.point.keep_ratio, made.seed) == (3, 0.125, 5)
+    with pytest.raises(InfMoEError, match="one value for each dial"):
+        get_model("infmoe").create_from_arg_obj({"pretrained": str(tiny_run.run), "num_samples": "1,2"})
+
+
+def test_the_page_says_what_the_code_says():
+    page = (Path(__file__).parents[2] / "docs" / "zero_shot.md").read_text()
+    for c in ALL.values():
+        error = 100 * (c.chance * (1 - c.chance) / c.items) ** 0.5
+        file = f"`{c.file}`" if c.file else "none"
+        row = (
+            f"| {c.name} | `{c.task}` | {c.version} | {c.metric} | {c.chance:.0%} | {c.items} | {error:.1f} | {file} |"
+        )
+        assert row.replace("%", " %", 1) in page, row
+
+
+@pytest.mark.skipif(not BENCH.is_dir(), reason="the real task files are not here")
+@pytest.mark.parametrize("column", [c for c in ALL.values() if c.file], ids=lambda c: c.name)
+def test_the_real_files_have_the_items_that_the_table_says(column):
+    task = read_local(column, BENCH)
+    assert len(task.docs) == column.items
+    assert task.notes.get("repeated answers, scored once", 0) == {"arc_easy": 7, "arc_challenge": 4}.get(column.task, 0)
