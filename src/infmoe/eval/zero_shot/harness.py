@@ -229,13 +229,15 @@ def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> 
     name = task if isinstance(task, str) else task["task"]
     try:
         with _quiet():
-            result = lm_eval.simple_evaluate(
-                model=model,
-                tasks=[task],
+            # not `simple_evaluate`, which asks pip and git about the machine at every call
+            loaded = _task_manager(own=isinstance(task, dict)).load([task])
+            result = lm_eval.evaluate(
+                lm=model,
+                task_dict=loaded,
                 limit=limit,
                 log_samples=True,
                 bootstrap_iters=0,  # standard errors are ours, from the items
-                task_manager=_task_manager(own=isinstance(task, dict)),
+                verbosity="ERROR",
             )
     except InfMoEError:
         raise

@@ -111,14 +111,14 @@ def evaluate_tasks(
         mode=parse_mode(mode),
     )
     result: dict[str, Any] = {
-        "checkpoint": str(opened.checkpoint),
+        "checkpoint": model_dir.name,
         "lm_eval": harness.VERSION,
         "seeds": list(settings.seeds),
         "batch_size": settings.batch_size,
         "limit": settings.limit,
         "notes": {task: file.notes for task, file in files.items() if file.notes},
         "points": [asdict(point) | {"label": point.label(), "tasks": {}} for point in points],
-        "provenance": provenance(),
+        "provenance": provenance() | {"command": f"infmoe evaluate DIR --tasks {settings.tasks}"},
     }
     model = harness.InfMoELM(opened, batch_size=settings.batch_size)
     for column in columns:

@@ -7,7 +7,7 @@ and counts its position from the context's end. So a branch is what it would be 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ class Request:
 
     Attributes:
         context: token ids, at least one; cut from the left where it does not fit the window.
-        continuation: token ids, at least one.
+        continuation: token ids, at least one. One that is longer than the window is scored in pieces of half a
+            window, each behind as much of what precedes it as fits.
         stream: the noise stream of the item that it belongs to.
     """
 
@@ -80,15 +81,23 @@ def score(
         progress: told how many requests are done.
 
     Raises:
-        InfMoEError: a continuation that does not fit the model's window.
+        InfMoEError: an empty context or continuation.
     """
+    for i, request in enumerate(requests):
+        if not request.context or not request.continuation:
+            raise InfMoEError(f"request {i} has an empty context or continuation: leave it out")
     rows = sorted(_rows(requests, model.config.max_position_embeddings), key=lambda row: row.length, reverse=True)
     found: list[Score | None] = [None] * len(requests)
     done = 0
     for start in range(0, len(rows), batch_size):
         for index, result in _score_batch(model, rows[start : start + batch_size], routing or Routing(), seed):
-            found[index] = result
-            done += 1
+            before = found[index]
+            if before is None:
+                found[index] = result
+                done += 1
+            else:  # a piece of the same continuation
+                total = before.log_likelihood + result.log_likelihood
+                found[index] = Score(total, before.greedy and result.greedy)
         progress(done)
     return [result for result in found if result is not None]
 
@@ -96,18 +105,19 @@ def score(
 def _rows(requests: Sequence[Request], window: int) -> list[_Row]:
     rows: dict[tuple, _Row] = {}
     for i, request in enumerate(requests):
-        if not request.context or not request.continuation:
-            raise InfMoEError(f"request {i} has an empty context or continuation: leave it out")
-        room = window + 1 - len(request.continuation)
-        if room < 1:
-            raise InfMoEError(
-                f"request {i} has a continuation of {len(request.continuation)} tokens, the model's window is {window}:"
-                " leave it out"
-            )
-        context = request.context[-room:]
-        row = rows.setdefault((request.stream, context), _Row(context, request.stream, []))
-        row.members.append((i, request.continuation))
+        for context, continuation in _pieces(request, window):
+            kept = context[-(window + 1 - len(continuation)) :]
+            row = rows.setdefault((request.stream, kept), _Row(kept, request.stream, []))
+            row.members.append((i, continuation))
     return list(rows.values())
+
+
+def _pieces(request: Request, window: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The request, or its parts where its continuation is longer than the window."""
+    whole = request.context + request.continuation
+    length = len(request.continuation) if len(request.continuation) <= window else max(1, window // 2)
+    for start in range(len(request.context), len(whole), length):
+        yield whole[:start], whole[start : start + length]
 
 
 def _score_batch(model: Any, rows: Sequence[_Row], routing: Routing, seed: int) -> list[tuple[int, Score]]:
