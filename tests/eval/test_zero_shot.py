@@ -306,7 +306,7 @@ def test_a_checkpoint_over_its_dials(tiny_run, files, tmp_path, capsys):
 
 
 def test_the_columns_are_the_papers():
-    from infmoe.reproduce.paper import TABLE1_TASKS
+    from infmoe.paper import TABLE1_TASKS
 
     assert tuple(column.name for column in COLUMNS) == TABLE1_TASKS
     local = columns_named("paper", local=True)

@@ -33,7 +33,7 @@ def test_what_is_put_is_found_again(store, mini):
         (lambda path: _edit(path, lambda v: v.update(data={})), "no SHA-256 of its data"),
         (lambda path: _edit(path, lambda v: v.update(cost={})), "no parameters and FLOPs"),
         (lambda path: _edit(path, lambda v: v["curve"].update(tokens=[])), "no course of training"),
-        (lambda path: _edit(path, lambda v: v["measured_with"].update(windows=3)), "measured with other windows"),
+        (lambda path: _edit(path, lambda v: v["measured_with"].update(windows=3)), "measured with other settings"),
         (lambda path: _edit(path, lambda v: v["config"].update(steps=5)), "other values of steps"),
         (lambda path: _edit(path, lambda v: v["config"]["model"].update(z_dim=3)), "other values of model.z_dim"),
         (lambda path: _edit(path, lambda v: v["data"].update(sha256="e")), "was trained on other data"),

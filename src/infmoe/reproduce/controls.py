@@ -7,7 +7,7 @@ from typing import Any
 from infmoe.eval.dials import ratio_text
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import TIER1, TIER2, tokens_text
-from infmoe.reproduce.sections import (
+from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
     MISSING,

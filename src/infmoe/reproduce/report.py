@@ -5,22 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infmoe.errors import InfMoEError
-from infmoe.reproduce import sections
+from infmoe.reproduce import curves, tables
 from infmoe.reproduce.controls import controls
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import SCALES, TUNING_SEED, Scale, groups
-from infmoe.reproduce.sections import Section, markdown_table
+from infmoe.reproduce.section import Section, markdown_table
 from infmoe.reproduce.store import Store, read_json
 
 SECTIONS: dict[str, Callable[[Store, Gallery], Section]] = {
-    "table1": sections.table1,
-    "table2": sections.table2,
-    "table3": sections.table3,
-    "table5": sections.table5,
-    "table6": sections.table6,
-    "figure2": sections.figure2,
-    "figure3": sections.figure3,
-    "figure4": sections.figure4,
+    "table1": tables.table1,
+    "table2": tables.table2,
+    "table3": tables.table3,
+    "table5": tables.table5,
+    "table6": tables.table6,
+    "figure2": curves.figure2,
+    "figure3": curves.figure3,
+    "figure4": curves.figure4,
     "controls": controls,
 }
 _TITLE = "# Evidence"

@@ -238,7 +238,7 @@ def _se(values: Sequence[float]) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Accuracy, and the margin below it, of every point; the paper's rows for comparison."""
-    from infmoe.reproduce import paper
+    from infmoe import paper
 
     names = list(result["points"][0]["tasks"])
     widths = [max(16, len(name)) for name in names]

@@ -1,0 +1,136 @@
+"""What a table or figure is made of: sections, claims, and the helpers that they share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.plan import Scale, tokens_text
+from infmoe.reproduce.statistics import Interval, interval
+from infmoe.reproduce.store import Finished, Store
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable at this scale"
+UNDECIDED = "not decided: the interval contains 0"
+ONE_SEED = "not decided: one seed"
+MISSING = "not measured yet"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, and what was found.
+
+    Attributes:
+        text: the paper's.
+        measured: ours.
+        verdict: one of the above.
+        reason: where it needs one.
+    """
+
+    text: str
+    measured: str
+    verdict: str
+    reason: str = ""
+
+
+@dataclass
+class Section:
+    """One part of the page.
+
+    Attributes:
+        title: its heading.
+        command: what makes the results.
+        body: Markdown.
+        claims: rows of the opening table.
+        pictures: PNGs, each with what it shows.
+    """
+
+    title: str
+    command: str
+    body: str = ""
+    claims: list[Claim] = field(default_factory=list)
+    pictures: list[tuple[str, Path]] = field(default_factory=list)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns but the first are aligned right."""
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def mean_loss(store: Store, arm: str, tokens: int) -> Interval | None:
+    """Held-out loss over seeds."""
+    losses = store.losses(arm, tokens)
+    return interval(list(losses.values())) if losses else None
+
+
+def text_of(value: Interval | None, digits: int = 3, *, sign: bool = False) -> str:
+    """The interval, or a dash."""
+    return "–" if value is None else value.text(digits, sign=sign)
+
+
+def seeds_text(runs: Sequence[Finished]) -> str:
+    """How many seeds stand behind a figure, and how many of them diverged."""
+    diverged = sum(run.diverged for run in runs)
+    return f"{len(runs)}" + (f" ({diverged} diverged)" if diverged else "")
+
+
+def verdict_below(difference: Interval | None) -> str:
+    """Whether a difference that should be below 0 is."""
+    if difference is None:
+        return MISSING
+    if difference.half_width is None:
+        return ONE_SEED
+    return HOLDS if difference.high < 0 else FAILS if difference.low > 0 else UNDECIDED
+
+
+def nats(difference: Interval | None) -> str:
+    return f"{text_of(difference, sign=True)} nats"
+
+
+def rivals(section: Section, store: Store, gallery: Gallery, arms: Sequence[str], tokens: int) -> None:
+    """A picture of the rivals' losses minus ∞-MoE's."""
+    found = {arm: difference for arm in arms if (difference := store.difference(arm, "infinity", tokens)) is not None}
+    if found:
+        name = section.command.split()[2]
+        picture = gallery.bars(
+            f"{name}.png",
+            found,
+            x_label=f"held-out loss minus ∞-MoE's at {tokens_text(tokens)} tokens (nats; 95 %, paired by seed)",
+            title="Right of 0: ∞-MoE is better",
+        )
+        section.pictures.append((section.title, picture))
+
+
+def relative(
+    store: Store,
+    arm: str,
+    tokens: int,
+    measure: str,
+    keep: Callable[[dict[str, Any]], bool],
+    reference: Callable[[dict[str, Any]], bool],
+    x: Callable[[dict[str, Any]], Any],
+) -> dict[Any, Interval]:
+    """Loss minus the loss at a reference point of the same model, paired by seed."""
+    found: dict[Any, list[float]] = {}
+    for run in store.runs(arm, tokens):
+        rows = run.measure(measure) or ()
+        base = next((row["loss"] for row in run.measure("dials") or () if reference(row)), None)
+        for row in rows:
+            if base is not None and keep(row):
+                found.setdefault(x(row), []).append(row["loss"] - base)
+    return {at: interval(values) for at, values in found.items()}
+
+
+def at_dials(row: Mapping[str, Any], **dials: Any) -> bool:
+    """Whether a point has these dials, and no mode of its own unless one is given."""
+    return all(row.get(name) == value for name, value in ({"mode": None} | dials).items())
+
+
+def command(name: str, scale: Scale) -> str:
+    source = "--corpus NOVELS" if scale.vocab else "--data FINEWEB"
+    return f"infmoe reproduce {name} --scale {scale.name} {source}"
+
+
+def minus(value: Interval) -> Interval:
+    return Interval(-value.mean, value.half_width, value.count)
