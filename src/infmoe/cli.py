@@ -272,7 +272,9 @@ def evaluate(
     keep_ratio: KeepOption = None,
     num_experts_per_tok: ExpertsOption = None,
     mode: ModeOption = None,
-    windows: WindowsOption = 256,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=2, help="Held-out windows of the model's context; default: 256.")
+    ] = None,
     batch_size: BatchOption = 16,
     seed: SeedOption = 0,
     tasks: Annotated[
@@ -282,7 +284,9 @@ def evaluate(
         Path | None, typer.Option("--data-dir", help="The tasks' local files; default: the Hugging Face Hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=2, help="The first N items of each task.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Score the tasks with this many seeds.")] = 1,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Score the tasks with this many seeds; default: 1.")
+    ] = None,
     per_item: Annotated[
         Path | None, typer.Option("--per-item", help="Write each item's log-likelihoods to this file.")
     ] = None,
@@ -291,13 +295,20 @@ def evaluate(
 ) -> None:
     """Held-out loss at each setting of the dials, with standard error and routing figures; or zero-shot tasks."""
     if tasks is not None:
+        for option, value in (("--data", data_dir), ("--windows", windows)):
+            if value is not None:
+                raise InfMoEError(
+                    f"{option} is for the held-out loss: leave it out of --tasks (--data-dir has their files)"
+                )
         from infmoe.eval.zero_shot import run as zero_shot
 
         if out is not None:
             from infmoe.provenance import require_writable
 
             require_writable(out)
-        settings = zero_shot.Settings(tasks, task_dir, limit, tuple(range(seed, seed + seeds)), batch_size, per_item)
+        settings = zero_shot.Settings(
+            tasks, task_dir, limit, tuple(range(seed, seed + (seeds or 1))), batch_size, per_item
+        )
         scored = zero_shot.evaluate_tasks(
             model_dir,
             settings,
@@ -314,7 +325,8 @@ def evaluate(
             if not as_json:
                 print(f"\npicture: {picture}\nfigures: {out / zero_shot.RESULTS}")
         return
-    for option, value in (("--data-dir", task_dir), ("--limit", limit), ("--per-item", per_item), ("--out", out)):
+    only = {"--data-dir": task_dir, "--limit": limit, "--seeds": seeds, "--per-item": per_item, "--out": out}
+    for option, value in only.items():
         if value is not None:
             raise InfMoEError(f"{option} goes with --tasks: add --tasks paper, or leave it out")
     from infmoe.eval.sweep import sweep_checkpoint
@@ -326,7 +338,7 @@ def evaluate(
         keep_ratio=keep_ratio,
         num_experts_per_tok=num_experts_per_tok,
         mode=mode,
-        windows=windows,
+        windows=windows or 256,
         batch_size=batch_size,
         seed=seed,
         quiet=as_json,

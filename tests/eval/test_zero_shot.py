@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -273,8 +275,12 @@ def test_empty_contexts_rolling_windows_and_generation(tiny_run):
     (total,) = lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)])
     assert -12.0 * len(lm.tok_encode(text)) < total < 0
     options = {"until": [" "], "max_gen_toks": 5}
-    (made,) = lm.generate_until([instance("generate_until", "ab cde", options)])
+    seen = []
+    original = model.generate
+    model.generate = lambda ids, **rest: seen.append(ids.shape[1]) or original(ids, **rest)
+    (made,) = lm.generate_until([instance("generate_until", "ab cde " * 30, options | {"max_gen_toks": 256})])
     assert " " not in made
+    assert seen == [16]  # half of the window is left to the prompt
 
 
 def test_a_checkpoint_over_its_dials(tiny_run, files, tmp_path, capsys):
@@ -298,7 +304,10 @@ def test_a_checkpoint_over_its_dials(tiny_run, files, tmp_path, capsys):
     assert first["margin"] == pytest.approx(sum(margins) / 5)
     assert first["acc"] == sum(max(i["log_likelihoods"]) == i["log_likelihoods"][i["gold"]] for i in mine) / 5
     assert len(first["acc_by_seed"]) == 2
-    assert first["within_noise"]
+    assert "margin_change" not in first
+    second = result["points"][1]["tasks"]["ARC-e"]
+    assert second["margin_change"] == pytest.approx(second["margin"] - first["margin"])
+    assert first["acc_seed_sd"] is not None
     assert (tmp_path / "out" / "zero_shot.png").stat().st_size > 10_000
 
 
@@ -358,6 +367,9 @@ def test_repeated_and_empty_items_are_counted(tmp_path):
         ('{"query": "a", "choices": ["x"], "gold": 0}', "two answers at least"),
         ('{"query": "a", "choices": ["x", 3], "gold": 0}', "no item of OBQA"),
         (b"\xff\xfe", "is not UTF-8"),
+        ('{"query": null, "choices": ["x", "y"], "gold": 0}', "query must be a text"),
+        ('{"query": "a", "choices": "xy", "gold": 0}', "choices a list"),
+        ('{"query": "a", "choices": ["x", "x"], "gold": 0}', "all answers are the same"),
     ],
 )
 def test_a_bad_file_is_one_line(content, words, tmp_path, tiny_run, capsys):
@@ -380,7 +392,13 @@ def test_a_bad_hellaswag_file_is_named(lines, words, tmp_path):
         read_local(ALL["hellaswag"], tmp_path)
 
 
-def test_a_task_of_the_hub_that_can_t_be_reached_is_one_line(tiny_run, capsys):
+def test_a_task_of_the_hub_that_can_t_be_reached_is_one_line(tiny_run, capsys, monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert main(["evaluate", str(tiny_run.run), "--tasks", "openbookqa"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -402,10 +420,53 @@ def test_results_so_far_are_kept(tiny_run, files, tmp_path, monkeypatch):
     assert list(kept["points"][0]["tasks"]) == ["BoolQ", "HellaSwag"]
 
 
-@pytest.mark.parametrize("option", ["--data-dir", "--limit", "--per-item", "--out"])
+@pytest.mark.parametrize("option", ["--data-dir", "--limit", "--seeds", "--per-item", "--out"])
 def test_options_of_tasks_need_tasks(option, tiny_run, capsys):
     assert main(["evaluate", str(tiny_run.run), option, "3"]) == 2
     assert f"{option} goes with --tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--data", "x"), ("--windows", "7")])
+def test_options_of_the_loss_are_refused_with_tasks(option, value, tiny_run, capsys):
+    assert main(["evaluate", str(tiny_run.run), "--tasks", "paper", option, value]) == 2
+    assert f"{option} is for the held-out loss" in capsys.readouterr().err
+
+
+def test_a_diverged_model_is_named_and_not_scored():
+    model = model_of("dense")
+    torch.nn.init.constant_(model.transformer.h[0].ln_1.weight, float("nan"))
+    with pytest.raises(InfMoEError, match="has no finite log-likelihood"):
+        score(model, requests(2))
+
+
+def test_a_switch_model_with_a_capacity_is_refused(tiny_run):
+    model = model_of("switch", capacity_factor=1.0)
+    with pytest.raises(InfMoEError, match="drops tokens by what stands beside them"):
+        harness.InfMoELM(opened_with(model, tiny_run))
+
+
+def test_accuracy_per_character_is_lm_evals(tiny_run, files):
+    lm = harness.InfMoELM(opened_with(model_of("dense"), tiny_run))
+    for column in columns_named("arc_easy,hellaswag,openbookqa", local=True):
+        result = harness.run_task(lm, harness.local_config(read_local(column, files)), None)
+        (figures,), (samples,) = result["results"].values(), result["samples"].values()
+        items = [run._item(sample, column) for sample in samples]
+        assert sum(item.right for item in items) / len(items) == pytest.approx(figures["acc,none"])
+        assert sum(item.right_norm for item in items) / len(items) == pytest.approx(figures["acc_norm,none"])
+
+
+def test_lm_evals_own_command_line_runs(tiny_run, files, tmp_path):
+    (tmp_path / "mini.yaml").write_text(
+        f"task: mini\ndataset_path: json\ndataset_kwargs:\n  data_files: {files}/openbook_qa.jsonl\n"
+        "test_split: train\noutput_type: multiple_choice\ndoc_to_text: query\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\nmetric_list:\n  - metric: acc\n"
+    )
+    words = [sys.executable, "-m", "infmoe.eval.lm_eval", "--model", "infmoe", "--tasks", "mini"]
+    words += ["--include_path", str(tmp_path), "--limit", "4"]
+    words += ["--model_args", f"pretrained={tiny_run.run},num_samples=2,keep_ratio=0.25"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "mini" in done.stdout
 
 
 def test_lm_evals_command_line_knows_our_models(tiny_run, capsys, monkeypatch):
@@ -415,6 +476,8 @@ def test_lm_evals_command_line_knows_our_models(tiny_run, capsys, monkeypatch):
         f"pretrained={tiny_run.run},num_samples=3,keep_ratio=0.125,seed=5"
     )
     assert (made.point.num_samples, made.point.keep_ratio, made.seed) == (3, 0.125, 5)
+    with pytest.raises(InfMoEError, match="unknown model argument 'num_sample'; did you mean 'num_samples'"):
+        get_model("infmoe").create_from_arg_obj({"pretrained": str(tiny_run.run), "num_sample": "1"})
     with pytest.raises(InfMoEError, match="one value for each dial"):
         get_model("infmoe").create_from_arg_obj({"pretrained": str(tiny_run.run), "num_samples": "1,2"})
 

@@ -41,7 +41,7 @@ def zero_shot_speed(*, quick: bool = False) -> Measured:
     model = InfMoEForCausalLM.from_gpt2(gpt2).eval()
     model.config.eos_token_id = gpt2.config.eos_token_id = 0
     ours = InfMoELM(_Opened(model, tokenizer), batch_size=16)
-    theirs: Any = HFLM(pretrained=gpt2, tokenizer=tokenizer, max_length=128, batch_size=16)
+    theirs: Any = HFLM(pretrained=gpt2, tokenizer=tokenizer, max_length=128, batch_size=16 * CHOICES)
     found: dict[str, list] = {}
 
     def arm(name: str, lm: Any) -> Any:

@@ -305,7 +305,7 @@ def _router_claim() -> Claim:
     over_dense = cost.ffn_flops_router / dense.ffn_flops_executed
     return Claim(
         "the routing overhead is small (Limitations)",
-        f"at GPT-2 small, d_z = 256, K = 2: {share:.0%} of the layer's executed FLOPs, {over_dense:.0%} of a dense FFN's",
+        f"GPT-2 small, d_z = 256, K = 2: {share:.0%} of the layer's executed FLOPs, {over_dense:.0%} of a dense FFN's",
         FAILS,
         "router maps and W_z z, counted",
     )

@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from infmoe.errors import InfMoEError
+from infmoe.errors import InfMoEError, unknown_name
 from infmoe.eval.dials import Point, grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.loading import Opened, open_model
 from infmoe.eval.zero_shot.local import LocalTask
@@ -24,6 +24,7 @@ from infmoe.eval.zero_shot.scoring import Request, Score, score
 from infmoe.layers import NoiseKey, Routing
 
 VERSION = lm_eval.__version__
+_DIALS = ("num_samples", "keep_ratio", "num_experts_per_tok")
 
 
 @register_model("infmoe")
@@ -45,6 +46,7 @@ class InfMoELM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **unknown: Any,
     ):
         """Open a checkpoint.
 
@@ -54,12 +56,18 @@ class InfMoELM(TemplateLM):
             seed: of the noise.
             batch_size: contexts per forward pass; None or "auto": 16.
             max_batch_size: taken and not needed.
-            device: "cpu", "cuda"; None: the GPU where there is one.
+            device: "cpu", "cuda" (which lm-eval asks for unless told otherwise); None, or a GPU that is not there:
+                the GPU where there is one.
+            **unknown: refused by name.
 
         Raises:
             InfMoEError: nothing to open, or a dial that the model does not have.
         """
         super().__init__()
+        for name in unknown:
+            raise unknown_name("model argument", name, ("pretrained", *_DIALS, "mode", "seed", "batch_size", "device"))
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None
         opened = pretrained if isinstance(pretrained, Opened) else open_model(pretrained, device)
         self.model, self.tokenizer = opened.model, opened.tokenizer()
         points = grid(
@@ -73,14 +81,21 @@ class InfMoELM(TemplateLM):
             raise InfMoEError("lm-eval scores one setting at a time: give one value for each dial")
         self.point: Point = points[0]
         self.seed = int(seed)
-        self.rows = 16 if batch_size in (None, "auto") else int(str(batch_size))
+        self.rows = 16 if batch_size is None or str(batch_size).startswith("auto") else int(str(batch_size))
+        if self.model.config.ffn == "switch" and self.model.config.capacity_factor is not None:
+            raise InfMoEError(
+                "a Switch layer with a capacity drops tokens by what stands beside them in the batch, so its scores "
+                "would depend on it: evaluate with capacity_factor=null in the checkpoint's config.json"
+            )
         self.progress: Callable[[int], None] = lambda _: None
 
     @property
     def eot_token_id(self) -> int:
         """The token that precedes a document."""
         eot = self.model.config.eos_token_id
-        return int(eot[0] if isinstance(eot, list) else eot if eot is not None else 0)
+        if eot is None:
+            raise InfMoEError("the checkpoint's config names no eos_token_id, which precedes a text: set it there")
+        return int(eot[0] if isinstance(eot, list) else eot)
 
     @property
     def routing(self) -> Routing:
@@ -145,7 +160,7 @@ class InfMoELM(TemplateLM):
             context, options = instance.args
             until = options.get("until") or []
             stops = [until] if isinstance(until, str) else list(until)
-            wanted = min(int(options.get("max_gen_toks", 256)), window - 1)
+            wanted = min(int(options.get("max_gen_toks", 256)), window // 2)  # the prompt keeps half of a small window
             ids = self.tok_encode(context)[-(window - wanted) :] or [self.prefix_token_id]
             stream = torch.tensor([stream_of(instance)], device=self.model.device)
             routing = self.point.routing()
@@ -227,28 +242,24 @@ def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> 
         InfMoEError: the task needs the Hub, and it can't be reached.
     """
     name = task if isinstance(task, str) else task["task"]
-    try:
-        with _quiet():
-            # not `simple_evaluate`, which asks pip and git about the machine at every call
+    with _quiet():
+        try:
             loaded = _task_manager(own=isinstance(task, dict)).load([task])
-            result = lm_eval.evaluate(
-                lm=model,
-                task_dict=loaded,
-                limit=limit,
-                log_samples=True,
-                bootstrap_iters=0,  # standard errors are ours, from the items
-                verbosity="ERROR",
-            )
-    except InfMoEError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(task, dict):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InfMoEError(
-            f"task {name!r} is read from the Hugging Face Hub, which could not be reached or does not have it "
-            f"({reason}): give --data-dir for local files, or leave it out of --tasks"
-        ) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InfMoEError(
+                f"task {name!r} is read from the Hugging Face Hub, which could not be reached or does not have it "
+                f"({reason}): give --data-dir for local files, or leave it out of --tasks"
+            ) from error
+        # not `simple_evaluate`, which asks pip and git about the machine at every call
+        result = lm_eval.evaluate(
+            lm=model,
+            task_dict=loaded,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,  # standard errors are ours, from the items
+            verbosity="ERROR",
+        )
     assert result is not None
     return result
 

@@ -62,7 +62,7 @@ def read_local(column: Column, folder: Path) -> LocalTask:
         raise InfMoEError(f"{path} is not UTF-8 at byte {error.start}: restore the file") from error
     for number, values in raw:
         doc = _doc(column, values, f"{path}:{number}")
-        if not all(text.strip() for text in (*doc["contexts"], *doc["choices"])):
+        if not all(text.strip() for text in (*doc["contexts"], *doc["continuations"], *doc["choices"])):
             task.note("empty, left out")
             continue
         fingerprint = json.dumps(doc)
@@ -72,6 +72,8 @@ def read_local(column: Column, folder: Path) -> LocalTask:
         if len(doc["contexts"]) == 1 and len(set(doc["choices"])) < len(doc["choices"]):
             task.note("repeated answers, scored once")
             doc = _distinct(doc)
+            if len(doc["choices"]) < 2:
+                raise InfMoEError(f"{path}:{number}: all answers are the same: restore the file")
         task.docs.append(doc)
     if not task.docs:
         raise InfMoEError(f"{path} holds no items: restore the file")
@@ -93,14 +95,14 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _hellaswag(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")  # `splitlines` knows too many line ends
     while lines and not lines[-1].strip():
         lines.pop()
     if len(lines) % _HELLASWAG_LINES:
         raise InfMoEError(f"{path}: {len(lines)} lines are no multiple of {_HELLASWAG_LINES}: restore the file")
     for start in range(0, len(lines), _HELLASWAG_LINES):
         query, gold, *choices = lines[start : start + _HELLASWAG_LINES]
-        if not gold.strip().isdigit():
+        if not gold.strip().isdecimal():
             raise InfMoEError(f"{path}:{start + 2}: no label: restore the file")
         yield start + 1, {"query": query, "choices": choices, "gold": int(gold)}
 
@@ -111,6 +113,8 @@ def _doc(column: Column, values: dict[str, Any], where: str) -> dict[str, Any]:
             options, rest = values["context_options"], values["continuation"]
             contexts, choices, continuations = list(options), list(options), [" " + rest]
         else:
+            if not isinstance(values["query"], str) or not isinstance(values["choices"], list):
+                raise TypeError("query must be a text, choices a list")
             contexts, choices = [_prompt(column, values["query"])], list(values["choices"])
             continuations = [" " + choice for choice in choices]
         gold = values["gold"]

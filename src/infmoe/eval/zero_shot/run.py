@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from infmoe.data.shards import sha256
 from infmoe.errors import InfMoEError
 from infmoe.eval.dials import Point, grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.loading import open_model
@@ -49,10 +50,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Item:
-    """One scored item: the log-likelihood of each answer, the bytes of each, which one is right."""
+    """One scored item: the log-likelihood of each answer, the scored texts' characters, which one is right."""
 
     log_likelihoods: tuple[float, ...]
-    num_bytes: tuple[int, ...]
+    num_chars: tuple[int, ...]
     gold: int
 
     @property
@@ -66,10 +67,19 @@ class Item:
         return _margin(self.log_likelihoods, self.gold)
 
     @property
-    def margin_per_byte(self) -> float:
-        """The same of the log-likelihoods per byte of the answer."""
-        pairs = zip(self.log_likelihoods, self.num_bytes, strict=True)
-        return _margin([value / max(count, 1) for value, count in pairs], self.gold)
+    def per_char(self) -> list[float]:
+        """Log-likelihoods per character of the scored text, without the space before it (lm-eval's `acc_norm`)."""
+        return [v / max(n, 1) for v, n in zip(self.log_likelihoods, self.num_chars, strict=True)]
+
+    @property
+    def right_norm(self) -> bool:
+        """Whether the right answer has the highest log-likelihood per character."""
+        return max(range(len(self.per_char)), key=lambda i: self.per_char[i]) == self.gold
+
+    @property
+    def margin_norm(self) -> float:
+        """The margin of the log-likelihoods per character."""
+        return _margin(self.per_char, self.gold)
 
 
 def _margin(values: Sequence[float], gold: int) -> float:
@@ -102,7 +112,6 @@ def evaluate_tasks(
     columns = columns_named(settings.tasks, local=settings.data_dir is not None)
     files = {c.task: read_local(c, settings.data_dir) for c in columns} if settings.data_dir is not None else {}
     opened = open_model(model_dir)
-    opened.tokenizer()
     points = grid(
         opened.model.config,
         num_samples=parse_ints(num_samples, "--num-samples"),
@@ -111,16 +120,25 @@ def evaluate_tasks(
         mode=parse_mode(mode),
     )
     result: dict[str, Any] = {
-        "checkpoint": model_dir.name,
+        "checkpoint": f"{model_dir.resolve().name}/{opened.checkpoint.name}",
         "lm_eval": harness.VERSION,
         "seeds": list(settings.seeds),
         "batch_size": settings.batch_size,
         "limit": settings.limit,
         "notes": {task: file.notes for task, file in files.items() if file.notes},
         "points": [asdict(point) | {"label": point.label(), "tasks": {}} for point in points],
-        "provenance": provenance() | {"command": f"infmoe evaluate DIR --tasks {settings.tasks}"},
+        "files": {file.path.name: sha256(file.path) for file in files.values()},
+        "provenance": provenance(),
     }
     model = harness.InfMoELM(opened, batch_size=settings.batch_size)
+    if settings.per_item is not None:
+        try:
+            settings.per_item.parent.mkdir(parents=True, exist_ok=True)
+            settings.per_item.write_text("")
+        except OSError as error:
+            raise InfMoEError(
+                f"cannot write {settings.per_item} ({error.strerror}): choose another --per-item"
+            ) from error
     for column in columns:
         task = harness.local_config(files[column.task]) if files else column.task
         base: list[Item] | None = None
@@ -179,17 +197,15 @@ def _item(sample: dict[str, Any], column: Column) -> Item:
         gold = int(doc["answer"]) - 1
     if not 0 <= gold < len(values):
         raise InfMoEError(f"{column.name}, item {sample['doc_id']}: label {gold} is none of the {len(values)} answers")
-    texts = doc.get("choices")
-    known = isinstance(texts, list) and len(texts) == len(values) and all(isinstance(text, str) for text in texts)
-    answers = texts if known else [arguments[1] for arguments in _arguments(sample)]
-    return Item(values, tuple(len(str(text).encode()) for text in answers), gold)
+    texts = [str(pair[1]).removeprefix(" ") for pair in _arguments(sample)]
+    return Item(values, tuple(len(text) for text in texts), gold)
 
 
 def _arguments(sample: dict[str, Any]) -> list[Sequence[str]]:
+    """(context, continuation) of each answer, in either of lm-eval's forms."""
     found = sample["arguments"]
-    return [
-        list(a.values()) if isinstance(a, dict) else a for a in (found.values() if isinstance(found, dict) else found)
-    ]
+    listed = list(found.values()) if isinstance(found, dict) else list(found)
+    return [list(pair.values()) if isinstance(pair, dict) else pair for pair in listed]
 
 
 def _summary(
@@ -197,13 +213,11 @@ def _summary(
 ) -> dict[str, Any]:
     items = by_seed[0]
     right = [float(item.right) for item in items]
+    norm = [float(item.right_norm) for item in items]
     margins = [item.margin for item in items]
-    per_byte = [item.margin_per_byte for item in items]
-    change = [item.margin - before.margin for item, before in zip(items, base, strict=True)]
-    flips = [float(item.right) - float(before.right) for item, before in zip(items, base, strict=True)]
-    norm = [float(_best_per_byte(item) == item.gold) for item in items]
+    per_char = [item.margin_norm for item in items]
     accuracies = [statistics.fmean(float(item.right) for item in scored) for scored in by_seed]
-    return {
+    figures: dict[str, Any] = {
         "task": column.task,
         "version": column.version,
         "metric": column.metric,
@@ -212,24 +226,25 @@ def _summary(
         "items": len(items),
         "acc": statistics.fmean(right),
         "acc_se": _se(right),
-        "acc_per_byte": statistics.fmean(norm),
+        "acc_norm": statistics.fmean(norm),
+        "acc_norm_se": _se(norm),
         "margin": statistics.fmean(margins),
         "margin_se": _se(margins),
-        "margin_per_byte": statistics.fmean(per_byte),
-        "margin_per_byte_se": _se(per_byte),
-        "acc_change": statistics.fmean(flips),
-        "acc_change_se": _se(flips),
-        "margin_change": statistics.fmean(change),
-        "margin_change_se": _se(change),
-        "within_noise": abs(statistics.fmean(change)) <= _Z * _se(change),
+        "margin_norm": statistics.fmean(per_char),
+        "margin_norm_se": _se(per_char),
         "acc_by_seed": accuracies,
+        "acc_seed_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "margin_by_seed": [statistics.fmean(item.margin for item in scored) for scored in by_seed],
         "items_per_sec": len(items) * len(by_seed) / seconds,
     }
-
-
-def _best_per_byte(item: Item) -> int:
-    scores = [v / max(n, 1) for v, n in zip(item.log_likelihoods, item.num_bytes, strict=True)]
-    return max(range(len(scores)), key=lambda i: scores[i])
+    if items is not base:  # item by item against the first point
+        for name in ("right", "margin"):
+            change = [float(getattr(i, name)) - float(getattr(b, name)) for i, b in zip(items, base, strict=True)]
+            mean, error = statistics.fmean(change), _se(change)
+            key = {"right": "acc"}.get(name, name)
+            noise = {f"{key}_within_noise": abs(mean) <= _Z * error}
+            figures |= {f"{key}_change": mean, f"{key}_change_se": error, **noise}
+    return figures
 
 
 def _se(values: Sequence[float]) -> float:
@@ -250,21 +265,25 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{t['margin']:+.3f} ± {_Z * t['margin_se']:.3f}" for t in row["tasks"].values()]
         lines.append(_line("  margin", cells, widths, ""))
         if row is not result["points"][0]:
-            cells = [
-                "within noise" if t["within_noise"] else f"{t['margin_change']:+.3f}" for t in row["tasks"].values()
-            ]
-            lines.append(_line("  against the first", cells, widths, ""))
+            cells = [_change(figures) for figures in row["tasks"].values()]
+            lines.append(_line("  change (acc / margin)", cells, widths, ""))
     chance = [f"{100 * t['chance']:.0f}" for t in result["points"][0]["tasks"].values()]
     lines.append(_line("chance", chance, widths, ""))
     for arm in ("dense", "moe", "infinity"):
         printed = dict(zip(paper.TABLE1_TASKS, paper.TABLE1["small"][arm][1], strict=True))
         cells = [f"{printed[name]:.1f}" if name in printed else "–" for name in names]
-        lines.append(_line(f"paper, small {arm}", cells, widths, f"{paper.TABLE1['small'][arm][2]:.1f}"))
+        shared = [printed[name] for name in names if name in printed]
+        mean = f"{statistics.fmean(shared):.1f}" if len(shared) == len(names) else "–"
+        lines.append(_line(f"paper, small {arm}", cells, widths, mean))
+    notes = [f"{task}: {count} {what}" for task, found in result["notes"].items() for what, count in found.items()]
+    lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)
 
 
 def _change(figures: dict[str, Any]) -> str:
-    return "within noise" if figures["within_noise"] else f"{figures['margin_change']:+.3f}"
+    acc = "noise" if figures["acc_within_noise"] else f"{100 * figures['acc_change']:+.1f}"
+    margin = "noise" if figures["margin_within_noise"] else f"{figures['margin_change']:+.3f}"
+    return f"{acc} / {margin}"
 
 
 def _line(label: str, cells: Sequence[str], widths: Sequence[int], last: str) -> str:

@@ -7,6 +7,7 @@ and counts its position from the context's end. So a branch is what it would be 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ def score(
         progress: told how many requests are done.
 
     Raises:
-        InfMoEError: an empty context or continuation.
+        InfMoEError: an empty context or continuation, or a model that gives NaN.
     """
     for i, request in enumerate(requests):
         if not request.context or not request.continuation:
@@ -99,7 +100,11 @@ def score(
                 total = before.log_likelihood + result.log_likelihood
                 found[index] = Score(total, before.greedy and result.greedy)
         progress(done)
-    return [result for result in found if result is not None]
+    scores = [result for result in found if result is not None]
+    for i, one in enumerate(scores):
+        if not math.isfinite(one.log_likelihood):
+            raise InfMoEError(f"request {i} has no finite log-likelihood: the model has diverged, take another one")
+    return scores
 
 
 def _rows(requests: Sequence[Request], window: int) -> list[_Row]:

@@ -13,7 +13,7 @@ class Column:
         name: the column's heading, as the paper prints it.
         task: lm-eval's own task.
         metric: what the column shows: "acc", the share of items whose right answer has the highest log-likelihood.
-            The paper's figures fit it; "acc_norm" (per byte of the answer) is reported beside it.
+            The paper's figures fit it; "acc_norm" (per character of the answer) is reported beside it.
         version: of lm-eval's task.
         chance: accuracy of guessing.
         items: of the split that is scored: the test split, the validation split where that has no labels.
@@ -56,7 +56,7 @@ def columns_named(text: str, *, local: bool) -> list[Column]:
     if text == "paper":
         return [column if column.file or not local else SAT for column in COLUMNS]
     chosen = []
-    for name in text.split(","):
+    for name in dict.fromkeys(text.split(",")):
         if name.strip() not in ALL:
             raise unknown_name("task", name.strip(), [*ALL, "paper"])
         chosen.append(ALL[name.strip()])
