@@ -118,7 +118,7 @@ def test_a_damaged_bench_is_named(filled):
     for text in ("{", "{}", '{"summary": {}}'):
         path.write_text(text)
         with pytest.raises(InfMoEError, match=r"ffn\.json is damaged"):
-            render_page(filled.folder.parent.parent)
+            render_section("figure4", filled)
 
 
 def test_nothing_to_report_is_one_line(tmp_path):

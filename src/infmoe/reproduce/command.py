@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from infmoe.errors import InfMoEError
+from infmoe.hf import model_cost
+from infmoe.hf.accounting import ModelCost
 from infmoe.progress import data_progress
 from infmoe.provenance import provenance, require_writable, write_json
 from infmoe.reproduce.plan import EXPERIMENTS, Group, RunSpec, Scale, groups, scale_named, tokens_text
@@ -151,12 +153,14 @@ def _render(store: Store, name: str) -> None:
 
 def describe_plan(store: Store, wanted: list[Group]) -> str:
     """Every run that is wanted, what it costs, and whether it is done."""
-    from infmoe.hf import model_cost
-
     lines, total, left = [], 0.0, 0.0
+    costs: dict[str, ModelCost] = {}  # many runs share a model
     for spec in all_specs(store, wanted):
         config = spec.config()
-        cost = model_cost(hf_config(config))
+        key = json.dumps(config.model)
+        if key not in costs:
+            costs[key] = model_cost(hf_config(config))
+        cost = costs[key]
         done = store.get(spec) is not None
         flops = 3.0 * cost.flops_executed * config.steps * config.batch_tokens
         total, left = total + flops, left + (0.0 if done else flops)
