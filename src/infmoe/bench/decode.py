@@ -86,7 +86,7 @@ def decode_speed(*, quick: bool = False, setting: Setting | None = None) -> Meas
     """
     setting = setting or small_setting(quick=quick)
     rounds = 12 if quick else 40
-    budget = Budget(16.0 if quick else None, len(DTYPES) * 3)  # a batch's share is half of batch 1's
+    budget = Budget(8.0 if quick else None, len(DTYPES) * 3)  # a batch's share is half of batch 1's
     rows: Rows = []
     for dtype in DTYPES:
         model = random_model(setting.infinity, DTYPES[dtype])
