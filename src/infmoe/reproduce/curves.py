@@ -60,8 +60,8 @@ def figure2(store: Store, gallery: Gallery) -> Section:
         )
         for norm in ("selected", "trained", "all")
     }
-    columns = [f"K = {k}" for k in sorted({*infinity, *experts["selected"]})]
     ks = sorted({*infinity, *experts["selected"]})
+    columns = [f"K = {k:g}" for k in ks]
     names = {
         "selected": "MoE, gates renormalised",
         "trained": "MoE, first gates as trained",
