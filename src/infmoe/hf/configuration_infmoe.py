@@ -86,6 +86,10 @@ class InfMoEConfig(PreTrainedConfig):
     capacity_factor: float | int | None = None
     expert_router: str | None = None
     gate_norm: str | None = None
+    rank_damping: float | int | None = None
+    ideal_experts_per_tok: int | None = None
+    coactivation_prob: float | int | None = None
+    hierarchical_loss_weight: float | int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in kwargs:

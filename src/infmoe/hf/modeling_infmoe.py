@@ -24,7 +24,7 @@ from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf.configuration_infmoe import InfMoEConfig
 from infmoe.layers import ConditionalFFN, FFNOutput, NoiseKey, PerLayer, Routing, RoutingStats, ffn_class
 from infmoe.layers.linear import Linear
-from infmoe.layers.routing import FloatDial, IntDial, Mode
+from infmoe.layers.routing import DIALS, FloatDial, IntDial, Mode
 
 # The routing statistics of a training pass look at this many tokens, unless the routing says otherwise.
 _TRAINING_STATS_TOKENS = 512
@@ -224,6 +224,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         routing: Routing | None = None,
         num_samples: IntDial | None = None,
         keep_ratio: FloatDial | None = None,
+        score_cut: float | PerLayer | None = None,
         num_experts_per_tok: IntDial | None = None,
         routing_mode: Mode | None = None,
         **kwargs,
@@ -237,8 +238,8 @@ class InfMoEModel(InfMoEPreTrainedModel):
                 left padding changes no result.
             past_key_values, inputs_embeds, use_cache: as in transformers.
             routing: dials, mode and noise key.
-            num_samples, keep_ratio, num_experts_per_tok, routing_mode: the same dials by name, for `generate`
-                and other callers that pass plain values; they take precedence over `routing`'s.
+            num_samples, keep_ratio, score_cut, num_experts_per_tok, routing_mode: the same dials by name, for
+                `generate` and other callers that pass plain values; they take precedence over `routing`'s.
             **kwargs: passed to the attention.
 
         Raises:
@@ -266,6 +267,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         dials = {
             "num_samples": num_samples,
             "keep_ratio": keep_ratio,
+            "score_cut": score_cut,
             "num_experts_per_tok": num_experts_per_tok,
             "mode": routing_mode,
         }
@@ -309,7 +311,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         if self.training and routing.max_stats_tokens is None:
             given["max_stats_tokens"] = _TRAINING_STATS_TOKENS
         routing = dataclasses.replace(routing, **given) if given else routing
-        for name in ("num_samples", "keep_ratio", "num_experts_per_tok"):
+        for name in DIALS:
             dial = getattr(routing, name)
             if isinstance(dial, PerLayer) and len(dial.values) != len(self.h):
                 raise InfMoEError(f"{name} has {len(dial.values)} per-layer values for {len(self.h)} layers")
@@ -348,6 +350,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
         routing: Routing | None = None,
         num_samples: IntDial | None = None,
         keep_ratio: FloatDial | None = None,
+        score_cut: float | PerLayer | None = None,
         num_experts_per_tok: IntDial | None = None,
         routing_mode: Mode | None = None,
         **kwargs,
@@ -358,7 +361,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             labels: int64, (B, T); give `input_ids` itself to train a language model.
             logits_to_keep: as in transformers.
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, routing,
-                num_samples, keep_ratio, num_experts_per_tok, routing_mode: see `InfMoEModel.forward`.
+                num_samples, keep_ratio, score_cut, num_experts_per_tok, routing_mode: see `InfMoEModel.forward`.
             **kwargs: passed to the attention and the loss (`num_items_in_batch` among them).
         """
         outputs: InfMoEModelOutput = self.transformer(
@@ -371,6 +374,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             routing=routing,
             num_samples=num_samples,
             keep_ratio=keep_ratio,
+            score_cut=score_cut,
             num_experts_per_tok=num_experts_per_tok,
             routing_mode=routing_mode,
             **kwargs,
@@ -398,9 +402,8 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             expand_size=expand_size, **kwargs
         )
         if expand_size > 1:
-            dials = Routing(**{k: model_kwargs.get(k) for k in ("num_samples", "keep_ratio", "num_experts_per_tok")})
-            expanded = dials.expand_rows(expand_size)
-            for name in ("num_samples", "keep_ratio", "num_experts_per_tok"):
+            expanded = Routing(**{name: model_kwargs.get(name) for name in DIALS}).expand_rows(expand_size)
+            for name in DIALS:
                 if model_kwargs.get(name) is not None:
                     model_kwargs[name] = getattr(expanded, name)
             if model_kwargs.get("routing") is not None:
@@ -450,7 +453,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
 
 def _refuse_misnamed_dials(kwargs: dict) -> None:
     """Raise for a keyword that was meant as a dial: the attention and the loss would swallow it in silence."""
-    dials = ("num_samples", "keep_ratio", "num_experts_per_tok", "routing_mode")
+    dials = (*DIALS, "routing_mode")
     for key in kwargs:
         if key == "mode":
             raise InfMoEError("unknown argument 'mode'; did you mean 'routing_mode'?")

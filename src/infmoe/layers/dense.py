@@ -13,9 +13,7 @@ from infmoe.layers.activations import activation, ffn_width
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
 from infmoe.layers.linear import Linear
 from infmoe.layers.metrics import stats_stride, uniform_stats
-from infmoe.layers.routing import Routing
-
-_NO_DIALS = ("num_samples", "keep_ratio", "num_experts_per_tok", "mode")
+from infmoe.layers.routing import DIALS, Routing
 
 
 @final
@@ -53,7 +51,7 @@ class DenseFFN(ConditionalFFN):
 
     def forward(self, x_BTD: Tensor, routing: Routing | None = None) -> FFNOutput:
         routing = routing or Routing()
-        self._refuse(routing, *_NO_DIALS)
+        self._refuse(routing, *DIALS, "mode")
         h_BTF = self.act(self.w1(x_BTD))
         if self.w3 is not None:
             h_BTF = h_BTF * self.w3(x_BTD)
@@ -64,7 +62,7 @@ class DenseFFN(ConditionalFFN):
         return FFNOutput(y_BTD, no_loss, uniform_stats(looked_at, self.width, x_BTD.device))
 
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
-        self._refuse(routing or Routing(), *_NO_DIALS)
+        self._refuse(routing or Routing(), *DIALS, "mode")
         params = self.num_params()
         flops = 2 * self.hidden_size * self.width * (3 if self.w3 is not None else 2)
         return FFNCost(

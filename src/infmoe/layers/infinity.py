@@ -6,7 +6,7 @@ K samples, Z index dimensions, N tokens that the statistics look at.
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,12 @@ from infmoe.layers.gaussian import kept_second_moment, mean_mask_second_moment
 from infmoe.layers.linear import Linear
 from infmoe.layers.metrics import RoutingStats, stats_stride
 from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation
-from infmoe.layers.routing import MODES, Mode, NoiseKey, Routing, check_keep_ratio, check_num_samples
+from infmoe.layers.routing import MODES, Mode, NoiseKey, PerLayer, Routing, check_keep_ratio, check_num_samples
+from infmoe.layers.samples import coordinates, spread_samples
 from infmoe.ops import dispatch, triton
 from infmoe.ops.masked_ffn import compiled, eager, few_tokens, fused
 from infmoe.ops.masked_ffn.result import SELECTIONS, MaskStats, MeanMask, Selection, counted, unpacked
-from infmoe.ops.noise import noise_key, normal_noise
+from infmoe.ops.noise import noise_key
 
 MaskScale = Literal["none", "fixed", "rms"]
 MASK_SCALES: tuple[MaskScale, ...] = ("none", "fixed", "rms")
@@ -31,6 +32,22 @@ Ints = tuple[int, ...]
 Floats = tuple[float, ...]
 Products = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # W1 x and W3 x, each with its bias, if any
 SCORE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Dials(NamedTuple):
+    """What one call of one layer runs with.
+
+    Attributes:
+        num_samples: K; one value for all rows or one per row.
+        keep_ratios: likewise.
+        mode: how the K samples are drawn.
+        score_cut: keep what scores at least this instead of a share, or None.
+    """
+
+    num_samples: Ints
+    keep_ratios: Floats
+    mode: Mode
+    score_cut: float | None
 
 
 @final
@@ -168,36 +185,37 @@ class InfinityFFN(ConditionalFFN):
             out = self.forward(x_BTD[None], routing)
             return out._replace(y_BTD=out.y_BTD[0])
         routing = (routing or Routing()).at_layer(self.layer_index)
-        num_samples, keep_ratios, mode = self._dials(routing, batch_size=x_BTD.shape[0])
+        dials = self._dials(routing, batch_size=x_BTD.shape[0])
 
-        backend = self._backend(x_BTD, routing, num_samples, keep_ratios)
+        backend = self._backend(x_BTD, routing, dials)
         num_tokens = x_BTD.shape[0] * x_BTD.shape[1]
         count_every = stats_stride(num_tokens, routing.max_stats_tokens)
-        if self._routes_at_once(x_BTD, backend, keep_ratios, mode):
+        if self._routes_at_once(x_BTD, backend, dials):
             dtype = torch.float32 if backend == "sparse" else x_BTD.dtype
-            mask, sigma, sigma_to_mu = self._route(x_BTD, routing, num_samples, keep_ratios, count_every, dtype)
+            mask, sigma, sigma_to_mu = self._route(x_BTD, routing, dials, count_every, dtype)
             masked = self._masked_sparse if backend == "sparse" else self._masked_dense
             y_BTD, mask_stats = masked(x_BTD, mask.mask_BTU), mask.stats
         else:
-            indices = self._draw(x_BTD, routing, max(num_samples), mode)
+            indices = self._draw(x_BTD, routing, dials)
             run = {"eager": self._eager, "fused": self._fused, "sparse": self._sparse, "triton": self._triton}[backend]
-            y_BTD, mask_stats = run(x_BTD, indices.z_BTKZ, num_samples, keep_ratios, count_every)
+            y_BTD, mask_stats = run(x_BTD, indices.z_BTKZ, dials, count_every)
             sigma, sigma_to_mu = self._spread_stats(indices, count_every)
         looked = -(-num_tokens // count_every)
         if not torch.is_grad_enabled():
-            self._measure_density(mask_stats, num_samples, keep_ratios, looked)
+            self._measure_density(mask_stats, dials, looked)
         zero = torch.zeros((), device=x_BTD.device)
         tokens = torch.full((), float(looked), device=x_BTD.device)
         stats = RoutingStats(tokens, *mask_stats, sigma, sigma_to_mu, dropped=zero)
         return FFNOutput(y_BTD, zero, stats)
 
-    def _routes_at_once(self, x_BTD: Tensor, backend: str, keep_ratios: Floats, mode: Mode) -> bool:
+    def _routes_at_once(self, x_BTD: Tensor, backend: str, dials: Dials) -> bool:
         """Whether one operator goes from x to the mask: the usual router, few tokens, nothing hooked into."""
         router = self.router
         maps = (router.mu, router.sigma, self.w_z)
         return (
             backend in ("fused", "sparse")
-            and mode == "sample"
+            and dials.mode == "sample"
+            and dials.score_cut is None
             and not torch.compiler.is_compiling()
             and few_tokens.few_rows(x_BTD, router.mu.weight)
             and router.hidden is None
@@ -206,23 +224,22 @@ class InfinityFFN(ConditionalFFN):
             and router.sigma.weight.dtype == x_BTD.dtype
             and router.sigma.weight.is_contiguous()
             and not _is_hooked(router)
-            and not self._scale_needs_scores(keep_ratios)
+            and not self._scale_needs_scores(dials)
         )
 
     def _route(
         self,
         x_BTD: Tensor,
         routing: Routing,
-        num_samples: Ints,
-        keep_ratios: Floats,
+        dials: Dials,
         count_every: int,
         dtype: torch.dtype,
     ) -> tuple[MeanMask, Tensor, Tensor]:
         """The mean mask of few tokens, and the sums that describe the router's spread."""
         router = self.router
         assert router.sigma is not None
-        K = max(num_samples)
-        even = len(num_samples) == 1 and (self.mask_scale == "none" or keep_ratios == (self.keep_ratio,))
+        K = max(dials.num_samples)
+        even = len(dials.num_samples) == 1 and (self.mask_scale == "none" or dials.keep_ratios == (self.keep_ratio,))
         return few_tokens.route(
             x_BTD,
             (router.mu.weight, router.mu.bias),
@@ -231,8 +248,8 @@ class InfinityFFN(ConditionalFFN):
             noise_key(**self._noise_coordinates(x_BTD, routing)),
             K,
             (self.w_z.weight, self.w_z.bias),
-            self._num_kept(keep_ratios),
-            None if even else self._weights(K, x_BTD.device, None, num_samples, keep_ratios),
+            self._num_kept(dials.keep_ratios),
+            None if even else self._weights(K, x_BTD.device, None, dials),
             count_every=count_every,
             selection=self.selection,
             score_dtype=self._rounded_to,
@@ -242,13 +259,10 @@ class InfinityFFN(ConditionalFFN):
     # What the backends take: input, indices, dials, and the stride of the tokens that the statistics look at.
     # They return the output and the masks' statistics.
 
-    def _eager(
-        self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
-    ) -> tuple[Tensor, MaskStats]:
+    def _eager(self, x_BTD: Tensor, z_BTKZ: Tensor, dials: Dials, count_every: int) -> tuple[Tensor, MaskStats]:
         """Tensor operations alone: any device and dtype."""
         scores_BTKU = self._scores(z_BTKZ)
-        weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, scores_BTKU, num_samples, keep_ratios)
-        mask = eager.mean_top_mask(scores_BTKU, self._num_kept(keep_ratios), weight_BTK, count_every, self.selection)
+        mask = self._eager_mask(scores_BTKU, dials, count_every)
         mask_BTU = mask.mask_BTU
         mask_BTF = mask_BTU.repeat_interleave(self.block_size, dim=-1) if self.block_size > 1 else mask_BTU
         h_BTF = self.act(self.w1(x_BTD))
@@ -256,12 +270,10 @@ class InfinityFFN(ConditionalFFN):
             h_BTF = h_BTF * self.w3(x_BTD)
         return self.w2(h_BTF * mask_BTF.to(h_BTF.dtype)), mask.stats
 
-    def _fused(
-        self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
-    ) -> tuple[Tensor, MaskStats]:
+    def _fused(self, x_BTD: Tensor, z_BTKZ: Tensor, dials: Dials, count_every: int) -> tuple[Tensor, MaskStats]:
         """Compiled selection and gating between the two products, which skip nothing."""
         products = self._products(x_BTD)
-        mask = self._fused_mask(z_BTKZ, num_samples, keep_ratios, count_every, products[0].dtype)
+        mask = self._fused_mask(z_BTKZ, dials, count_every, products[0].dtype)
         return self._gated(products, mask.mask_BTU), mask.stats
 
     def _masked_dense(self, x_BTD: Tensor, mask_BTU: Tensor) -> Tensor:
@@ -282,11 +294,9 @@ class InfinityFFN(ConditionalFFN):
             *products, mask_BTU, self.w2.weight.to(dtype), self.w2.bias.to(dtype), self.hidden_act
         )
 
-    def _sparse(
-        self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
-    ) -> tuple[Tensor, MaskStats]:
+    def _sparse(self, x_BTD: Tensor, z_BTKZ: Tensor, dials: Dials, count_every: int) -> tuple[Tensor, MaskStats]:
         """The mask first, then only the neurons that it keeps."""
-        mask = self._fused_mask(z_BTKZ, num_samples, keep_ratios, count_every, torch.float32)
+        mask = self._fused_mask(z_BTKZ, dials, count_every, torch.float32)
         return self._masked_sparse(x_BTD, mask.mask_BTU), mask.stats
 
     def _masked_sparse(self, x_BTD: Tensor, mask_BTU: Tensor) -> Tensor:
@@ -294,16 +304,14 @@ class InfinityFFN(ConditionalFFN):
         w1, b1, w2, b2 = self.w1.weight, self.w1.bias, self.w2.weight, self.w2.bias
         return few_tokens.sparse_ffn(x_BTD, mask_BTU, w1, b1, w3, b3, w2, b2, self.hidden_act)
 
-    def _triton(
-        self, x_BTD: Tensor, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int
-    ) -> tuple[Tensor, MaskStats]:
+    def _triton(self, x_BTD: Tensor, z_BTKZ: Tensor, dials: Dials, count_every: int) -> tuple[Tensor, MaskStats]:
         """Selection and gating fused on the GPU, between products that skip nothing."""
         B, T, K, _ = z_BTKZ.shape
         scores_BTKU = self._scores(z_BTKZ)
-        weight_NK = self._weights(K, x_BTD.device, scores_BTKU, num_samples, keep_ratios).expand(B, T, K).flatten(0, 1)
+        weight_NK = self._weights(K, x_BTD.device, scores_BTKU, dials).expand(B, T, K).flatten(0, 1)
         pre_BTF = self.w1(x_BTD)
         gate_NF = self.w3(x_BTD).flatten(0, 1) if self.w3 is not None else None
-        num_kept = self._num_kept(keep_ratios)
+        num_kept = self._num_kept(dials.keep_ratios)
         rows = [torch.full((B * T // len(num_kept),), n, dtype=torch.int32, device=x_BTD.device) for n in num_kept]
         selected = (scores_BTKU.flatten(0, 1), torch.cat(rows), weight_NK.detach())
         statistical = self.selection == "statistical"
@@ -321,12 +329,20 @@ class InfinityFFN(ConditionalFFN):
         kept_NKU = unpacked(packed_NKW[looked], self.num_units)
         return y_ND.view(x_BTD.shape), counted(kept_NKU, weight_NK[looked])
 
-    def _fused_mask(
-        self, z_BTKZ: Tensor, num_samples: Ints, keep_ratios: Floats, count_every: int, dtype: torch.dtype
-    ) -> MeanMask:
-        num_kept = self._num_kept(keep_ratios)
-        if _is_plain(self.w_z) and not self._scale_needs_scores(keep_ratios):
-            weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, None, num_samples, keep_ratios)
+    def _eager_mask(self, scores_BTKU: Tensor, dials: Dials, count_every: int) -> MeanMask:
+        weight_BTK = self._weights(scores_BTKU.shape[2], scores_BTKU.device, scores_BTKU, dials)
+        if dials.score_cut is not None:
+            return eager.mean_cut_mask(scores_BTKU, dials.score_cut, weight_BTK, count_every)
+        num_kept = self._num_kept(dials.keep_ratios)
+        return eager.mean_top_mask(scores_BTKU, num_kept, weight_BTK, count_every, self.selection)
+
+    def _fused_mask(self, z_BTKZ: Tensor, dials: Dials, count_every: int, dtype: torch.dtype) -> MeanMask:
+        if dials.score_cut is not None:
+            mask = self._eager_mask(self._scores(z_BTKZ), dials, count_every)
+            return mask._replace(mask_BTU=mask.mask_BTU.to(dtype))
+        num_kept = self._num_kept(dials.keep_ratios)
+        if _is_plain(self.w_z) and not self._scale_needs_scores(dials):
+            weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, None, dials)
             return fused.top_mask(
                 z_BTKZ,
                 self.w_z.weight,
@@ -339,110 +355,103 @@ class InfinityFFN(ConditionalFFN):
                 mask_dtype=dtype,
             )
         scores_BTKU = self._scores(z_BTKZ)
-        weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, scores_BTKU, num_samples, keep_ratios)
+        weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, scores_BTKU, dials)
         return fused.top_mask_of_scores(
             scores_BTKU, num_kept, weight_BTK, count_every=count_every, selection=self.selection, mask_dtype=dtype
         )
 
-    def _backend(self, x_BTD: Tensor, routing: Routing, num_samples: Ints, keep_ratios: Floats) -> str:
+    def _backend(self, x_BTD: Tensor, routing: Routing, dials: Dials) -> str:
         device = x_BTD.device.type
         autocast = torch.is_autocast_enabled(device) and x_BTD.dtype != torch.float64  # which it leaves alone
         linears = [linear for linear in (self.w1, self.w2, self.w3) if linear is not None]
         dtype = torch.get_autocast_dtype(device) if autocast else x_BTD.dtype
-        return dispatch.resolve(
+        backend = dispatch.resolve(
             routing.backend,
             device=device,
             dtype=dtype,
             gradients=torch.is_grad_enabled(),
             plain=not autocast and all(_is_plain(linear) and linear.weight.dtype == dtype for linear in linears),
             tokens=x_BTD.shape[0] * x_BTD.shape[1],
-            density=1.0
-            if torch.compiler.is_compiling()
-            else max(self._density(k, ratio) for ratio in keep_ratios for k in num_samples),
+            density=1.0 if torch.compiler.is_compiling() else self._density(dials),
             hidden_size=self.hidden_size,
             width=self.width,
             matrices=len(linears),
         )
+        if backend != "triton" or dials.score_cut is None:
+            return backend
+        if dispatch.requested(routing.backend) == "triton":
+            raise InfMoEError("backend 'triton' has no score_cut: use backend 'eager', or keep_ratio")
+        return "eager"
 
-    def _setting(self, num_samples: int, keep_ratio: float) -> tuple:
-        """What a measured density holds for: two dials, and the router as it is."""
+    def _setting(self, dials: Dials, num_samples: int, keep_ratio: float) -> tuple:
+        """What a measured density holds for: the dials of one row, and the router as it is."""
         weights = (self.router.mu.weight, self.w_z.weight)
         versions = (w._version if isinstance(w, Tensor) and not w.is_inference() else 0 for w in weights)
-        return num_samples, keep_ratio, *versions
+        return num_samples, keep_ratio, dials.score_cut, *versions
 
-    def _density(self, num_samples: int, keep_ratio: float) -> float:
-        """Expected share of units in the union of a token's masks: as measured, else for independent masks."""
-        return self._measured_density.get(
-            self._setting(num_samples, keep_ratio), 1.0 - (1.0 - keep_ratio) ** num_samples
+    def _density(self, dials: Dials) -> float:
+        """Expected share of units in the union of a token's masks, of the row with most of them.
+
+        As measured, else for independent masks; before a score cut is measured, as if it kept `keep_ratio`.
+        """
+        return max(
+            self._measured_density.get(self._setting(dials, k, ratio), 1.0 - (1.0 - ratio) ** k)
+            for ratio in dials.keep_ratios
+            for k in dials.num_samples
         )
 
-    def _measure_density(self, mask: MaskStats, num_samples: Ints, keep_ratios: Floats, num_tokens: int) -> None:
+    def _measure_density(self, mask: MaskStats, dials: Dials, num_tokens: int) -> None:
         """Remember the share that a setting's first call without gradients found, for the dispatcher."""
-        if len(num_samples) != 1 or len(keep_ratios) != 1 or num_tokens == 0 or torch.compiler.is_compiling():
+        one_setting = len(dials.num_samples) == len(dials.keep_ratios) == 1
+        if not one_setting or num_tokens == 0 or torch.compiler.is_compiling():
             return
-        setting = self._setting(num_samples[0], keep_ratios[0])
+        setting = self._setting(dials, dials.num_samples[0], dials.keep_ratios[0])
         if setting not in self._measured_density and mask.union.device.type == "cpu":
             share = float(mask.union) / num_tokens
             if 0.0 < share <= 1.0:
                 self._measured_density[setting] = share
 
-    def _dials(self, routing: Routing, batch_size: int) -> tuple[Ints, Floats, Mode]:
-        """K and keep ratio, each as one value for all rows or one per row, and the mode."""
+    def _dials(self, routing: Routing, batch_size: int) -> Dials:
+        """The call's dials, with the layer's own where it says nothing."""
         self._refuse(routing, "num_experts_per_tok")
         mode = routing.mode or self.routing_mode
         if self.router.noise_dim == 0 and mode != "mu":
             raise InfMoEError(f"this layer has no sigma (sigma_activation='none'), so mode {mode!r} means nothing")
         if mode == "mu" and routing.num_samples is not None:
             raise InfMoEError("this layer routes by z = mu and draws nothing: leave num_samples out")
+        cut = routing.score_cut
+        if cut is not None and self.mask_scale != "none":
+            raise InfMoEError(f"score_cut keeps no fixed ratio, which mask_scale={self.mask_scale!r} scales by")
         num_samples = _per_row(routing.num_samples, self.num_samples)
         keep_ratios = _per_row(routing.keep_ratio, self.keep_ratio)
         for name, dial in (("num_samples", num_samples), ("keep_ratio", keep_ratios)):
             if len(dial) not in (1, batch_size):
                 raise InfMoEError(f"{name} has {len(dial)} values for a batch of {batch_size} rows: give one per row")
-        return ((1,) if mode == "mu" else num_samples), keep_ratios, mode
+        assert not isinstance(cut, PerLayer)  # `at_layer` took it apart
+        return Dials((1,) if mode == "mu" else num_samples, keep_ratios, mode, cut)
 
     def _num_kept(self, keep_ratios: Floats) -> Ints:
         return tuple(max(1, round(ratio * self.num_units)) for ratio in keep_ratios)
 
-    def _draw(self, x_BTD: Tensor, routing: Routing, num_samples: int, mode: Mode) -> Indices:
+    def _draw(self, x_BTD: Tensor, routing: Routing, dials: Dials) -> Indices:
         """Expert indices of every token: sampled (Eq. 5), or the mean."""
-        if mode == "mu":
+        if dials.mode == "mu":
             return self.router(x_BTD, None)
-        coordinates = self._noise_coordinates(x_BTD, routing)
-        num_draws = -(-num_samples // 2) if mode == "antithetic" else num_samples
         with torch.no_grad():
-            noise_BTKN = normal_noise(
-                num_draws,
-                self.router.noise_dim,
-                **coordinates,
+            noise_BTKN = spread_samples(
+                dials.mode, max(dials.num_samples), self.router.noise_dim, self._noise_coordinates(x_BTD, routing)
             )
-            if mode == "antithetic":
-                pairs = torch.stack([noise_BTKN, -noise_BTKN], dim=3).flatten(2, 3)
-                noise_BTKN = pairs[:, :, :num_samples]
         return self.router(x_BTD, noise_BTKN)
 
     def _noise_coordinates(self, x_BTD: Tensor, routing: Routing) -> dict[str, Any]:
         """What the noise of this call is a function of."""
         B, T, _ = x_BTD.shape
         device = x_BTD.device
-        routing = routing.with_key(seed=self.noise_seed, training=self.training, batch_size=B, device=device)
-        key = routing.key
+        key = routing.with_key(seed=self.noise_seed, training=self.training, batch_size=B, device=device).key
         assert key is not None
-        stream_B = key.stream if key.stream is not None else torch.zeros(1, dtype=torch.int64, device=device)
-        position_BT = key.position if key.position is not None else torch.arange(T, device=device)
-        if stream_B.numel() not in (1, B) or position_BT.shape not in ((T,), (1, T), (B, T)):
-            raise InfMoEError(
-                f"the noise key has {stream_B.numel()} streams and positions of shape "
-                f"{tuple(position_BT.shape)} for a batch of shape ({B}, {T}): "
-                "give one stream per row and one position per token"
-            )
-        return {
-            "seed": key.seed,
-            "step": key.step,
-            "layer": self.layer_index,
-            "stream_B": stream_B.reshape(-1).expand(B),
-            "position_BT": position_BT.expand(B, T),
-        }
+        return coordinates(
+            key, layer_index=self.layer_index, batch_size=B, num_tokens=T, device=device, positions="positions"
+        )
 
     def _scores(self, z_BTKZ: Tensor) -> Tensor:
         """W_z z in float32: both factors rounded to `score_dtype`, multiplied and summed in float32.
@@ -472,13 +481,12 @@ class InfinityFFN(ConditionalFFN):
         computes_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return torch.bfloat16 if computes_in == torch.bfloat16 else torch.float32
 
-    def _scale_needs_scores(self, keep_ratios: Floats) -> bool:
-        return self.mask_scale == "rms" and any(ratio != self.keep_ratio for ratio in keep_ratios)
+    def _scale_needs_scores(self, dials: Dials) -> bool:
+        return self.mask_scale == "rms" and any(ratio != self.keep_ratio for ratio in dials.keep_ratios)
 
-    def _weights(
-        self, K: int, device: torch.device, scores_BTKU: Tensor | None, num_samples: Ints, keep_ratios: Floats
-    ) -> Tensor:
+    def _weights(self, K: int, device: torch.device, scores_BTKU: Tensor | None, dials: Dials) -> Tensor:
         """Each sample's weight in the mean mask, float32, broadcastable to (B, T, K)."""
+        num_samples, keep_ratios = dials.num_samples, dials.keep_ratios
         if len(num_samples) == 1:
             weight_BTK = torch.full((1, 1, K), 1.0 / K, dtype=torch.float32, device=device)
         else:
@@ -521,11 +529,15 @@ class InfinityFFN(ConditionalFFN):
 
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
         routing = (routing or Routing()).at_layer(self.layer_index)
-        samples, ratios, mode = self._dials(routing, batch_size=1)
-        (num_samples,), (num_kept,) = samples, self._num_kept(ratios)
+        dials = self._dials(routing, batch_size=1)
+        (num_samples,), (num_kept,) = dials.num_samples, self._num_kept(dials.keep_ratios)
         kept = num_kept / self.num_units
+        if dials.score_cut is not None:
+            if union_ratio is None:
+                raise InfMoEError("what a score_cut keeps is known only once measured: give union_ratio")
+            kept = union_ratio / num_samples  # at most: samples that overlap keep more
         union = union_ratio if union_ratio is not None else 1.0 - (1.0 - kept) ** num_samples
-        sampled = mode != "mu"
+        sampled = dials.mode != "mu"
         params, params_wz = self.num_params(), sum(p.numel() for p in self.w_z.parameters())
         num_matrices = 3 if self.w3 is not None else 2
         neuron = self.hidden_size * num_matrices + (num_matrices - 1)  # weights and biases of one neuron

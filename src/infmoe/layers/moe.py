@@ -3,6 +3,8 @@
 B batch rows, T tokens (of all rows, where there is no B), k experts per token, E experts, D model width.
 """
 
+import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Literal, final
 
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
 from infmoe.layers.experts import Experts, balance_loss, check_weight, expert_stats, narrow_softmax, router_logits
-from infmoe.layers.routing import NoiseKey, Routing, check_num_experts_per_tok
+from infmoe.layers.routing import DIALS, NoiseKey, Routing, check_num_experts_per_tok
+from infmoe.layers.samples import coordinates
 from infmoe.ops.noise import normal_noise
 
 ExpertRouter = Literal["learned", "hash", "random"]
@@ -31,6 +34,10 @@ class MoEFFN(ConditionalFFN):
     the gates sum to at another k than the layer's own is `gate_norm`'s to say.
     Nothing is dropped, and a token's output depends on that token alone. The router computes in float32.
 
+    Elastic MoE, which trains for more experts than it runs, is `ideal_experts_per_tok` and
+    `hierarchical_loss_weight`; Matryoshka-MoE, which trains with a k drawn for each layer and step, gives `Routing`
+    that k (`infmoe.train.elastic`).
+
     The controls learn no router, so they have neither auxiliary loss; their gates are 1/k. "hash" sends every
     occurrence of a token id to the same k experts of a layer; "random" draws k experts for every token anew,
     from the noise key in `Routing`.
@@ -48,6 +55,10 @@ class MoEFFN(ConditionalFFN):
         z_loss_weight: float = 0.0,
         expert_router: ExpertRouter = "learned",
         gate_norm: GateNorm = "selected",
+        rank_damping: float = 1.0,
+        ideal_experts_per_tok: int | None = None,
+        coactivation_prob: float = 0.5,
+        hierarchical_loss_weight: float = 0.0,
         noise_seed: int = 0,
         **shared,
     ):
@@ -66,6 +77,15 @@ class MoEFFN(ConditionalFFN):
                 at every k, and more experts dilute the first ones), "all" (they sum to less), or the first
                 `num_experts_per_tok` ("trained": the first ones keep their weight at every k, and more come on
                 top, so that they sum to more).
+            rank_damping: factor on the weights of the experts beyond the first `num_experts_per_tok`, before they
+                are normalised (the "α dial": no training, and 1 leaves them alone).
+            ideal_experts_per_tok: k_ideal of Elastic MoE (arXiv 2509.21892): in train mode a token's k experts
+                are sometimes drawn from its k_ideal best, all subsets equally likely, instead of being its k
+                best; evaluation takes the best. None: never.
+            coactivation_prob: the probability of that, drawn for each token; the paper does not name it.
+            hierarchical_loss_weight: weight of Elastic MoE's router loss, -KL(p || uniform) averaged over tokens,
+                which pushes every token's distribution over the experts away from uniform; the paper does not
+                name it.
             noise_seed: seed of random routing in eval mode, where `Routing` has no key.
             **shared: see `ConditionalFFN`.
         """
@@ -78,6 +98,18 @@ class MoEFFN(ConditionalFFN):
             raise InfMoEError(f"expert_router={expert_router!r} has gates of 1/k: leave gate_norm={gate_norm!r} out")
         check_weight("balance_loss_weight", balance_loss_weight)
         check_weight("z_loss_weight", z_loss_weight)
+        check_weight("hierarchical_loss_weight", hierarchical_loss_weight)
+        for name, value in (("rank_damping", rank_damping), ("coactivation_prob", coactivation_prob)):
+            if not 0.0 <= value <= 1.0:
+                raise InfMoEError(f"{name} must lie in [0, 1], got {value!r}")
+        elastic = {
+            "rank_damping": rank_damping != 1.0,
+            "ideal_experts_per_tok": ideal_experts_per_tok is not None,
+            "hierarchical_loss_weight": hierarchical_loss_weight != 0.0,
+        }
+        for name, given in elastic.items():
+            if given and expert_router != "learned":
+                raise InfMoEError(f"expert_router={expert_router!r} ranks no experts: leave {name} out")
         NoiseKey(seed=noise_seed)  # refuses a bad seed now rather than at the first evaluation
         self.hidden_act = hidden_act
         self.num_experts = num_experts
@@ -86,9 +118,18 @@ class MoEFFN(ConditionalFFN):
         self.z_loss_weight = z_loss_weight
         self.expert_router = expert_router
         self.gate_norm: GateNorm = gate_norm
+        self.rank_damping = rank_damping
+        self.ideal_experts_per_tok = ideal_experts_per_tok
+        self.coactivation_prob = coactivation_prob
+        self.hierarchical_loss_weight = hierarchical_loss_weight
         self.noise_seed = noise_seed
         self.experts = Experts(hidden_size, intermediate_size, num_experts, hidden_act)
         self._check_k(num_experts_per_tok)
+        if ideal_experts_per_tok is not None and not num_experts_per_tok <= ideal_experts_per_tok <= num_experts:
+            raise InfMoEError(
+                f"ideal_experts_per_tok must lie between num_experts_per_tok ({num_experts_per_tok}) and num_experts "
+                f"({num_experts}), got {ideal_experts_per_tok}"
+            )
         self.router = nn.Linear(hidden_size, num_experts, bias=False) if expert_router == "learned" else None
         self.reset_parameters()
 
@@ -103,7 +144,10 @@ class MoEFFN(ConditionalFFN):
         x_TD = x_BTD.reshape(-1, self.hidden_size)
         if self.router is not None:
             logits_TE = router_logits(x_TD, self.router.weight)
-            top_Tk, expert_Tk = logits_TE.topk(k, dim=-1)
+            if self.training and k < (self.ideal_experts_per_tok or 0):
+                top_Tk, expert_Tk = self._coactivated(logits_TE, k, x_BTD, routing)
+            else:
+                top_Tk, expert_Tk = logits_TE.topk(k, dim=-1)
             gate_Tk = self._gates(logits_TE, top_Tk)
             aux_loss = self._aux_loss(logits_TE, expert_Tk)
         else:
@@ -120,7 +164,7 @@ class MoEFFN(ConditionalFFN):
         return self.experts.cost(k, 0 if self.router is None else self.router.weight.numel())
 
     def _k(self, routing: Routing) -> int:
-        self._refuse(routing, "num_samples", "keep_ratio", "mode")
+        self._refuse(routing, *(dial for dial in DIALS if dial != "num_experts_per_tok"), "mode")
         k = routing.num_experts_per_tok
         if k is None:
             return self.num_experts_per_tok
@@ -137,62 +181,76 @@ class MoEFFN(ConditionalFFN):
             raise InfMoEError(f"num_experts_per_tok {k} is more than the layer's {self.num_experts} experts")
         return k
 
+    def _coactivated(self, logits_TE: Tensor, k: int, x_BTD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Elastic MoE's choice: k of each token's k_ideal best at random, or its k best; the best first.
+
+        Returns:
+            The chosen experts' logits, and the experts, each of shape (T, k).
+        """
+        top_TC, expert_TC = logits_TE.topk(self.ideal_experts_per_tok or k, dim=-1)
+        num_candidates = top_TC.shape[1]
+        with torch.no_grad():
+            noise_TC = self._noise(x_BTD, routing, num_candidates + 1)
+            drawn_Tk = noise_TC[:, :num_candidates].topk(k, dim=-1).indices.sort(dim=-1).values
+            threshold = torch.special.ndtri(torch.tensor(self.coactivation_prob, device=noise_TC.device))
+            place_Tk = torch.where(
+                noise_TC[:, num_candidates:] < threshold, drawn_Tk, torch.arange(k, device=drawn_Tk.device)
+            )
+        return top_TC.gather(1, place_Tk), expert_TC.gather(1, place_Tk)
+
     def _gates(self, logits_TE: Tensor, top_Tk: Tensor) -> Tensor:
-        """Weights of the selected experts, whose logits are `top_Tk`; see `gate_norm`."""
-        k = top_Tk.shape[1]
-        if self.gate_norm == "selected" or (self.gate_norm == "trained" and k == self.num_experts_per_tok):
-            return narrow_softmax(top_Tk)
+        """Weights of the selected experts, whose logits are `top_Tk`; see `gate_norm` and `rank_damping`."""
+        k, trained = top_Tk.shape[1], self.num_experts_per_tok
+        weighed_Tk = top_Tk
+        if self.rank_damping != 1.0 and k > trained:
+            damping_k = top_Tk.new_full((k,), self.rank_damping)
+            damping_k[:trained] = 1.0
+            weighed_Tk = top_Tk + damping_k.log()
+        if self.gate_norm == "selected" or (self.gate_norm == "trained" and k == trained):
+            return narrow_softmax(weighed_Tk)
         if self.gate_norm == "all":
             over_TE = logits_TE
-        elif k > self.num_experts_per_tok:
-            over_TE = top_Tk[:, : self.num_experts_per_tok]
+        elif k > trained:
+            over_TE = top_Tk[:, :trained]
         else:
-            over_TE = logits_TE.topk(self.num_experts_per_tok, dim=-1).values
-        return (top_Tk - over_TE.logsumexp(dim=-1, keepdim=True)).exp()
+            over_TE = logits_TE.topk(trained, dim=-1).values
+        return (weighed_Tk - over_TE.logsumexp(dim=-1, keepdim=True)).exp()
 
     def _aux_loss(self, logits_TE: Tensor, expert_Tk: Tensor) -> Tensor:
         loss = self.balance_loss_weight * balance_loss(narrow_softmax(logits_TE), expert_Tk)
         if self.z_loss_weight:
             square = logits_TE.logsumexp(dim=-1).square().sum() / max(logits_TE.shape[0], 1)
             loss = loss + self.z_loss_weight * square
+        if self.hierarchical_loss_weight:
+            log_p_TE = logits_TE.log_softmax(dim=-1)
+            divergence_T = (log_p_TE.exp() * log_p_TE).sum(dim=-1) + math.log(self.num_experts)
+            loss = loss - self.hierarchical_loss_weight * divergence_T.sum() / max(logits_TE.shape[0], 1)
         return loss.float()
 
     @torch.no_grad()
     def _fixed_experts(self, x_BTD: Tensor, k: int, routing: Routing) -> Tensor:
         """k distinct experts for each token without a look at it: the top k of its noise."""
+        if self.expert_router == "random":
+            return self._noise(x_BTD, routing, self.num_experts).topk(k, dim=-1).indices
+        if routing.token_ids is None:
+            raise InfMoEError("hash routing needs the token ids: pass Routing(token_ids=input_ids)")
+        # The token id takes the position's place in the noise's key.
+        key = NoiseKey(seed=_HASH_SEED, position=routing.token_ids)
+        return self._noise(x_BTD, dataclasses.replace(routing, key=key), self.num_experts).topk(k, dim=-1).indices
+
+    @torch.no_grad()
+    def _noise(self, x_BTD: Tensor, routing: Routing, count: int) -> Tensor:
+        """`count` independent normals for each token, by the call's key: (T, count)."""
         batch_size, num_tokens = x_BTD.shape[:-1] if x_BTD.ndim == 3 else (1, x_BTD.shape[0])
         device = x_BTD.device
-        if self.expert_router == "hash":
-            if routing.token_ids is None:
-                raise InfMoEError("hash routing needs the token ids: pass Routing(token_ids=input_ids)")
-            # The token id takes the position's place in the noise's key.
-            key = NoiseKey(seed=_HASH_SEED, position=routing.token_ids)
-        else:
-            routing = routing.with_key(
-                seed=self.noise_seed, training=self.training, batch_size=batch_size, device=device
-            )
-            assert routing.key is not None
-            key = routing.key
-        zeros_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        stream_B = zeros_B if key.stream is None else key.stream.to(device)
-        position_T = torch.arange(num_tokens, device=device) if key.position is None else key.position.to(device)
-        if stream_B.shape not in ((1,), (batch_size,)):
-            raise InfMoEError(
-                f"the noise key has {stream_B.numel()} streams, the batch {batch_size} rows: give one per row"
-            )
-        if position_T.shape not in ((num_tokens,), (1, num_tokens), (batch_size, num_tokens)):
-            what = "token ids" if self.expert_router == "hash" else "positions"
-            raise InfMoEError(
-                f"{what} of shape {tuple(position_T.shape)} do not fit a batch of {batch_size} rows of "
-                f"{num_tokens} tokens: give one per token"
-            )
-        noise_BTE = normal_noise(
-            1,
-            self.num_experts,
-            seed=key.seed,
-            step=key.step,
-            layer=self.layer_index,
-            stream_B=stream_B.expand(batch_size),
-            position_BT=position_T.expand(batch_size, num_tokens),
-        )[:, :, 0]
-        return noise_BTE.reshape(-1, self.num_experts).topk(k, dim=-1).indices
+        key = routing.with_key(seed=self.noise_seed, training=self.training, batch_size=batch_size, device=device).key
+        assert key is not None
+        where = coordinates(
+            key,
+            layer_index=self.layer_index,
+            batch_size=batch_size,
+            num_tokens=num_tokens,
+            device=device,
+            positions="token ids" if self.expert_router == "hash" else "positions",
+        )
+        return normal_noise(1, count, **where)[:, :, 0].reshape(-1, count)

@@ -4,6 +4,7 @@ B batch rows, T tokens.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
@@ -14,8 +15,10 @@ from torch import Tensor
 from infmoe.errors import InfMoEError
 from infmoe.ops.dispatch import Backend, check_backend
 
-Mode = Literal["sample", "mu", "antithetic"]
-MODES: tuple[Mode, ...] = ("sample", "mu", "antithetic")
+Mode = Literal["sample", "mu", "antithetic", "qmc"]
+MODES: tuple[Mode, ...] = ("sample", "mu", "antithetic", "qmc")
+
+DIALS = ("num_samples", "keep_ratio", "score_cut", "num_experts_per_tok")
 
 V = TypeVar("V")
 
@@ -78,9 +81,13 @@ class Routing:
             per row of the batch, or `PerLayer`.
         keep_ratio: N/100, the fraction of neurons that each sample keeps, in (0, 1] (`infinity`). One float,
             a tuple with one float per row, or `PerLayer`.
+        score_cut: keep the neurons that score at least this, in place of a fixed share, so that tokens whose
+            scores are larger run more of them (`infinity`). One float, or `PerLayer`. `infmoe.eval.adaptive` finds
+            the cut that keeps a given share on average.
         num_experts_per_tok: k, how many experts each token runs (`moe`). One int or `PerLayer`.
         mode: "sample" draws z from the router; "mu" takes its mean once (deterministic, K has no meaning);
-            "antithetic" draws pairs z = mu + sigma*eps, mu - sigma*eps. None: the layer's default.
+            "antithetic" draws pairs z = mu + sigma*eps, mu - sigma*eps; "qmc" spreads the K draws as a shifted
+            Sobol sequence. None: the layer's default.
         key: what the noise is a function of. None: drawn from torch's default generator in train mode, the
             layer's `noise_seed` in eval mode.
         token_ids: int64, shape (B, T); what hash routing hashes. The model fills it in.
@@ -92,6 +99,7 @@ class Routing:
 
     num_samples: IntDial | None = None
     keep_ratio: FloatDial | None = None
+    score_cut: float | PerLayer | None = None
     num_experts_per_tok: IntDial | None = None
     mode: Mode | None = None
     key: NoiseKey | None = None
@@ -103,10 +111,16 @@ class Routing:
         for dial, check in (
             ("num_samples", check_num_samples),
             ("keep_ratio", check_keep_ratio),
+            ("score_cut", check_score_cut),
             ("num_experts_per_tok", check_num_experts_per_tok),
         ):
             for value in _flat(getattr(self, dial)):
                 check(value)
+        if self.score_cut is not None and self.keep_ratio is not None:
+            raise InfMoEError("score_cut takes the place of keep_ratio: give one of them")
+        cuts = self.score_cut.values if isinstance(self.score_cut, PerLayer) else (self.score_cut,)
+        if any(isinstance(cut, tuple) for cut in cuts):
+            raise InfMoEError(f"score_cut takes one number (or PerLayer) for the whole batch, got {self.score_cut}")
         if self.mode is not None and self.mode not in MODES:
             raise InfMoEError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.backend is not None:
@@ -120,7 +134,7 @@ class Routing:
         """The routing of one layer: `PerLayer` dials become that layer's value."""
         picked = {
             name: _pick(name, value, layer_index)
-            for name in ("num_samples", "keep_ratio", "num_experts_per_tok")
+            for name in DIALS
             if isinstance(value := getattr(self, name), PerLayer)
         }
         return dataclasses.replace(self, **picked) if picked else self
@@ -171,6 +185,12 @@ def check_keep_ratio(value: float) -> None:
     """Raise unless `value` is a usable keep ratio."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise InfMoEError(f"keep_ratio must lie in (0, 1], e.g. 0.25 for the paper's 25 %, got {value!r}")
+
+
+def check_score_cut(value: float) -> None:
+    """Raise unless `value` is a usable cut."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InfMoEError(f"score_cut must be a finite number, got {value!r}")
 
 
 def check_num_experts_per_tok(value: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from infmoe.errors import InfMoEError
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
 from infmoe.layers.experts import Experts, balance_loss, check_weight, expert_stats, narrow_softmax, router_logits
-from infmoe.layers.routing import Routing
+from infmoe.layers.routing import DIALS, Routing
 
 
 @final
@@ -85,7 +85,7 @@ class SwitchFFN(ConditionalFFN):
         return self.experts.cost(1, self.router.weight.numel())
 
     def _refuse_dials(self, routing: Routing) -> None:
-        self._refuse(routing, "num_samples", "keep_ratio", "num_experts_per_tok", "mode")
+        self._refuse(routing, *DIALS, "mode")
 
     def _within_capacity(self, expert_T1: Tensor) -> Tensor:
         """Which tokens find a place, shape (T, 1); those before them in the batch go first."""

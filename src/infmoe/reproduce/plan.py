@@ -19,6 +19,7 @@ class Arm:
         name: in file names and tables.
         variant: the recipe's.
         model: fields of the model's config, over the recipe's.
+        settings: of the run, over the recipe's, as on the command line.
         tuned_as: the arm whose learning rate it takes; None: it has a grid of its own.
     """
 
@@ -26,6 +27,7 @@ class Arm:
     variant: str
     model: Mapping[str, Any] = field(default_factory=dict)
     tuned_as: str | None = None
+    settings: tuple[str, ...] = ()
 
 
 def _arms() -> dict[str, Arm]:
@@ -46,7 +48,39 @@ def _arms() -> dict[str, Arm]:
         Arm("infinity-wz-lr-half", "infinity", {"wz_lr_factor": 0.5}, "infinity"),
         Arm("infinity-wz-lr-double", "infinity", {"wz_lr_factor": 2.0}, "infinity"),
     ]
-    return {arm.name: arm for arm in arms}
+    return {arm.name: arm for arm in [*arms, *_elastic_arms()]}
+
+
+def _elastic_arms() -> list[Arm]:
+    """Models trained for their dials, and the fixed ones that they are held against."""
+    one_sample = {"num_samples": 1}
+    ratios = "elastic.keep_ratio=[0.0625,0.125,0.25,0.5]"
+    ends, sandwich = "elastic.keep_ratio=[0.0625,0.125,0.25,0.5]", "elastic.rule=sandwich"
+    infinity = {
+        "infinity-keep4": (),
+        "infinity-elastic": (ratios,),
+        "infinity-elastic-step": (ratios, "elastic.per=step"),
+        "infinity-sandwich": (ends, sandwich),
+        "infinity-sandwich-distill": (ends, sandwich, "elastic.distill=true"),
+    }
+    arms = [Arm(name, "infinity", one_sample, "infinity", settings) for name, settings in infinity.items()]
+    arms += [
+        Arm("infinity-elastic-scaled", "infinity", one_sample | {"mask_scale": "fixed"}, "infinity", (ratios,)),
+        Arm("infinity-elastic-k", "infinity", {}, "infinity", ("elastic.num_samples=[1,2,3,4]",)),
+        Arm("infinity-consistency", "infinity", {}, "infinity", ("elastic.consistency_weight=1.0",)),
+    ]
+    for k in (4, 8):
+        own = {"num_experts_per_tok": k}
+        # the paper names neither the probability nor the loss's weight: a half, and the balance loss's own
+        emoe = own | {"ideal_experts_per_tok": 2 * k, "hierarchical_loss_weight": 0.01}
+        upto = list(range(1, 2 * k + 1))
+        if k == 4:
+            arms.append(Arm("moe16-fine-k4", "moe16-fine", own, "moe"))
+        arms += [
+            Arm(f"emoe-k{k}", "moe16-fine", emoe, "moe"),
+            Arm(f"matryoshka-k{k}", "moe16-fine", own, "moe", (f"elastic.num_experts_per_tok={upto}",)),
+        ]
+    return [*arms, Arm("moe16-fine-k16", "moe16-fine", {"num_experts_per_tok": 16}, "moe")]
 
 
 ARMS = _arms()
@@ -185,7 +219,12 @@ class RunSpec:
         settings = [f"seed={self.seed}", f"steps={steps}", f"optim.lr={self.lr!r}"]
         if self.scale.warmup_ratio is not None:
             settings.append(f"schedule.warmup_steps={round(self.scale.warmup_ratio * steps)}")
-        return [*settings, *self.scale.settings, *(f"model.{k}={v}" for k, v in self.arm.model.items())]
+        return [
+            *settings,
+            *self.scale.settings,
+            *(f"model.{k}={v}" for k, v in self.arm.model.items()),
+            *self.arm.settings,
+        ]
 
     def config(self) -> RunConfig:
         """The whole run, but for its data."""
@@ -226,6 +265,29 @@ _TIER2_THEN = (
 TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 
 
+# Elastic compute: over the keep ratio, over the number of experts, and what is left
+ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
+ELASTIC_EXPERTS = (
+    *("moe16-fine-k4", "emoe-k4", "matryoshka-k4", "moe16-fine", "emoe-k8", "matryoshka-k8", "moe16-fine-k16"),
+)
+ELASTIC_MORE = (
+    *("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich"),
+    *("infinity-elastic-k", "infinity-consistency"),
+)
+# two passes a step: at half the tokens they take the FLOPs of the others
+TWO_PASSES = ("infinity-sandwich", "infinity-sandwich-distill", "infinity-consistency")
+
+
+def _elastic(scale: Scale) -> list[Group]:
+    side = _side(scale)
+    return [
+        Group(ELASTIC_KEEP, scale.tokens, side),
+        Group(ELASTIC_EXPERTS, scale.tokens, side),
+        Group(ELASTIC_MORE, scale.tokens, side),
+        Group(TWO_PASSES, scale.tokens // 2, side),
+    ]
+
+
 def _table2(scale: Scale) -> list[Group]:
     own = recipe(f"{scale.name}/infinity").model["z_dim"]
     arms = tuple("infinity" if z == own else f"infinity-z{z}" for z in scale.z_dims)
@@ -252,9 +314,17 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
         Group(TIER1, s.long_tokens, _side(s)),
         Group(("infinity", *_TIER2_THEN), s.tokens, _side(s)),
     ],
+    "elastic": _elastic,
 }
-# what `all` trains, the most informative first
-ORDER = ("controls", "table6", "table2", "figure3", "table1", "figure2", "table3", "table5", "figure4")
+_REST = ("table6", "table2", "figure3", "table1", "figure2", "table3", "table5", "figure4")
+
+
+def _all(scale: Scale) -> list[Group]:
+    """Everything, the most informative first."""
+    first, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
+    keep, experts, more, half = EXPERIMENTS["elastic"](scale)
+    mixed = [first, keep, tier2, experts, longer, more, half, tier2_then]
+    return mixed + [group for name in _REST for group in EXPERIMENTS[name](scale)]
 
 
 def groups(name: str, scale: Scale, seeds: int | None = None) -> list[Group]:
@@ -270,5 +340,5 @@ def groups(name: str, scale: Scale, seeds: int | None = None) -> list[Group]:
     """
     if name != "all" and name not in EXPERIMENTS:
         raise unknown_name("table or figure", name, [*EXPERIMENTS, "all"])
-    found = [g for n in (ORDER if name == "all" else (name,)) for g in EXPERIMENTS[n](scale)]
+    found = _all(scale) if name == "all" else EXPERIMENTS[name](scale)
     return found if seeds is None else [Group(g.arms, g.tokens, (seeds, seeds)) for g in found]

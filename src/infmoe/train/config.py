@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import to_jsonable_python
 
 from infmoe.errors import InfMoEError, unknown_name
 
@@ -63,6 +64,60 @@ class ScheduleConfig(_Strict):
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
 
 
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ElasticConfig(_Strict):
+    """Training at changing dials, so that one checkpoint serves many of them; all None: at the model's own.
+
+    Attributes:
+        keep_ratio: keep ratios of ∞-MoE.
+        num_samples: K of ∞-MoE.
+        num_experts_per_tok: k of a discrete MoE; drawn per layer, this is Matryoshka-MoE (arXiv 2509.26520).
+        per: whether each "layer" draws its own, all values equally likely, or all share one draw per "step".
+        rule: "draw" one setting a step; or a "sandwich" (Yu and Huang 2019): the largest and the smallest of every
+            list in every step, and `between` drawn ones.
+        between: drawn settings of a sandwich.
+        distill: the largest of a sandwich learns from the text and teaches the others its distribution.
+        consistency_weight: of the divergence between two draws of the router's noise: a second pass with other
+            noise learns from the text and, so weighted, from the first one's distribution (∞-MoE).
+    """
+
+    keep_ratio: tuple[Ratio, ...] | None = None
+    num_samples: tuple[Count, ...] | None = None
+    num_experts_per_tok: tuple[Count, ...] | None = None
+    per: Literal["layer", "step"] = "layer"
+    rule: Literal["draw", "sandwich"] = "draw"
+    between: int = Field(default=0, ge=0)
+    distill: bool = False
+    consistency_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "ElasticConfig":
+        for name, values in self.lists.items():
+            if not values:
+                raise ValueError(f"elastic.{name} must hold at least one value")
+        if self.rule == "sandwich" and not self.lists:
+            raise ValueError("elastic.rule='sandwich' needs a list of values, e.g. elastic.keep_ratio=[0.125,0.5]")
+        if self.rule != "sandwich" and (self.between or self.distill):
+            raise ValueError("elastic.between and elastic.distill go with elastic.rule=sandwich")
+        if self.rule == "sandwich" and self.consistency_weight:
+            raise ValueError("elastic.consistency_weight goes with elastic.rule=draw")
+        return self
+
+    @property
+    def lists(self) -> dict[str, tuple]:
+        """Dial -> the values that it takes."""
+        names = ("keep_ratio", "num_samples", "num_experts_per_tok")
+        return {name: values for name in names if (values := getattr(self, name)) is not None}
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes over each token."""
+        return 2 + self.between if self.rule == "sandwich" else 2 if self.consistency_weight else 1
+
+
 class EvalConfig(_Strict):
     """The loss on the validation split.
 
@@ -113,6 +168,7 @@ class RunConfig(_Strict):
         precision: "bf16" runs forward and backward under autocast; weights and optimizer stay float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         model: fields of `InfMoEConfig`, which checks them.
+        elastic: dials that change while training.
     """
 
     name: str
@@ -126,6 +182,7 @@ class RunConfig(_Strict):
     data: DataConfig = DataConfig()
     optim: OptimConfig
     schedule: ScheduleConfig
+    elastic: ElasticConfig = ElasticConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -232,14 +289,35 @@ def hf_config(config: RunConfig) -> Any:
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Dotted keys that decide the weights and differ between two dumped configurations."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    """Dotted keys that decide the weights and differ between two dumped configurations.
+
+    A setting that one of them was written without, because there was none then, has its default.
+    """
+    flat_old, flat_new = ({**_defaults(), **_flatten(values)} for values in (old, new))
     return sorted(
         key
         for key in flat_old.keys() | flat_new.keys()
         if flat_old.get(key) != flat_new.get(key)
         and not any(key == free or key.startswith(free + ".") for free in REPORTING_KEYS)
     )
+
+
+def _defaults(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> default, in JSON's values, of the settings that have one."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None:
+            found |= _defaults(section, f"{prefix}{name}.")
+        elif not field.is_required():
+            found[prefix + name] = to_jsonable_python(field.default)
+    return found
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that is a section of its own."""
+    plain_class = isinstance(annotation, type) and typing.get_origin(annotation) is None
+    return annotation if plain_class and issubclass(annotation, BaseModel) else None
 
 
 def _parse_scalar(text: str) -> Any:
@@ -265,9 +343,9 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     names: list[str] = []
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and typing.get_origin(kind) is None and issubclass(kind, BaseModel):
-            names += _setting_names(kind, f"{prefix}{name}.")
+        section = _section(field.annotation)
+        if section is not None:
+            names += _setting_names(section, f"{prefix}{name}.")
         else:
             names.append(prefix + name)
     return names

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infmoe.errors import DivergedError
 from infmoe.train.config import RunConfig
+from infmoe.train.elastic import divergence, passes
 from infmoe.train.evaluate import validate
 from infmoe.train.optim import lr_ratio, set_lr
 from infmoe.train.reporter import Reporter
@@ -88,31 +89,43 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> TrainResult:
 
 
 def forward_backward(session: Session, step: int, *, with_stats: bool) -> tuple[Tensor, list | None]:
-    """Gradients of the mean loss over the global batch.
+    """Gradients of the mean loss over the global batch, and over the step's passes (see `infmoe.train.elastic`).
 
     Every micro-batch has the same number of targets, so the mean over micro-batches and processes is the mean
     over tokens.
 
     Returns:
-        float32, shape (2,): this process's mean cross-entropy and auxiliary loss; and, where asked for, each
-        layer's routing statistics on this process.
+        float32, shape (2,): this process's mean cross-entropy and auxiliary loss over all passes; and, where
+        asked for, each layer's routing statistics in the first pass on this process.
     """
     config, accelerator = session.config, session.accelerator
     seed_dropout(config.seed, step, accelerator.process_index)
     losses = torch.zeros(2, device=accelerator.device)
     stats = None
+    todo = passes(config.elastic, seed=config.seed, step=step, num_layers=session.num_layers)
+    share = 1.0 / (session.accumulation * len(todo))
     for micro in range(session.accumulation):
         tokens_BT, routing = session.micro_batch(step, micro, stats_tokens=config.log.stats_tokens if with_stats else 1)
-        # gradients travel between processes once per step, with the last micro-batch
-        is_last = micro == session.accumulation - 1
-        with nullcontext() if is_last else accelerator.no_sync(session.model):
-            with session.autocast():
-                output = session.model(input_ids=tokens_BT, labels=tokens_BT, routing=routing, use_cache=False)
-            (output.loss / session.accumulation).backward()
-        loss, aux_loss = output.loss.detach().float(), output.aux_loss.detach().float()
-        losses += torch.stack([loss - aux_loss, aux_loss]) / session.accumulation
-        if with_stats:
-            stats = add_stats(stats, output.routing_stats)
+        teacher_BTV: Tensor | None = None
+        for i, this in enumerate(todo):
+            # gradients travel between processes once per step, with the last pass over the last micro-batch
+            is_last = micro == session.accumulation - 1 and i == len(todo) - 1
+            with nullcontext() if is_last else accelerator.no_sync(session.model):
+                with session.autocast():
+                    output = session.model(
+                        input_ids=tokens_BT, labels=tokens_BT, routing=this.routing(routing), use_cache=False
+                    )
+                goal = output.loss if this.text else output.aux_loss
+                if this.taught:
+                    assert teacher_BTV is not None
+                    goal = goal + this.taught * divergence(teacher_BTV, output.logits)
+                (goal * share).backward()
+            if this.teaches:
+                teacher_BTV = output.logits.detach()
+            loss, aux_loss = output.loss.detach().float(), output.aux_loss.detach().float()
+            losses += torch.stack([loss - aux_loss, aux_loss]) * share
+            if with_stats and i == 0:
+                stats = add_stats(stats, output.routing_stats)
     return losses, stats
 
 

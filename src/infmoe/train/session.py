@@ -29,6 +29,7 @@ from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
 from infmoe.layers.routing import NoiseKey, Routing
 from infmoe.train.config import RunConfig, hf_config
+from infmoe.train.elastic import check_elastic
 from infmoe.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from infmoe.train.run_dir import open_run, run_record
 
@@ -110,6 +111,11 @@ class Session:
             first_step=begin.step,
             checkpoint=begin.checkpoint,
         )
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return int(self.accelerator.unwrap_model(self.model).config.num_hidden_layers)
 
     def micro_batch(self, step: int, micro: int, *, stats_tokens: int) -> tuple[Tensor, Routing]:
         """This process's part `micro` of the batch of `step`.
@@ -238,6 +244,7 @@ def _open_data(config: RunConfig) -> tuple[TokenData, InfMoEConfig]:
         )
     with torch.device("meta"):
         InfMoEForCausalLM(model_config)  # refuses what cannot be built before anything is written
+    check_elastic(config.elastic, model_config)
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(model_config, name) is None:
             setattr(model_config, name, data.eot_id)

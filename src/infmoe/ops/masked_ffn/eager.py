@@ -37,9 +37,23 @@ def mean_top_mask(
     Returns:
         The mask in the scores' dtype, and the statistics.
     """
+    kept_BTKU = select(scores_BTKU, num_kept) if selection == "exact" else select_statistical(scores_BTKU, num_kept)
+    return _mean_mask(scores_BTKU, kept_BTKU, weight_BTK, count_every)
+
+
+def mean_cut_mask(scores_BTKU: Tensor, cut: float, weight_BTK: Tensor, count_every: int = 1) -> MeanMask:
+    """The weighted mean of masks that keep what scores at least `cut` (see `naive.select_cut`).
+
+    Args and returns: as `mean_top_mask`.
+    """
+    largest_BTK1 = scores_BTKU.detach().amax(dim=-1, keepdim=True)
+    kept_BTKU = (scores_BTKU.detach() >= largest_BTK1.clamp_max(cut)).to(scores_BTKU.dtype)
+    return _mean_mask(scores_BTKU, kept_BTKU, weight_BTK, count_every)
+
+
+def _mean_mask(scores_BTKU: Tensor, kept_BTKU: Tensor, weight_BTK: Tensor, count_every: int) -> MeanMask:
     B, T, K, U = scores_BTKU.shape
     weight_BTK = weight_BTK.detach().expand(B, T, K)
-    kept_BTKU = select(scores_BTKU, num_kept) if selection == "exact" else select_statistical(scores_BTKU, num_kept)
     # 0 for a row of numbers, NaN for one with NaN or infinity in it: a divergence must show
     poison_BTK = scores_BTKU.detach().abs().amax(dim=-1) * 0.0
     mask_BTU = _MeanMask.apply(scores_BTKU, kept_BTKU, weight_BTK + poison_BTK)

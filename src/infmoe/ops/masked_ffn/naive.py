@@ -45,6 +45,16 @@ def select_statistical(scores_BTKU: Tensor, num_kept_B: Tensor) -> Tensor:
     return scores_BTKU >= threshold_BTK1
 
 
+def select_cut(scores_BTKU: Tensor, cut: float) -> Tensor:
+    """Which units score at least `cut`, or, where none does, the row's largest.
+
+    Returns:
+        kept_BTKU, bool.
+    """
+    scores_BTKU = scores_BTKU.detach()
+    return (scores_BTKU >= cut) | (scores_BTKU == scores_BTKU.max(dim=-1, keepdim=True).values)
+
+
 def mean_mask(scores_BTKU: Tensor, kept_BTKU: Tensor, weight_BK: Tensor) -> Tensor:
     """The K masks folded into one: W2 is linear and shared, so the mean over samples commutes with it.
 
