@@ -231,6 +231,15 @@ def generate(
         int | None, typer.Option("--num-experts-per-tok", help="k of a discrete MoE.")
     ] = None,
     mode: ModeOption = None,
+    latency_budget_ms: Annotated[
+        float | None, typer.Option("--latency-budget-ms", help="Choose the dials: lowest loss within this per token.")
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None, typer.Option("--max-loss-increase", help="Choose the dials: quickest that loses at most this.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="What `infmoe frontier` wrote; default: frontier.json in DIR.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Default: 100, or what fits.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Draw from this many likeliest tokens.")] = 50,
@@ -240,22 +249,41 @@ def generate(
     from infmoe.eval.dials import grid, parse_mode, parse_ratios
     from infmoe.eval.generation import generate_text
     from infmoe.eval.loading import open_model
+    from infmoe.hf.budget import pick
 
     opened = open_model(model_dir)
-    points = grid(
-        opened.model.config,
-        num_samples=None if num_samples is None else (num_samples,),
-        keep_ratios=parse_ratios(keep_ratio, "--keep-ratio"),
-        num_experts_per_tok=None if num_experts_per_tok is None else (num_experts_per_tok,),
-        mode=parse_mode(mode),
-    )
-    if len(points) > 1:
-        raise InfMoEError(f"--keep-ratio takes one value here, got {keep_ratio!r}")
+    dials = {
+        "--num-samples": num_samples,
+        "--keep-ratio": keep_ratio,
+        "--num-experts-per-tok": num_experts_per_tok,
+        "--mode": mode,
+    }
+    budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
+    if any(value is not None for value in budget.values()):
+        for option, value in dials.items():
+            if value is not None:
+                raise InfMoEError(f"a budget chooses the dials itself: leave {option} out")
+        choice = pick(opened.model, profile or model_dir, batch_size=1, **budget)
+        print(choice.reason, file=sys.stderr)
+        point = choice.point
+    else:
+        if profile is not None:
+            raise InfMoEError("--profile goes with --latency-budget-ms or --max-loss-increase")
+        points = grid(
+            opened.model.config,
+            num_samples=None if num_samples is None else (num_samples,),
+            keep_ratios=parse_ratios(keep_ratio, "--keep-ratio"),
+            num_experts_per_tok=None if num_experts_per_tok is None else (num_experts_per_tok,),
+            mode=parse_mode(mode),
+        )
+        if len(points) > 1:
+            raise InfMoEError(f"--keep-ratio takes one value here, got {keep_ratio!r}")
+        point = points[0]
     generate_text(
         opened.model,
         opened.tokenizer(),
         prompt,
-        points[0],
+        point,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -387,6 +415,70 @@ def sweep(
     _show(result, as_json)
     if not as_json:
         print(f"\npicture: {picture}\nfigures: {out / 'sweep.json'}")
+
+
+@app.command()
+def frontier(
+    model_dir: ModelDir,
+    data_dir: DataOption = None,
+    num_samples: SamplesOption = None,
+    keep_ratio: KeepOption = None,
+    num_experts_per_tok: ExpertsOption = None,
+    mode: ModeOption = None,
+    schedules: Annotated[
+        int, typer.Option("--schedules", min=0, help="Settings that differ from layer to layer, at most.")
+    ] = 4,
+    windows: WindowsOption = 128,
+    batch_size: BatchOption = 16,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences that are generated at once.")] = 1,
+    prompt_length: Annotated[
+        int | None, typer.Option("--prompt-length", min=1, help="Cached tokens before the first timed one.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Timing turns of each point.")] = 12,
+    budgets: Annotated[
+        int, typer.Option("--budgets", min=0, help="Then generate under so many budgets and say how often each is met.")
+    ] = 0,
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the profile; default: DIR.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure loss and time per token over the dials on this machine; `generate` chooses by it."""
+    from infmoe.eval.frontier import PICTURE, measure_frontier
+    from infmoe.eval.plots import plot_frontier
+    from infmoe.hf.budget import PROFILE
+    from infmoe.provenance import write_json
+
+    out = out or model_dir
+    result = measure_frontier(
+        model_dir,
+        data_dir=data_dir,
+        num_samples=num_samples,
+        keep_ratio=keep_ratio,
+        num_experts_per_tok=num_experts_per_tok,
+        mode=mode,
+        num_schedules=schedules,
+        windows=windows,
+        batch_size=batch_size,
+        rows=rows,
+        prompt_length=prompt_length,
+        rounds=rounds,
+        budgets=budgets,
+        seed=seed,
+        out=out,
+        quiet=as_json,
+    )
+    write_json(out / PROFILE, result)
+    picture = plot_frontier(result, out / PICTURE, title=f"{model_dir}: what a token's time buys")
+    _show(result, as_json)
+    if not as_json:
+        print(f"• on the frontier: no other setting is quicker and better\npicture: {picture}")
+        print(f"profile: {out / PROFILE}; e.g. `infmoe generate {model_dir} --latency-budget-ms {_example(result)}`")
+
+
+def _example(result: dict[str, Any]) -> str:
+    """A budget that some settings meet and others do not."""
+    times = sorted(row["token_ms_p95"] for row in result["points"])
+    return f"{times[len(times) // 2]:.2g}"
 
 
 @app.command()

@@ -43,12 +43,12 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
         InfMoEError: `out` holds a run of another length or recipe.
         SystemExit: training was stopped by a signal (its exit code).
     """
-    from infmoe.eval.dials import Point
     from infmoe.eval.generation import generate_text
     from infmoe.eval.loading import open_model
     from infmoe.eval.plots import plot_sweep, plot_training
     from infmoe.eval.report import read_metrics, write_report
     from infmoe.eval.sweep import sweep_checkpoint
+    from infmoe.layers.point import Point
 
     begin = time.perf_counter()
     _say(f"1/4  tokenizing Python's standard library ({out / 'data'})")

@@ -4,8 +4,9 @@ import pytest
 from helpers import tiny_config
 
 from infmoe.errors import InfMoEError
-from infmoe.eval.dials import Point, grid, parse_ints, parse_mode, parse_ratios, ratio_text
+from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.sweep import default_grid
+from infmoe.layers.point import Point, ratio_text
 
 
 def test_lists():

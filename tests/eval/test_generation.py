@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from infmoe.errors import InfMoEError
-from infmoe.eval.dials import Point
 from infmoe.eval.generation import generate_text
 from infmoe.layers import NoiseKey
+from infmoe.layers.point import Point
 
 PROMPT = "abc de"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from infmoe.bench.common import Rows
 from infmoe.errors import InfMoEError
-from infmoe.eval.dials import ratio_text
 from infmoe.eval.plots import COLOURS, MARKERS, figure, save
+from infmoe.layers.point import ratio_text
 
 # backend -> colour and hatching, so that the map reads in grey too
 BACKENDS = {

@@ -1,7 +1,6 @@
 """Grids over the dials: from what a command line says to a list of routings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 
@@ -9,51 +8,9 @@ import torch
 
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf import InfMoEConfig
-from infmoe.layers import Routing, ffn_class
+from infmoe.layers import ffn_class
+from infmoe.layers.point import Point
 from infmoe.layers.routing import MODES, Mode
-
-
-@dataclass(frozen=True)
-class Point:
-    """One setting of the dials; None where the variant does not have the dial or the mode ignores it."""
-
-    num_samples: int | None = None
-    keep_ratio: float | None = None
-    num_experts_per_tok: int | None = None
-    mode: Mode | None = None
-
-    def routing(self, max_stats_tokens: int | None = None) -> Routing:
-        """The routing of this point."""
-        return Routing(
-            num_samples=self.num_samples,
-            keep_ratio=self.keep_ratio,
-            num_experts_per_tok=self.num_experts_per_tok,
-            mode=self.mode,
-            max_stats_tokens=max_stats_tokens,
-        )
-
-    def label(self) -> str:
-        """Short text for tables: "K=2 keep=1/4", "k=2", "mu keep=1/4", "-"."""
-        parts = []
-        if self.num_experts_per_tok is not None:
-            parts.append(f"k={self.num_experts_per_tok}")
-        if self.mode is not None and self.mode != "sample":
-            parts.append(self.mode)
-        if self.num_samples is not None:
-            parts.append(f"K={self.num_samples}")
-        if self.keep_ratio is not None:
-            parts.append(f"keep={ratio_text(self.keep_ratio)}")
-        return " ".join(parts) or "-"
-
-
-def ratio_text(ratio: float) -> str:
-    """1/16 rather than 0.0625, where that is what it is."""
-    fraction = Fraction(ratio).limit_denominator(128)
-    return (
-        f"1/{fraction.denominator}"
-        if fraction.numerator == 1 < fraction.denominator and float(fraction) == ratio
-        else f"{ratio:g}"
-    )
 
 
 def parse_ints(text: str | None, option: str) -> tuple[int, ...] | None:

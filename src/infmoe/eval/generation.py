@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from infmoe.errors import InfMoEError
-from infmoe.eval.dials import Point
 from infmoe.layers import NoiseKey
+from infmoe.layers.point import Point
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

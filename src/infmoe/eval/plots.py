@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infmoe.eval.dials import ratio_text
+from infmoe.layers.point import Point, ratio_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,6 +88,65 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Pat
         axes[0].legend(frameon=False)
     fig.suptitle(title)
     return save(fig, path)
+
+
+def plot_frontier(result: dict[str, Any], path: Path, *, title: str) -> Path:
+    """Held-out loss against the time of a token; one marker per K, mode or schedule, the frontier as a line."""
+    fig, (ax,) = figure(width=7.0, height=4.6)
+    rows = result["points"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_frontier_group(row), []).append(row)
+    for i, (name, members) in enumerate(groups.items()):
+        ax.errorbar(
+            [r["token_ms"] for r in members],
+            [r["loss"] for r in members],
+            [r["increase_se"] for r in members],
+            [[0.0] * len(members), [r["token_ms_p95"] - r["token_ms"] for r in members]],
+            ls="none",
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            capsize=2,
+            elinewidth=0.8,
+        )
+    best = sorted((r for r in rows if r["on_frontier"]), key=lambda r: r["token_ms"])
+    ax.plot([r["token_ms"] for r in best], [r["loss"] for r in best], color="#555555", lw=1, ls="--", label="frontier")
+    reference = next(r for r in rows if r["is_reference"])
+    ax.plot(reference["token_ms"], reference["loss"], marker="*", ms=15, mfc="none", mec="black", ls="none")
+    for row in best:
+        dial = row["keep_ratio"] if row["keep_ratio"] is not None else row["num_experts_per_tok"]
+        if dial is not None and not isinstance(dial, tuple | list):
+            text = ratio_text(dial) if row["keep_ratio"] is not None else f"{dial}"
+            ax.annotate(
+                text,
+                (row["token_ms"], row["loss"]),
+                textcoords="offset points",
+                xytext=(-4, -11),
+                fontsize=8,
+                ha="right",
+            )
+    tokens = result["cached_tokens"]
+    ax.set_xlabel(
+        f"time of a generated token (ms): median, bar to what 95 % stay below\n{result['rows']} row(s), "
+        f"{tokens[0]} to {tokens[1]} tokens cached, {result['machine']['threads']} threads"
+    )
+    ax.set_ylabel("held-out loss (nats per token), paired s.e.")
+    ax.set_title("labels: keep ratio or k of the frontier's points; star: the checkpoint's own setting", fontsize=9)
+    ax.legend(frameon=False, fontsize=8)
+    fig.suptitle(title)
+    return save(fig, path)
+
+
+def _frontier_group(row: dict[str, Any]) -> str:
+    point = Point.of(row)
+    if any(isinstance(value, tuple) for value in (point.num_samples, point.keep_ratio, point.num_experts_per_tok)):
+        return "per layer"
+    if point.mode is not None:
+        return "z = μ" if point.mode == "mu" else f"{point.mode}, K = {point.num_samples}"
+    if point.num_samples is not None:
+        return f"K = {point.num_samples}"
+    return "one setting" if point == Point() else "all layers alike"
 
 
 def plot_training(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:

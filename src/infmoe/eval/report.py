@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infmoe.eval.dials import Point
+from infmoe.layers.point import Point
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a }
@@ -23,12 +23,16 @@ SWEEP_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("± s.e.", "loss_se", "{:.4f}"),
     ("Δ", "delta", "{:+.4f}"),
     ("± s.e. Δ", "delta_se", "{:.4f}"),
+    ("Δ", "increase", "{:+.4f}"),
+    ("± s.e. Δ", "increase_se", "{:.4f}"),
     ("union", "union_ratio", "{:.3f}"),
     ("overlap", "overlap_ratio", "{:.3f}"),
     ("entropy", "entropy", "{:.3f}"),
     ("MFLOPs executed", "flops_executed", "{:.3f}"),
     ("MFLOPs ideal", "flops_ideal", "{:.3f}"),
     ("decode ms", "decode_ms", "{:.2f}"),
+    ("ms per token", "token_ms", "{:.2f}"),
+    ("95 % below", "token_ms_p95", "{:.2f}"),
 )
 
 
@@ -37,7 +41,6 @@ def table_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
     columns = [c for c in SWEEP_COLUMNS if any(row.get(c[1]) is not None for row in rows)]
     cells = []
     for row in rows:
-        point = Point(row["num_samples"], row["keep_ratio"], row["num_experts_per_tok"], row["mode"])
         values = [row.get(key) for _, key, _ in columns]
         scaled = [
             None if v is None else v / 1e6 if key.startswith("flops") else v
@@ -46,7 +49,8 @@ def table_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
         texts = [
             "" if value is None else form.format(value) for value, (_, _, form) in zip(scaled, columns, strict=True)
         ]
-        cells.append([point.label() + (" *" if row["is_reference"] else ""), *texts])
+        marks = (" *" if row["is_reference"] else "") + (" •" if row.get("on_frontier") else "")
+        cells.append([Point.of(row).label() + marks, *texts])
     return ["point", *(title for title, _, _ in columns)], cells
 
 

@@ -5,11 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from infmoe.eval.dials import Point, grid, parse_ints, parse_mode, parse_ratios
+from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.eval.latency import decode_latency, forward_latency
 from infmoe.eval.loading import open_model
 from infmoe.hf import model_cost
+from infmoe.layers.point import Point
 from infmoe.progress import point_progress
 from infmoe.provenance import provenance, require_writable
 

@@ -5,8 +5,11 @@ B batch rows, T new tokens, D model width, V vocabulary.
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +24,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from infmoe.errors import InfMoEError, unknown_name
+from infmoe.hf.budget import Choice, Profile, pick
 from infmoe.hf.configuration_infmoe import InfMoEConfig
 from infmoe.layers import ConditionalFFN, FFNOutput, NoiseKey, PerLayer, Routing, RoutingStats, ffn_class
 from infmoe.layers.linear import Linear
 from infmoe.layers.routing import DIALS, FloatDial, IntDial, Mode
 
+_LOG = logging.getLogger("infmoe")
 # The routing statistics of a training pass look at this many tokens, unless the routing says otherwise.
 _TRAINING_STATS_TOKENS = 512
 
@@ -334,6 +339,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = InfMoEModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.picked: Choice | None = None  # what the last `generate` chose by its budget
         self.post_init()
 
     @can_return_tuple
@@ -395,6 +401,51 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             aux_loss=outputs.aux_loss,
             routing_stats=outputs.routing_stats,
         )
+
+    def generate(
+        self,
+        *args: Any,
+        latency_budget_ms: float | None = None,
+        max_loss_increase: float | None = None,
+        profile: Profile | Path | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, with the dials by name, or chosen by a budget.
+
+        Args:
+            *args, **kwargs: as in transformers, and this model's dials or `routing`.
+            latency_budget_ms: run the setting of lowest loss whose tokens take at most this, in 95 of 100 cases.
+            max_loss_increase: run the quickest setting that loses at most so many nats over the model's own.
+            profile: what `infmoe frontier` measured (a `Profile`, its file or folder); None: beside the checkpoint.
+
+        The choice and its reason are logged (logger "infmoe", level INFO) and stay in `self.picked`.
+
+        Raises:
+            InfMoEError: a budget that can't be met, a profile of other weights or another machine, or a budget
+                beside dials.
+        """
+        budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
+        self.picked = None
+        if any(value is not None for value in budget.values()):
+            self._refuse_dials_beside_a_budget(kwargs)
+            inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+            batch_size = None if inputs is None else len(inputs) * copies
+            self.picked = pick(self, profile, batch_size=batch_size, **budget)
+            _LOG.info("picked %s", self.picked.reason)
+            dials = self.picked.point.dials()
+            kwargs |= {"routing_mode" if name == "mode" else name: v for name, v in dials.items() if v is not None}
+        elif profile is not None:
+            raise InfMoEError("a profile alone chooses nothing: give latency_budget_ms or max_loss_increase")
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def _refuse_dials_beside_a_budget(kwargs: dict[str, Any]) -> None:
+        routing = kwargs.get("routing")
+        given = [name for name in (*DIALS, "routing_mode") if kwargs.get(name) is not None]
+        given += [name for name in (*DIALS, "mode") if routing is not None and getattr(routing, name) is not None]
+        if given:
+            raise InfMoEError(f"a budget chooses the dials itself: leave {', '.join(given)} out")
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):  # type: ignore[override]
         """Repeat the per-row dials with the rows (beam search, several sequences per prompt)."""

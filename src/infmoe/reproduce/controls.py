@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from infmoe.eval.dials import ratio_text
+from infmoe.layers.point import ratio_text
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import TIER1, TIER2, tokens_text
 from infmoe.reproduce.section import (

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from infmoe.data import TokenData
-from infmoe.eval.dials import Point, grid
+from infmoe.eval.dials import grid
 from infmoe.eval.heldout import HeldOut
 from infmoe.eval.sweep import evaluate_points
 from infmoe.layers.moe import GATE_NORMS
+from infmoe.layers.point import Point
 from infmoe.reproduce.plan import TUNING_SEED, RunSpec, Scale
 
 Points = list[dict[str, Any]]

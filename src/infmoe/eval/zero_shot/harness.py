@@ -17,11 +17,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from infmoe.errors import InfMoEError, unknown_name
-from infmoe.eval.dials import Point, grid, parse_ints, parse_mode, parse_ratios
+from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.loading import Opened, open_model
 from infmoe.eval.zero_shot.local import LocalTask
 from infmoe.eval.zero_shot.scoring import Request, Score, score
 from infmoe.layers import NoiseKey, Routing
+from infmoe.layers.point import Point
 
 VERSION = lm_eval.__version__
 _DIALS = ("num_samples", "keep_ratio", "num_experts_per_tok")

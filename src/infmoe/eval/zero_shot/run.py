@@ -11,10 +11,11 @@ from typing import Any
 
 from infmoe.data.shards import sha256
 from infmoe.errors import InfMoEError
-from infmoe.eval.dials import Point, grid, parse_ints, parse_mode, parse_ratios
+from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.loading import open_model
 from infmoe.eval.zero_shot.local import read_local
 from infmoe.eval.zero_shot.tasks import Column, columns_named
+from infmoe.layers.point import Point
 from infmoe.provenance import provenance, write_json
 
 try:

@@ -1,0 +1,321 @@
+"""The frontier of a checkpoint on this machine: loss against the time of a token, over its dials.
+
+R rows, T tokens, L layers.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation import BaseStreamer
+
+from infmoe.errors import InfMoEError
+from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
+from infmoe.eval.heldout import HeldOut
+from infmoe.eval.loading import open_model
+from infmoe.eval.sweep import default_grid, evaluate_points
+from infmoe.hf import model_cost
+from infmoe.hf.budget import PROFILE, Profile, profile_values
+from infmoe.layers.point import Point
+from infmoe.progress import point_progress
+from infmoe.provenance import provenance, require_writable
+
+PICTURE = "frontier.png"
+NEW_TOKENS = 16  # timed in a row, before another setting has its turn
+BUDGET_STEPS = 200  # timed under each budget
+_PROBE_SHARE = 4  # schedules are searched on this part of the windows
+
+
+class TokenClock(BaseStreamer):
+    """Notes when each token comes out of `generate`."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def milliseconds(self) -> list[float]:
+        """Each token's time but the first's, which the prompt is part of."""
+        return [1e3 * (b - a) for a, b in zip(self.times[1:], self.times[2:], strict=False)]
+
+
+def token_times(
+    model: Any, settings: Sequence[dict[str, Any]], *, rows: int = 1, prompt_length: int, rounds: int
+) -> list[list[float]]:
+    """Milliseconds of every timed token of `generate`, for each setting; they take turns.
+
+    Args:
+        model: in eval mode.
+        settings: arguments of `generate`: a routing, or a budget.
+        rows: sequences at once.
+        prompt_length: tokens in the cache before the first new one.
+        rounds: turns of each setting, of `NEW_TOKENS` tokens; odd ones go backwards.
+    """
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    prompts_RT = torch.randint(model.config.vocab_size, (rows, prompt_length), generator=draw).to(device)
+    wanted = min(NEW_TOKENS + 1, model.config.max_position_embeddings - prompt_length)
+    if wanted < 3:
+        raise InfMoEError(f"a prompt of {prompt_length} tokens leaves none to time: give a shorter --prompt-length")
+
+    def turn(setting: dict[str, Any]) -> list[float]:
+        clock = TokenClock()
+        rows_clock: Any = clock if rows == 1 else _Stepwise(clock)
+        model.generate(
+            prompts_RT,
+            attention_mask=torch.ones_like(prompts_RT),
+            max_new_tokens=wanted,
+            min_new_tokens=wanted,
+            do_sample=False,
+            pad_token_id=0,
+            **setting,
+            **({"streamer": clock} if rows == 1 else {"stopping_criteria": [rows_clock]}),
+        )
+        return clock.milliseconds()
+
+    for setting in settings:
+        turn(setting)
+    times: list[list[float]] = [[] for _ in settings]
+    for r in range(rounds):
+        order = range(len(settings)) if r % 2 == 0 else range(len(settings) - 1, -1, -1)
+        for i in order:
+            times[i] += turn(settings[i])
+    return times
+
+
+class _Stepwise:
+    """A stopping criterion that never stops, and notes the time: streamers take one row only."""
+
+    def __init__(self, clock: TokenClock):
+        self.clock = clock
+        clock.put(torch.empty(0))  # stands for the prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.clock.put(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def schedules(
+    model: Any,
+    start: Point,
+    dial: str,
+    values: Sequence[Any],
+    count: int,
+    *,
+    evaluate: Callable[[Sequence[Point]], list[dict[str, Any]]],
+) -> list[Point]:
+    """Settings with a value of their own for each layer, `count` of them evenly spread over the FLOPs.
+
+    A greedy walk from the largest value in every layer to the smallest: each step lowers the layer that costs
+    least loss per FLOP saved, by what lowering that layer alone does to the loss.
+
+    Args:
+        model: in eval mode.
+        start: the setting whose `dial` is replaced.
+        dial: "keep_ratio" or "num_experts_per_tok".
+        values: of the dial.
+        count: how many settings.
+        evaluate: loss and FLOPs of points.
+    """
+    ladder = sorted(set(values), reverse=True)
+    num_layers = model.config.num_hidden_layers
+    if count < 1 or len(ladder) < 2 or num_layers < 2:
+        return []
+
+    def setting(levels: Sequence[int]) -> Point:
+        per_layer: dict[str, Any] = {dial: tuple(ladder[level] for level in levels)}
+        return replace(start, **per_layer)
+
+    top = [0] * num_layers
+    single = [[setting([*top[:i], level, *top[i + 1 :]]) for level in range(1, len(ladder))] for i in range(num_layers)]
+    rows = evaluate([setting(top), *(point for layer in single for point in layer)])
+    base = rows[0]["loss"]
+    losses = [[0.0] * len(ladder) for _ in range(num_layers)]
+    for i in range(num_layers):
+        for level in range(1, len(ladder)):
+            losses[i][level] = rows[1 + i * (len(ladder) - 1) + level - 1]["loss"] - base
+    levels, walk = list(top), []
+    while any(level < len(ladder) - 1 for level in levels):
+
+        def price(i: int) -> float:
+            here, there = levels[i], levels[i] + 1
+            return (losses[i][there] - losses[i][here]) / (ladder[here] - ladder[there])
+
+        i = min((i for i in range(num_layers) if levels[i] < len(ladder) - 1), key=price)
+        levels[i] += 1
+        if len(set(levels)) > 1:
+            walk.append(setting(levels))
+    flops = [model_cost(model.config, point.routing()).flops_ideal for point in walk]
+    low, high = min(flops), max(flops)
+    wanted = [low + (high - low) * (k + 0.5) / count for k in range(count)]
+    nearest = [walk[min(range(len(walk)), key=lambda j: abs(flops[j] - target))] for target in wanted]
+    return list(dict.fromkeys(nearest))
+
+
+def measure_frontier(
+    model_dir: Path,
+    *,
+    data_dir: Path | None = None,
+    num_samples: str | None = None,
+    keep_ratio: str | None = None,
+    num_experts_per_tok: str | None = None,
+    mode: str | None = None,
+    num_schedules: int = 4,
+    windows: int = 128,
+    batch_size: int = 16,
+    rows: int = 1,
+    prompt_length: int | None = None,
+    rounds: int = 12,
+    budgets: int = 0,
+    seed: int = 0,
+    out: Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure loss and token time over a checkpoint's dials.
+
+    Args:
+        model_dir, data_dir, windows, batch_size, seed: what to evaluate, on what, how.
+        num_samples, keep_ratio, num_experts_per_tok, mode: comma-separated values; None: a grid over every dial,
+            with z = mu beside the samples.
+        num_schedules: settings with a value of their own for each layer, at most.
+        rows: sequences that are generated at once.
+        prompt_length: tokens in the cache before the first timed one; None: half the context, 128 at most.
+        rounds: timing turns of every point, of `NEW_TOKENS` tokens each.
+        budgets: this many budgets are tried afterwards (see `check_budgets`).
+        out: the folder that the caller is going to write to: tried before anything is measured.
+        quiet: no progress bar.
+
+    Returns:
+        The profile (see `infmoe.hf.budget`) and how it was measured.
+
+    Raises:
+        InfMoEError: nothing to open, a dial that the model does not have, or no way to write to `out`.
+    """
+    opened = open_model(model_dir)
+    model, config = opened.model, opened.model.config
+    routing_mode = parse_mode(mode)
+    samples, ratios, experts = default_grid(
+        config,
+        parse_ints(num_samples, "--num-samples"),
+        parse_ratios(keep_ratio, "--keep-ratio"),
+        parse_ints(num_experts_per_tok, "--num-experts-per-tok"),
+        routing_mode,
+    )
+    points = grid(config, num_samples=samples, keep_ratios=ratios, num_experts_per_tok=experts, mode=routing_mode)
+    if mode is None and num_samples is None and samples is not None:
+        points += grid(config, keep_ratios=ratios, mode="mu")
+    (own,) = grid(config)
+    points = list(dict.fromkeys([own, *points]))
+    context = config.max_position_embeddings
+    prompt_length = min(128, context // 2) if prompt_length is None else prompt_length
+    if not 1 <= prompt_length <= context - 3:
+        raise InfMoEError(f"--prompt-length must lie in 1 .. {context - 3}, got {prompt_length}")
+    data = opened.data(data_dir)
+    if out is not None:
+        require_writable(out)
+    held_out = HeldOut.from_data(data, context, windows)
+    probe = HeldOut.from_data(data, context, max(2, windows // _PROBE_SHARE))
+
+    dial, values = ("keep_ratio", ratios) if ratios else ("num_experts_per_tok", experts)
+    searched = 0 if not values else 1 + config.num_hidden_layers * (len(set(values)) - 1)
+    total = len(points) + (searched + num_schedules if num_schedules else 0)
+    with point_progress(total, quiet=quiet) as progress:
+
+        def evaluate(some: Sequence[Point]) -> list[dict[str, Any]]:
+            return evaluate_points(model, probe, some, seed=seed, batch_size=batch_size, progress=progress)
+
+        if values:
+            start = replace(own, num_samples=min(samples)) if samples and own.num_samples else own
+            points += schedules(model, start, dial, values, num_schedules, evaluate=evaluate)
+        results = evaluate_points(model, held_out, points, seed=seed, batch_size=batch_size, progress=progress)
+    times = token_times(
+        model, [_setting(point) for point in points], rows=rows, prompt_length=prompt_length, rounds=rounds
+    )
+    for row, spent in zip(results, times, strict=True):
+        row["increase"], row["increase_se"] = row.pop("delta"), row.pop("delta_se")
+        row["token_ms"] = statistics.median(spent)
+        row["token_ms_p95"] = statistics.quantiles(spent, n=20)[-1]
+        row["tokens_timed"] = len(spent)
+    mark_frontier(results)
+    measured = profile_values(model, results, num_rows=rows, source=str(model_dir))
+    if budgets:
+        profile = Profile.of(measured, (out or model_dir) / PROFILE)
+        measured["budgets"] = check_budgets(
+            model, profile, count=budgets, steps=BUDGET_STEPS, prompt_length=prompt_length
+        )
+    return measured | {
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "cached_tokens": [prompt_length, prompt_length + NEW_TOKENS],
+        "data": str(data.folder),
+        "windows": len(held_out.tokens_NT),
+        "window": context,
+        "seed": seed,
+        "timing_rounds": rounds,
+        "provenance": provenance(),
+    }
+
+
+def _setting(point: Point) -> dict[str, Any]:
+    return {"routing": point.routing(max_stats_tokens=1)}
+
+
+def check_budgets(model: Any, profile: Profile, *, count: int, steps: int, prompt_length: int) -> list[dict[str, Any]]:
+    """Generate under budgets between the profile's quickest and slowest point, and see how often each is met.
+
+    Args:
+        model: in eval mode.
+        profile: of this model, here.
+        count: how many budgets, evenly spread.
+        steps: tokens that are timed under each, at least.
+        prompt_length: as in the profile.
+
+    Returns:
+        One dict a budget: `budget_ms`, the dials picked, `met` (share of the tokens that took no longer), and
+        `regret`: the picked point's loss minus the lowest of those whose tokens, timed here once more, met the
+        budget in 95 of 100 cases.
+    """
+    rounds = -(-steps // NEW_TOKENS)
+    slowest, quickest = (f(p.token_ms_p95 for p in profile.points) for f in (max, min))
+    share = [i / max(count - 1, 1) for i in range(count)]
+    budgets = [quickest + (slowest - quickest) * s for s in share]
+    settings = [{"latency_budget_ms": budget, "profile": profile} for budget in budgets]
+    again = [_setting(measured.point) for measured in profile.points]
+    spent = token_times(model, [*settings, *again], rows=profile.rows, prompt_length=prompt_length, rounds=rounds)
+    under, alone = spent[:count], spent[count:]
+    rows = []
+    for budget, times in zip(budgets, under, strict=True):
+        picked = profile.choose(latency_budget_ms=budget).picked
+        able = [
+            point.loss
+            for point, its in zip(profile.points, alone, strict=True)
+            if sum(t <= budget for t in its) >= 0.95 * len(its)
+        ]
+        rows.append(
+            {
+                "budget_ms": budget,
+                "picked": picked.point.label(),
+                "met": sum(t <= budget for t in times) / len(times),
+                "steps": len(times),
+                "regret": picked.loss - min(able) if able else None,
+            }
+        )
+    return rows
+
+
+def mark_frontier(rows: Sequence[dict[str, Any]]) -> None:
+    """Set `on_frontier` of every row: no other is quicker and better at once."""
+    for row in rows:
+        row["on_frontier"] = not any(
+            other["token_ms"] <= row["token_ms"]
+            and other["loss"] <= row["loss"]
+            and (other["token_ms"], other["loss"]) != (row["token_ms"], row["loss"])
+            for other in rows
+        )
