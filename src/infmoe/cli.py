@@ -472,7 +472,15 @@ def frontier(
     _show(result, as_json)
     if not as_json:
         print(f"• on the frontier: no other setting is quicker and better\npicture: {picture}")
-        print(f"profile: {out / PROFILE}; e.g. `infmoe generate {model_dir} --latency-budget-ms {_example(result)}`")
+        for row in result.get("budgets", ()):
+            regret = "-" if row["regret"] is None else f"{row['regret']:+.4f}"
+            print(
+                f"budget {row['budget_ms']:.2f} ms: met by {row['met']:.1%} of {row['steps']} tokens with "
+                f"{row['picked']}; regret {regret} nats"
+            )
+        where = "" if out == model_dir else f" --profile {out}"
+        example = f"infmoe generate {model_dir} --latency-budget-ms {_example(result)}{where}"
+        print(f"profile: {out / PROFILE}; e.g. `{example}`")
 
 
 def _example(result: dict[str, Any]) -> str:

@@ -62,7 +62,7 @@ def token_times(
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(0)
     prompts_RT = torch.randint(model.config.vocab_size, (rows, prompt_length), generator=draw).to(device)
-    wanted = min(NEW_TOKENS + 1, model.config.max_position_embeddings - prompt_length)
+    wanted = 1 + _timed_per_turn(model, prompt_length)
     if wanted < 3:
         raise InfMoEError(f"a prompt of {prompt_length} tokens leaves none to time: give a shorter --prompt-length")
 
@@ -89,6 +89,10 @@ def token_times(
         for i in order:
             times[i] += turn(settings[i])
     return times
+
+
+def _timed_per_turn(model: Any, prompt_length: int) -> int:
+    return min(NEW_TOKENS, model.config.max_position_embeddings - prompt_length - 1)
 
 
 class _Stepwise:
@@ -253,7 +257,7 @@ def measure_frontier(
         )
     return measured | {
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "cached_tokens": [prompt_length, prompt_length + NEW_TOKENS],
+        "cached_tokens": [prompt_length, prompt_length + _timed_per_turn(model, prompt_length)],
         "data": str(data.folder),
         "windows": len(held_out.tokens_NT),
         "window": context,
@@ -282,7 +286,7 @@ def check_budgets(model: Any, profile: Profile, *, count: int, steps: int, promp
         `regret`: the picked point's loss minus the lowest of those whose tokens, timed here once more, met the
         budget in 95 of 100 cases.
     """
-    rounds = -(-steps // NEW_TOKENS)
+    rounds = -(-steps // _timed_per_turn(model, prompt_length))
     slowest, quickest = (f(p.token_ms_p95 for p in profile.points) for f in (max, min))
     share = [i / max(count - 1, 1) for i in range(count)]
     budgets = [quickest + (slowest - quickest) * s for s in share]

@@ -4,21 +4,29 @@ A measure that is added later is taken of the models that are still there, witho
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from infmoe.data import TokenData
+from infmoe.eval.adaptive import calibrate_cut
 from infmoe.eval.dials import grid
-from infmoe.eval.heldout import HeldOut
+from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.eval.sweep import evaluate_points
+from infmoe.hf import model_cost
+from infmoe.layers import PerLayer, Routing
 from infmoe.layers.moe import GATE_NORMS
 from infmoe.layers.point import Point
+from infmoe.layers.routing import Mode
 from infmoe.reproduce.plan import TUNING_SEED, RunSpec, Scale
 
 Points = list[dict[str, Any]]
 SAMPLES = (1, 2, 3, 4, 8, 16)
 KEEP_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0)
+RANK_DAMPINGS = (0.25, 0.5)
+CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
+_SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
+_CUT_WINDOWS = 64  # of training text
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 
 
@@ -59,7 +67,7 @@ def dials(context: Context) -> Points:
         points = grid(config, num_experts_per_tok=[k for k in (*SAMPLES, 6, 12) if k <= config.num_experts])
         return context.evaluate(sorted(points, key=lambda p: p.num_experts_per_tok or 0), windows)
     points = grid(config, keep_ratios=KEEP_RATIOS)
-    if config.sigma_activation != "none" and config.routing_mode != "mu":
+    if _draws(config):
         points += grid(config, num_samples=SAMPLES) + grid(config, mode="mu")
     return context.evaluate(list(dict.fromkeys(points)), windows)
 
@@ -76,7 +84,56 @@ def mask_scales(context: Context) -> Points:
     return _under(context, "mask_scale", ("fixed", "rms"), grid(context.model.config, keep_ratios=KEEP_RATIOS))
 
 
-def _under(context: Context, option: str, values: tuple[str, ...], points: list[Point]) -> Points:
+def rank_dampings(context: Context) -> Points:
+    """A discrete MoE beyond its k, the further experts damped before the gates are normalised (the α dial)."""
+    config = context.model.config
+    beyond = [k for k in SAMPLES if config.num_experts_per_tok < k <= config.num_experts]
+    return _under(context, "rank_damping", RANK_DAMPINGS, grid(config, num_experts_per_tok=beyond)) if beyond else []
+
+
+def modes(context: Context) -> Points:
+    """∞-MoE over K with samples that are spread better than independent ones."""
+    config = context.model.config
+    several = [k for k in SAMPLES if k > 1]
+    return context.evaluate([p for m in _SPREAD for p in grid(config, num_samples=several, mode=m)], _windows(context))
+
+
+def adaptive(context: Context) -> Points:
+    """∞-MoE with one sample, at a mean share of units that each token, or each layer, may deviate from.
+
+    "ratio": every token and layer keeps that share. "cut": each layer keeps what scores above a cut of its own, so
+    tokens differ. "one cut": one cut for all layers, so that layers differ too. "layers": every token keeps what
+    "one cut" keeps of that layer on average. Cuts are found on training text.
+    """
+    model, length = context.model, context.model.config.max_position_embeddings
+    batch_size = max(1, _BATCH_TOKENS // length)
+    one: dict[str, Any] = {"num_samples": 1} if _draws(model.config) else {}
+    found_on = HeldOut.from_data(context.data, length, _CUT_WINDOWS, "train")
+    judged_on = HeldOut.from_data(context.data, length, _windows(context))
+    rows: Points = []
+    for share in CUT_SHARES:
+        routings = {"ratio": Routing(keep_ratio=share, **one)}
+        for rule, per_layer in (("cut", True), ("one cut", False)):
+            cut = calibrate_cut(model, found_on, share, per_layer=per_layer, batch_size=batch_size, **one)
+            routings[rule] = Routing(score_cut=cut, **one)
+        shares = evaluate_loss(model, found_on, routings["one cut"], batch_size=batch_size).union_ratios()
+        routings["layers"] = Routing(keep_ratio=PerLayer(shares), **one)
+        for rule, routing in routings.items():
+            result = evaluate_loss(model, judged_on, routing, batch_size=batch_size)
+            unions = result.union_ratios()
+            cost = model_cost(model.config, routing, unions)
+            rows.append(
+                {"rule": rule, "share": share, "loss": result.loss, "flops_ideal": cost.flops_ideal}
+                | {"layer_shares": [round(union, 4) for union in unions]}
+            )
+    return rows
+
+
+def _windows(context: Context) -> int:
+    return context.spec.scale.dial_windows
+
+
+def _under(context: Context, option: str, values: Sequence[Any], points: list[Point]) -> Points:
     rows: Points = []
     for value in values:
         with _option(context.model, option, value):
@@ -86,7 +143,7 @@ def _under(context: Context, option: str, values: tuple[str, ...], points: list[
 
 
 @contextlib.contextmanager
-def _option(model: Any, option: str, value: str) -> Iterator[None]:
+def _option(model: Any, option: str, value: Any) -> Iterator[None]:
     """The model with an option of its layers changed."""
     layers = [block.mlp for block in model.transformer.h]
     before = [getattr(layer, option) for layer in layers]
@@ -111,10 +168,22 @@ def _has_dials(config: Any) -> bool:
     return config.ffn == "infinity" or (config.ffn == "moe" and config.expert_router == "learned")
 
 
+def _draws(config: Any) -> bool:
+    return config.sigma_activation != "none" and config.routing_mode != "mu"
+
+
 MEASURES: dict[str, Measure] = {
     "held_out": Measure(held_out, lambda config: True),
     "dials": Measure(dials, _has_dials),
     "gate_norms": Measure(gate_norms, lambda config: config.ffn == "moe" and config.expert_router == "learned"),
+    "rank_dampings": Measure(
+        rank_dampings,
+        lambda config: config.ffn == "moe" and config.expert_router == "learned" and config.num_experts > 4,
+    ),
+    "modes": Measure(modes, lambda config: config.ffn == "infinity" and _draws(config)),
+    "adaptive": Measure(
+        adaptive, lambda config: config.ffn == "infinity" and config.keep_ratio < 1 and config.mask_scale == "none"
+    ),
     "mask_scales": Measure(mask_scales, lambda config: config.ffn == "infinity" and config.keep_ratio < 1),
 }
 

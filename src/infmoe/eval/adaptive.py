@@ -1,0 +1,81 @@
+"""Compute by the token's need: the score cut that keeps a wanted share of the units on average.
+
+A unit below the cut adds little, for its score is the factor that its activation is multiplied by. So one cut for
+all tokens drops the same small contributions everywhere, where a fixed share drops much of one token and keeps the
+next one's crumbs.
+"""
+
+import math
+from typing import Any
+
+from infmoe.errors import InfMoEError
+from infmoe.eval.heldout import HeldOut, evaluate_loss
+from infmoe.layers import PerLayer, Routing
+
+_ROUNDS = 16
+_CLOSE = 0.005  # of the wanted share
+
+
+def calibrate_cut(
+    model: Any,
+    held_out: HeldOut,
+    share: float,
+    *,
+    num_samples: int | None = None,
+    per_layer: bool = True,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> float | PerLayer:
+    """The `Routing.score_cut` that keeps `share` of the units on average over these windows.
+
+    Calibrate on other text than the cut is judged on.
+
+    Args:
+        model: an ∞-MoE model, in eval mode.
+        held_out: windows.
+        share: of the units that a sample keeps, on average; in (0, 1).
+        num_samples: K; None: the model's own.
+        per_layer: a cut for each layer, each of which keeps `share`; False: one cut for all, which keep it together.
+        seed: of the noise.
+        batch_size: windows per forward pass.
+
+    Raises:
+        InfMoEError: a model without scores, a share out of range, or no cut that keeps about that share.
+    """
+    if model.config.ffn != "infinity":
+        raise InfMoEError(f"a model with ffn='{model.config.ffn}' has no scores to cut")
+    if not 0.0 < share < 1.0:
+        raise InfMoEError(f"the share to keep must lie in (0, 1), got {share}")
+    num_layers = model.config.num_hidden_layers
+    low, high = [-math.inf] * num_layers, [math.inf] * num_layers
+    cuts = [0.0] * num_layers
+    for _ in range(_ROUNDS):
+        routing = Routing(num_samples=num_samples, score_cut=PerLayer(cuts))
+        kept = _kept(model, held_out, routing, seed, batch_size)
+        if not per_layer:
+            kept = [sum(kept) / num_layers] * num_layers
+        if all(abs(k / share - 1.0) < _CLOSE for k in kept):
+            return PerLayer(cuts) if per_layer else cuts[0]
+        for i, k in enumerate(kept):
+            (low if k > share else high)[i] = cuts[i]
+            cuts[i] = _between(low[i], high[i])
+    raise InfMoEError(f"no cut keeps {share:g} of the units: the scores are all alike (nearest {min(kept):.3f})")
+
+
+def _between(low: float, high: float) -> float:
+    """The middle; where one end is not known yet, further out."""
+    if math.isinf(high):
+        return max(2.0 * low, low + 0.5)
+    if math.isinf(low):
+        return min(2.0 * high, high - 0.5)
+    return (low + high) / 2
+
+
+def _kept(model: Any, held_out: HeldOut, routing: Routing, seed: int, batch_size: int) -> list[float]:
+    """The share of the units that a sample keeps, of each layer."""
+    layers = evaluate_loss(model, held_out, routing, seed=seed, batch_size=batch_size).layers
+    samples = [1 if block.mlp.routing_mode == "mu" else block.mlp.num_samples for block in model.transformer.h]
+    K = [routing.num_samples if isinstance(routing.num_samples, int) else own for own in samples]
+    return [
+        float(stats.counts_U.sum() / stats.tokens / len(stats.counts_U)) / k for stats, k in zip(layers, K, strict=True)
+    ]

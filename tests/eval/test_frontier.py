@@ -1,0 +1,123 @@
+"""The frontier: what is measured, which schedules are found, and the command."""
+
+import json
+
+import pytest
+from helpers import tiny_model
+
+from infmoe.cli import main
+from infmoe.errors import InfMoEError
+from infmoe.eval.frontier import check_budgets, mark_frontier, schedules, token_times
+from infmoe.hf import model_cost
+from infmoe.hf.budget import PROFILE, Profile
+from infmoe.layers import Routing
+from infmoe.layers.point import Point, ratio_text
+
+
+@pytest.fixture(scope="module")
+def profile_dir(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("profile")
+    words = ["frontier", str(tiny_run.run), "--out", str(out), "--num-samples", "1,2", "--keep-ratio", "1/8,1/2"]
+    assert main([*words, "--windows", "8", "--rounds", "2", "--schedules", "2", "--budgets", "3"]) == 0
+    return out
+
+
+def test_the_command_measures_every_point_and_schedule(profile_dir, opened):
+    values = json.loads((profile_dir / PROFILE).read_text())
+    points = [Point.of(row) for row in values["points"]]
+    assert points[:5] == [Point(2, 0.25), Point(1, 0.125), Point(1, 0.5), Point(2, 0.125), Point(2, 0.5)]
+    assert [type(p.keep_ratio) for p in points[5:]] == [tuple] * len(points[5:])
+    assert all(p.num_samples == 1 and set(p.keep_ratio) == {0.125, 0.5} for p in points[5:])
+    assert [row["is_reference"] for row in values["points"]] == [True] + [False] * (len(points) - 1)
+    for row in values["points"]:
+        assert 0 < row["token_ms"] <= row["token_ms_p95"] < 1e4
+        assert row["tokens_timed"] >= 2 * 15
+    assert values["points"][0]["increase"] == 0.0
+    assert (profile_dir / "frontier.png").stat().st_size > 10_000
+    profile = Profile.load(profile_dir)
+    profile.check(opened.model)
+    assert [m.point for m in profile.points] == points
+    budgets = values["budgets"]
+    assert len(budgets) == 3
+    assert all(row["steps"] >= 200 and 0 <= row["met"] <= 1 for row in budgets)
+    assert {row["picked"] for row in budgets} <= {p.label() for p in points}
+
+
+def test_generate_picks_from_it(profile_dir, tiny_run, capsys):
+    words = ["generate", str(tiny_run.run), "--max-new-tokens", "3", "--profile", str(profile_dir)]
+    assert main([*words, "--max-loss-increase", "100"]) == 0
+    assert "that lose at most 100 nats the quickest" in capsys.readouterr().err
+    for more, named in (
+        (["--latency-budget-ms", "1e-6"], "the nearest is"),
+        (["--latency-budget-ms", "5", "--keep-ratio", "1/4"], "leave --keep-ratio out"),
+        (["--latency-budget-ms", "5", "--max-loss-increase", "1"], "either"),
+        ([], "--profile goes with"),
+    ):
+        assert main([*words, *more]) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_the_commands_mistakes_are_one_line(tiny_run, capsys, tmp_path):
+    for more, named in (
+        (["--num-experts-per-tok", "2"], "no dial 'num_experts_per_tok'"),
+        (["--num-samples", "0"], "num_samples must be"),
+        (["--keep-ratio", "2"], "keep_ratio must lie"),
+        (["--prompt-length", "31"], "--prompt-length must lie in 1 .. 29"),
+        (["--data", str(tmp_path)], "data"),
+    ):
+        assert main(["frontier", str(tiny_run.run), "--out", str(tmp_path / "out"), *more]) == 2
+        error = capsys.readouterr().err
+        assert named in error
+        assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out" / PROFILE).exists()
+
+
+def test_schedules_lower_the_cheapest_layer_first():
+    """Layers of known prices: the walk must follow them."""
+    model = tiny_model(num_hidden_layers=3)
+    price = (1.0, 5.0, 0.1)  # nats per unit of the ratio that a layer gives up
+
+    def evaluate(points):
+        return [{"loss": 3.0 + sum(p * (0.5 - r) for p, r in zip(price, q.keep_ratio, strict=True))} for q in points]
+
+    found = schedules(model, Point(1, 0.25), "keep_ratio", (0.125, 0.5, 0.25), 50, evaluate=evaluate)
+    ratios = [p.keep_ratio for p in found]
+    # from the dearest to the cheapest in FLOPs the walk is: layer 2 down, then layer 0, then layer 1
+    walk = [(0.5, 0.5, 0.25), (0.5, 0.5, 0.125), (0.25, 0.5, 0.125), (0.125, 0.5, 0.125), (0.125, 0.25, 0.125)]
+    assert ratios == walk[::-1]
+    few = schedules(model, Point(1, 0.25), "keep_ratio", (0.125, 0.5, 0.25), 2, evaluate=evaluate)
+    flops = [model_cost(model.config, p.routing()).flops_ideal for p in few]
+    assert len(few) == 2
+    assert flops == sorted(flops)
+    assert schedules(model, Point(1, 0.25), "keep_ratio", (0.25,), 2, evaluate=evaluate) == []
+
+
+def test_token_times_are_of_single_tokens_at_any_number_of_rows():
+    model = tiny_model()
+    settings = [{"routing": Routing(num_samples=k, max_stats_tokens=1)} for k in (1, 2)]
+    for rows in (1, 3):
+        times = token_times(model, settings, rows=rows, prompt_length=4, rounds=2)
+        assert [len(t) for t in times] == [32, 32] if rows == 1 else [len(t) >= 30 for t in times]
+        assert all(0 < ms < 1e4 for t in times for ms in t)
+    with pytest.raises(InfMoEError, match="shorter --prompt-length"):
+        token_times(model, settings, prompt_length=31, rounds=2)
+
+
+def test_budgets_are_checked_through_generate(profile_dir, opened):
+    rows = check_budgets(opened.model, Profile.load(profile_dir), count=2, steps=16, prompt_length=8)
+    assert [row["budget_ms"] for row in rows] == sorted(row["budget_ms"] for row in rows)
+    assert all(row["regret"] is None or -1 < row["regret"] < 1 for row in rows)
+
+
+def test_the_frontier_is_what_no_other_point_beats():
+    rows = [{"token_ms": t, "loss": x} for t, x in ((1, 5), (2, 4), (3, 4), (2, 4), (4, 1), (5, 2))]
+    mark_frontier(rows)
+    assert [row["on_frontier"] for row in rows] == [True, True, False, True, True, False]
+
+
+def test_points_survive_a_file():
+    for point in (Point(2, 0.25), Point(1, (0.25, 1 / 16)), Point(num_experts_per_tok=(1, 2)), Point(mode="mu")):
+        assert Point.of(json.loads(json.dumps(vars(point)))) == point
+    assert Point(1, (0.25, 1 / 16)).label() == "K=1 keep=1/4|1/16"
+    assert Point(num_experts_per_tok=(1, 2)).label() == "k=1|2"
+    assert ratio_text([0.3, 0.5]) == "0.3|1/2"
