@@ -61,17 +61,33 @@ def fake_values(spec: RunSpec, loss: float, **changes: Any) -> dict[str, Any]:
     if model.ffn == "infinity":
         curve |= {name: [value] * 16 for name, value in routing.items()}
         trained = {"num_samples": model.num_samples} if model.sigma_activation != "none" else {}
-        ratios = [{**trained, "keep_ratio": r, "loss": loss + abs(r - 0.25)} for r in (0.125, 0.25, 0.5)]
-        samples = [{"num_samples": k, "keep_ratio": model.keep_ratio, "loss": loss + 0.01 / k} for k in (1, 2, 4, 8)]
+        ratios = [{**trained, "keep_ratio": r, "loss": loss + 1e-4 * abs(r - 0.25)} for r in (1 / 16, 0.125, 0.25, 0.5)]
+        samples = [{"num_samples": k, "keep_ratio": model.keep_ratio, "loss": loss + 1e-4 / k} for k in (1, 2, 4, 8)]
         both = {row["keep_ratio"]: row for row in ratios if row["keep_ratio"] != model.keep_ratio or not trained}
         points = [*both.values(), *(samples if trained else [])]
         figures = {"overlap_ratio": 0.8, "union_ratio": 0.3, "sigma_to_mu": 0.3}
         mean = [{"mode": "mu", "keep_ratio": model.keep_ratio, "loss": loss + 0.002}] if trained else []
-        measures["dials"] = [row | figures for row in points + mean]
+        measures["dials"] = [row | figures | {"flops_ideal": 10**6} for row in points + mean]
+        rules = (("ratio", 0.0), ("cut", 0.01), ("one cut", -0.01), ("layers", -0.02))
+        shares = (1 / 16, 1 / 8, 1 / 4)
+        measures["adaptive"] = [{"rule": r, "share": s, "loss": loss + d} for s in shares for r, d in rules]
+        if trained:
+            spread = [("antithetic", 0.003), ("qmc", 0.004)]
+            measures["modes"] = [
+                {"mode": mode, "num_samples": k, "keep_ratio": 0.25, "loss": loss + gap / k}
+                for mode, gap in spread
+                for k in (2, 4, 8)
+            ]
         measures["mask_scales"] = [{"mask_scale": rule, **row} for rule in ("fixed", "rms") for row in ratios]
     elif model.ffn == "moe" and model.expert_router == "learned":
-        rows = [{"num_experts_per_tok": k, "loss": loss + 0.02 * abs(k - 2)} for k in (1, 2, 3, 4)]
+        own = model.num_experts_per_tok
+        ks = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= model.num_experts]
+        slope = 0.002 if model.ideal_experts_per_tok else 0.02
+        rows = [{"num_experts_per_tok": k, "loss": loss + slope * abs(k - own), "flops_ideal": 10**5 * k} for k in ks]
         measures["dials"] = rows
+        beyond = [row for row in rows if row["num_experts_per_tok"] > own]
+        if beyond and model.num_experts > 4:
+            measures["rank_dampings"] = [{"rank_damping": a, **row} for a in (0.25, 0.5) for row in beyond]
         measures["gate_norms"] = [{"gate_norm": norm, **row} for norm in ("selected", "all", "trained") for row in rows]
     return {
         "config": config.to_dict(),

@@ -7,6 +7,7 @@ from pathlib import Path
 from infmoe.errors import InfMoEError
 from infmoe.reproduce import curves, tables
 from infmoe.reproduce.controls import controls
+from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import SCALES, TUNING_SEED, Scale, groups
 from infmoe.reproduce.section import Section, markdown_table
@@ -22,6 +23,7 @@ SECTIONS: dict[str, Callable[[Store, Gallery], Section]] = {
     "figure3": curves.figure3,
     "figure4": curves.figure4,
     "controls": controls,
+    "elastic": elastic,
 }
 _TITLE = "# Evidence"
 _INTRODUCTION = """\
