@@ -33,7 +33,7 @@ ExpertsOption = Annotated[
 ]
 ModeOption = Annotated[
     str | None,
-    typer.Option("--mode", help="sample, mu (z = mu, deterministic) or antithetic; default: the model's."),
+    typer.Option("--mode", help="sample, mu (z = mu, deterministic), antithetic or qmc; default: the model's."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the routing noise.")]
 WindowsOption = Annotated[int, typer.Option("--windows", min=2, help="Held-out windows of the model's context.")]
