@@ -15,6 +15,7 @@ from infmoe.data import TokenData
 from infmoe.eval.loading import open_model
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import InfinityFFN, NoiseKey, Routing
+from infmoe.layers.mask_weights import num_kept
 from infmoe.layers.router import Indices
 from infmoe.ops.masked_ffn import eager
 from infmoe.train import run
@@ -75,7 +76,7 @@ def _evaluate(model: InfMoEForCausalLM, tokens_BT: torch.Tensor, dtype: str) -> 
 
     def record(layer: InfinityFFN) -> Callable[..., None]:
         def hook(router: torch.nn.Module, inputs: object, indices: Indices) -> None:
-            kept.append(eager.select(layer._scores(indices.z_BTKZ), layer._num_kept((layer.keep_ratio,))).bool())
+            kept.append(eager.select(layer._scores(indices.z_BTKZ), num_kept((layer.keep_ratio,), layer.num_units)).bool())
 
         return hook
 

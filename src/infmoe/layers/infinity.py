@@ -6,7 +6,7 @@ K samples, Z index dimensions, N tokens that the statistics look at.
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.activations import activation, ffn_width
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
-from infmoe.layers.gaussian import kept_second_moment, mean_mask_second_moment
+from infmoe.layers.gaussian import mean_mask_second_moment
 from infmoe.layers.linear import Linear
+from infmoe.layers.mask_weights import (
+    MASK_SCALES,
+    Dials,
+    MaskScale,
+    num_kept,
+    per_row,
+    sample_weights,
+)
 from infmoe.layers.metrics import RoutingStats, stats_stride
 from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation
 from infmoe.layers.routing import MODES, Mode, NoiseKey, PerLayer, Routing, check_keep_ratio, check_num_samples
@@ -26,28 +34,8 @@ from infmoe.ops.masked_ffn import compiled, eager, few_tokens, fused
 from infmoe.ops.masked_ffn.result import SELECTIONS, MaskStats, MeanMask, Selection, counted, unpacked
 from infmoe.ops.noise import noise_key
 
-MaskScale = Literal["none", "fixed", "rms"]
-MASK_SCALES: tuple[MaskScale, ...] = ("none", "fixed", "rms")
-Ints = tuple[int, ...]
-Floats = tuple[float, ...]
 Products = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # W1 x and W3 x, each with its bias, if any
 SCORE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Dials(NamedTuple):
-    """What one call of one layer runs with.
-
-    Attributes:
-        num_samples: K; one value for all rows or one per row.
-        keep_ratios: likewise.
-        mode: how the K samples are drawn.
-        score_cut: keep what scores at least this instead of a share, or None.
-    """
-
-    num_samples: Ints
-    keep_ratios: Floats
-    mode: Mode
-    score_cut: float | None
 
 
 @final
@@ -248,8 +236,8 @@ class InfinityFFN(ConditionalFFN):
             noise_key(**self._noise_coordinates(x_BTD, routing)),
             K,
             (self.w_z.weight, self.w_z.bias),
-            self._num_kept(dials.keep_ratios),
-            None if even else self._weights(K, x_BTD.device, None, dials),
+            num_kept(dials.keep_ratios, self.num_units),
+            None if even else self._weights(x_BTD.device, None, dials),
             count_every=count_every,
             selection=self.selection,
             score_dtype=self._rounded_to,
@@ -308,11 +296,11 @@ class InfinityFFN(ConditionalFFN):
         """Selection and gating fused on the GPU, between products that skip nothing."""
         B, T, K, _ = z_BTKZ.shape
         scores_BTKU = self._scores(z_BTKZ)
-        weight_NK = self._weights(K, x_BTD.device, scores_BTKU, dials).expand(B, T, K).flatten(0, 1)
+        weight_NK = self._weights(x_BTD.device, scores_BTKU, dials).expand(B, T, K).flatten(0, 1)
         pre_BTF = self.w1(x_BTD)
         gate_NF = self.w3(x_BTD).flatten(0, 1) if self.w3 is not None else None
-        num_kept = self._num_kept(dials.keep_ratios)
-        rows = [torch.full((B * T // len(num_kept),), n, dtype=torch.int32, device=x_BTD.device) for n in num_kept]
+        kept = num_kept(dials.keep_ratios, self.num_units)
+        rows = [torch.full((B * T // len(kept),), n, dtype=torch.int32, device=x_BTD.device) for n in kept]
         selected = (scores_BTKU.flatten(0, 1), torch.cat(rows), weight_NK.detach())
         statistical = self.selection == "statistical"
         if _is_plain(self.w2):
@@ -330,24 +318,24 @@ class InfinityFFN(ConditionalFFN):
         return y_ND.view(x_BTD.shape), counted(kept_NKU, weight_NK[looked])
 
     def _eager_mask(self, scores_BTKU: Tensor, dials: Dials, count_every: int) -> MeanMask:
-        weight_BTK = self._weights(scores_BTKU.shape[2], scores_BTKU.device, scores_BTKU, dials)
+        weight_BTK = self._weights(scores_BTKU.device, scores_BTKU, dials)
         if dials.score_cut is not None:
             return eager.mean_cut_mask(scores_BTKU, dials.score_cut, weight_BTK, count_every)
-        num_kept = self._num_kept(dials.keep_ratios)
-        return eager.mean_top_mask(scores_BTKU, num_kept, weight_BTK, count_every, self.selection)
+        kept = num_kept(dials.keep_ratios, self.num_units)
+        return eager.mean_top_mask(scores_BTKU, kept, weight_BTK, count_every, self.selection)
 
     def _fused_mask(self, z_BTKZ: Tensor, dials: Dials, count_every: int, dtype: torch.dtype) -> MeanMask:
         if dials.score_cut is not None:
             mask = self._eager_mask(self._scores(z_BTKZ), dials, count_every)
             return mask._replace(mask_BTU=mask.mask_BTU.to(dtype))
-        num_kept = self._num_kept(dials.keep_ratios)
+        kept = num_kept(dials.keep_ratios, self.num_units)
         if _is_plain(self.w_z) and not self._scale_needs_scores(dials):
-            weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, None, dials)
+            weight_BTK = self._weights(z_BTKZ.device, None, dials)
             return fused.top_mask(
                 z_BTKZ,
                 self.w_z.weight,
                 self.w_z.bias,
-                num_kept,
+                kept,
                 weight_BTK,
                 count_every=count_every,
                 selection=self.selection,
@@ -355,9 +343,9 @@ class InfinityFFN(ConditionalFFN):
                 mask_dtype=dtype,
             )
         scores_BTKU = self._scores(z_BTKZ)
-        weight_BTK = self._weights(z_BTKZ.shape[2], z_BTKZ.device, scores_BTKU, dials)
+        weight_BTK = self._weights(z_BTKZ.device, scores_BTKU, dials)
         return fused.top_mask_of_scores(
-            scores_BTKU, num_kept, weight_BTK, count_every=count_every, selection=self.selection, mask_dtype=dtype
+            scores_BTKU, kept, weight_BTK, count_every=count_every, selection=self.selection, mask_dtype=dtype
         )
 
     def _backend(self, x_BTD: Tensor, routing: Routing, dials: Dials) -> str:
@@ -422,16 +410,13 @@ class InfinityFFN(ConditionalFFN):
         cut = routing.score_cut
         if cut is not None and self.mask_scale != "none":
             raise InfMoEError(f"score_cut keeps no fixed ratio, which mask_scale={self.mask_scale!r} scales by")
-        num_samples = _per_row(routing.num_samples, self.num_samples)
-        keep_ratios = _per_row(routing.keep_ratio, self.keep_ratio)
+        num_samples = per_row(routing.num_samples, self.num_samples)
+        keep_ratios = per_row(routing.keep_ratio, self.keep_ratio)
         for name, dial in (("num_samples", num_samples), ("keep_ratio", keep_ratios)):
             if len(dial) not in (1, batch_size):
                 raise InfMoEError(f"{name} has {len(dial)} values for a batch of {batch_size} rows: give one per row")
         assert not isinstance(cut, PerLayer)  # `at_layer` took it apart
         return Dials((1,) if mode == "mu" else num_samples, keep_ratios, mode, cut)
-
-    def _num_kept(self, keep_ratios: Floats) -> Ints:
-        return tuple(max(1, round(ratio * self.num_units)) for ratio in keep_ratios)
 
     def _draw(self, x_BTD: Tensor, routing: Routing, dials: Dials) -> Indices:
         """Expert indices of every token: sampled (Eq. 5), or the mean."""
@@ -484,35 +469,16 @@ class InfinityFFN(ConditionalFFN):
     def _scale_needs_scores(self, dials: Dials) -> bool:
         return self.mask_scale == "rms" and any(ratio != self.keep_ratio for ratio in dials.keep_ratios)
 
-    def _weights(self, K: int, device: torch.device, scores_BTKU: Tensor | None, dials: Dials) -> Tensor:
-        """Each sample's weight in the mean mask, float32, broadcastable to (B, T, K)."""
-        num_samples, keep_ratios = dials.num_samples, dials.keep_ratios
-        if len(num_samples) == 1:
-            weight_BTK = torch.full((1, 1, K), 1.0 / K, dtype=torch.float32, device=device)
-        else:
-            weights = [[1.0 / k if i < k else 0.0 for i in range(K)] for k in num_samples]
-            weight_BTK = torch.tensor(weights, dtype=torch.float32, device=device)[:, None]
-        if self.mask_scale == "none" or all(ratio == self.keep_ratio for ratio in keep_ratios):
-            return weight_BTK
-        if self.mask_scale == "fixed":
-            trained = kept_second_moment(self.keep_ratio)
-            factors = [math.sqrt(trained / kept_second_moment(ratio)) for ratio in keep_ratios]
-            return weight_BTK * torch.tensor(factors, dtype=torch.float32, device=device)[:, None, None]
-        assert scores_BTKU is not None
-        scores_BTKU = scores_BTKU.detach()
-        one = torch.ones((1, 1, 1), dtype=torch.float32, device=device)
-
-        def mask_norm_BTK(ratios: Floats) -> Tensor:
-            # one sample at a time: the norm of its own mask, not of the mean
-            masks = [
-                eager.mean_top_mask(
-                    scores_BTKU[:, :, k : k + 1], self._num_kept(ratios), one, selection=self.selection
-                ).mask_BTU
-                for k in range(K)
-            ]
-            return torch.stack([mask.norm(dim=-1) for mask in masks], dim=-1)
-
-        return weight_BTK * mask_norm_BTK((self.keep_ratio,)) / mask_norm_BTK(keep_ratios).clamp_min(1e-12)
+    def _weights(self, device: torch.device, scores_BTKU: Tensor | None, dials: Dials) -> Tensor:
+        """Each sample's weight in the mean mask (see `sample_weights`)."""
+        return sample_weights(
+            dials,
+            trained_ratio=self.keep_ratio,
+            mask_scale=self.mask_scale,
+            device=device,
+            scores_BTKU=scores_BTKU,
+            selection=self.selection,
+        )
 
     @torch.no_grad()
     def _spread_stats(self, indices: Indices, count_every: int) -> tuple[Tensor, Tensor]:
@@ -530,8 +496,8 @@ class InfinityFFN(ConditionalFFN):
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
         routing = (routing or Routing()).at_layer(self.layer_index)
         dials = self._dials(routing, batch_size=1)
-        (num_samples,), (num_kept,) = dials.num_samples, self._num_kept(dials.keep_ratios)
-        kept = num_kept / self.num_units
+        (num_samples,), (kept_units,) = dials.num_samples, num_kept(dials.keep_ratios, self.num_units)
+        kept = kept_units / self.num_units
         if dials.score_cut is not None:
             if union_ratio is None:
                 raise InfMoEError("what a score_cut keeps is known only once measured: give union_ratio")
@@ -581,9 +547,3 @@ def _is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
-
-
-def _per_row(dial: Any, default: Any) -> tuple:
-    """The dial, or the default, as one value for all rows or one per row."""
-    value = default if dial is None else dial
-    return value if isinstance(value, tuple) else (value,)
