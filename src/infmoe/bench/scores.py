@@ -76,7 +76,8 @@ def _evaluate(model: InfMoEForCausalLM, tokens_BT: torch.Tensor, dtype: str) -> 
 
     def record(layer: InfinityFFN) -> Callable[..., None]:
         def hook(router: torch.nn.Module, inputs: object, indices: Indices) -> None:
-            kept.append(eager.select(layer._scores(indices.z_BTKZ), num_kept((layer.keep_ratio,), layer.num_units)).bool())
+            own = num_kept((layer.keep_ratio,), layer.num_units)
+            kept.append(eager.select(layer._scores(indices.z_BTKZ), own).bool())
 
         return hook
 
