@@ -329,6 +329,7 @@ def evaluate(
                     f"{option} is for the held-out loss: leave it out of --tasks (--data-dir has their files)"
                 )
         from infmoe.eval.zero_shot import run as zero_shot
+        from infmoe.eval.zero_shot import show
 
         if out is not None:
             from infmoe.provenance import require_writable
@@ -346,10 +347,10 @@ def evaluate(
             mode=mode,
             out=out,
             say=lambda line: print(line, file=sys.stderr),
+            show=lambda result: print(json.dumps(result) if as_json else show.table(result), flush=True),
         )
-        print(json.dumps(scored) if as_json else zero_shot.table(scored))
         if out is not None:
-            picture = zero_shot.plot(scored, out / zero_shot.PICTURE)
+            picture = show.plot(scored, out / show.PICTURE)
             if not as_json:
                 print(f"\npicture: {picture}\nfigures: {out / zero_shot.RESULTS}")
         return
