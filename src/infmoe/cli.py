@@ -544,6 +544,10 @@ def reproduce(
     work: Annotated[Path, typer.Option("--work", help="For what is unfinished, and for models.")] = Path(
         "runs/reproduce"
     ),
+    tasks: Annotated[
+        Path | None,
+        typer.Option("--tasks-dir", help="Score the models on the zero-shot tasks whose files lie in this folder too."),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side; each gets its share of cores.")] = 1,
     hours: Annotated[float | None, typer.Option("--hours", help="Stop then; a run in progress goes on later.")] = None,
     launch: Annotated[
@@ -558,7 +562,9 @@ def reproduce(
     """Train what a table or figure of the paper needs, skip what is done, and show it beside the paper's."""
     from infmoe.reproduce.command import Request, run_request
 
-    request = Request(name, scale, seeds, corpus, data_dir, out, work, jobs, hours, launch, smoke, dry_run, worker)
+    request = Request(
+        name, scale, seeds, corpus, data_dir, out, work, jobs, hours, launch, smoke, dry_run, worker, tasks
+    )
     raise typer.Exit(run_request(request))
 
 

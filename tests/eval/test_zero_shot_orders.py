@@ -11,12 +11,12 @@ from zero_shot_helpers import model_of, opened_with, requests, write_files
 
 pytest.importorskip("lm_eval", reason="the `eval` extra is not installed")
 
-from infmoe.eval.dials import Point
 from infmoe.eval.zero_shot import harness, scoring
 from infmoe.eval.zero_shot.items import score_items
 from infmoe.eval.zero_shot.local import read_local
 from infmoe.eval.zero_shot.tasks import columns_named
 from infmoe.layers import NoiseKey, Routing
+from infmoe.layers.point import Point
 
 SAMPLED = Point(num_samples=4, keep_ratio=0.25)
 # model, point, tolerance: what a unit that flips may move
