@@ -124,6 +124,13 @@ def test_half_the_results_make_a_page_too(store, mini):
         render_section(name, store)
 
 
+def test_the_rivals_alone_make_a_page_too(store, mini):
+    fill(store, {"moe": 3.6}, mini.tokens, seeds=1)
+    page = render_page(store.folder.parent.parent)
+    assert "∞-MoE with d_z = 64, K = 2, keep ratio 0.25" in page
+    assert "3.601" in page
+
+
 def test_a_verdict_needs_an_interval_that_leaves_0_out(store, mini):
     fill(store, {"infinity": 3.4}, mini.tokens)
     for spec in store.tuning(mini.arm("moe")):
