@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from infmoe.hf import InfMoEConfig, model_cost
-from infmoe.reproduce.measures import settings
+from infmoe.reproduce.measures import TASK_KEEP_RATIOS, TASK_SAMPLES, settings, task_settings
 from infmoe.reproduce.plan import SCALES, RunSpec
 from infmoe.reproduce.store import Store
 
@@ -22,6 +22,7 @@ MINI = dataclasses.replace(
     side_seeds=2,
     windows=16,
     dial_windows=8,
+    task_items=4,
     settings=(
         *("model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2"),
         *("model.max_position_embeddings=32", "batch_tokens=256", "micro_batch_size=8", "checkpoint.every=2"),
@@ -38,6 +39,10 @@ DATA = {
 }
 
 
+TASK_FILES = {"boolq.jsonl": "e" * 64}
+TASKS = ("BoolQ", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA", "SAT-en")
+
+
 @cache
 def _built(model: str) -> tuple[Any, dict[str, int]]:
     """A model's configuration and what it costs."""
@@ -50,8 +55,34 @@ def spec_of(store: Store, arm: str = "infinity", seed: int = 1, *, tokens: int |
     return RunSpec(store.scale, store.scale.arm(arm), tokens or store.scale.tokens, lr, seed)
 
 
-def fake_values(spec: RunSpec, loss: float, **changes: Any) -> dict[str, Any]:
-    """A run's file, as if it had been trained to this loss."""
+def fake_scores(spec: RunSpec, model: Any, loss: float) -> list[dict[str, Any]]:
+    """Zero-shot scores: the better the loss the better they are, and better with more samples and neurons."""
+    points: list[dict[str, Any]] = [{}]
+    if model.ffn == "infinity":
+        trained = {"num_samples": model.num_samples} if model.sigma_activation != "none" else {}
+        points = [trained | {"keep_ratio": model.keep_ratio}]
+        if spec.arm.name == "infinity":
+            keep = model.keep_ratio
+            points += [{"num_samples": k, "keep_ratio": keep} for k in TASK_SAMPLES if k != model.num_samples]
+            points += [{"num_samples": model.num_samples, "keep_ratio": r} for r in TASK_KEEP_RATIOS if r != keep]
+            points += [{"mode": "mu", "keep_ratio": keep}]
+    elif model.ffn == "moe":
+        points = [{"num_experts_per_tok": model.num_experts_per_tok}]
+        if spec.arm.name == "moe":
+            points += [{"num_experts_per_tok": k} for k in (1, 3, 4)]
+    rows = []
+    for point in points:
+        gain = 0.01 * point.get("num_samples", 0) + 0.1 * point.get("keep_ratio", 0)
+        for i, task in enumerate(TASKS):
+            acc, margin = 0.5 - 0.05 * loss + 0.01 * i + gain, 4.0 - loss + 0.1 * i + gain
+            figures = {"items": 4, "acc": acc, "acc_se": 0.02, "acc_norm": acc, "acc_norm_se": 0.02}
+            interval = {"margin_low": margin - 0.2, "margin_high": margin + 0.2}
+            rows.append({"task": task, **point, **figures, "margin": margin, "margin_se": 0.1, **interval})
+    return rows
+
+
+def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: Any) -> dict[str, Any]:
+    """A run's file, as if it had been trained to this loss, and scored on tasks unless told otherwise."""
     config = spec.config()
     model, cost = _built(json.dumps(config.model))
     routing = {"entropy": 0.9, "effective_units": 500.0, "dead_ratio": 0.01, "sigma_to_mu": 0.3, "overlap_ratio": 0.8}
@@ -89,6 +120,10 @@ def fake_values(spec: RunSpec, loss: float, **changes: Any) -> dict[str, Any]:
         if beyond and model.num_experts > 4:
             measures["rank_dampings"] = [{"rank_damping": a, **row} for a in (0.25, 0.5) for row in beyond]
         measures["gate_norms"] = [{"gate_norm": norm, **row} for norm in ("selected", "all", "trained") for row in rows]
+    measured_with = settings(spec.scale)
+    if spec.seed and tasks:
+        measures["zero_shot"] = fake_scores(spec, model, loss)
+        measured_with["zero_shot"] = task_settings(spec.scale, TASK_FILES)
     return {
         "config": config.to_dict(),
         "data": DATA,
@@ -96,12 +131,12 @@ def fake_values(spec: RunSpec, loss: float, **changes: Any) -> dict[str, Any]:
         "seconds": 1.0,
         "curve": curve,
         "measures": measures,
-        "measured_with": settings(spec.scale),
+        "measured_with": measured_with,
         "provenance": {"machine": {"cpu": "a processor"}, "versions": {"torch": "2"}},
     } | changes
 
 
-def fill(store: Store, losses: dict[str, float], tokens: int, seeds: int = 3) -> None:
+def fill(store: Store, losses: dict[str, float], tokens: int, seeds: int = 3, *, tasks: bool = True) -> None:
     """Runs of these arms at these losses, a little different from seed to seed, tuning runs too."""
     for arm_name, loss in losses.items():
         arm = store.scale.arm(arm_name)
@@ -109,4 +144,5 @@ def fill(store: Store, losses: dict[str, float], tokens: int, seeds: int = 3) ->
             store.put(spec, fake_values(spec, loss + 1.0 - 0.1 * i))
         for seed in range(1, 1 + seeds):
             spec = spec_of(store, arm_name, seed, tokens=tokens)
-            store.put(spec, fake_values(spec, loss + 0.001 * seed + 0.0005 * (seed == 2) * (arm_name == "moe")))
+            own = loss + 0.001 * seed + 0.0005 * (seed == 2) * (arm_name == "moe")
+            store.put(spec, fake_values(spec, own, tasks=tasks))

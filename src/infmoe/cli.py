@@ -329,6 +329,7 @@ def evaluate(
                     f"{option} is for the held-out loss: leave it out of --tasks (--data-dir has their files)"
                 )
         from infmoe.eval.zero_shot import run as zero_shot
+        from infmoe.eval.zero_shot import show
 
         if out is not None:
             from infmoe.provenance import require_writable
@@ -346,10 +347,10 @@ def evaluate(
             mode=mode,
             out=out,
             say=lambda line: print(line, file=sys.stderr),
+            show=lambda result: print(json.dumps(result) if as_json else show.table(result), flush=True),
         )
-        print(json.dumps(scored) if as_json else zero_shot.table(scored))
         if out is not None:
-            picture = zero_shot.plot(scored, out / zero_shot.PICTURE)
+            picture = show.plot(scored, out / show.PICTURE)
             if not as_json:
                 print(f"\npicture: {picture}\nfigures: {out / zero_shot.RESULTS}")
         return
@@ -543,6 +544,10 @@ def reproduce(
     work: Annotated[Path, typer.Option("--work", help="For what is unfinished, and for models.")] = Path(
         "runs/reproduce"
     ),
+    tasks: Annotated[
+        Path | None,
+        typer.Option("--tasks-dir", help="Score the models on the zero-shot tasks whose files lie in this folder too."),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side; each gets its share of cores.")] = 1,
     hours: Annotated[float | None, typer.Option("--hours", help="Stop then; a run in progress goes on later.")] = None,
     launch: Annotated[
@@ -557,7 +562,9 @@ def reproduce(
     """Train what a table or figure of the paper needs, skip what is done, and show it beside the paper's."""
     from infmoe.reproduce.command import Request, run_request
 
-    request = Request(name, scale, seeds, corpus, data_dir, out, work, jobs, hours, launch, smoke, dry_run, worker)
+    request = Request(
+        name, scale, seeds, corpus, data_dir, out, work, jobs, hours, launch, smoke, dry_run, worker, tasks
+    )
     raise typer.Exit(run_request(request))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from infmoe.errors import InfMoEError
 
-PACKAGES = ("infmoe", "torch", "transformers", "accelerate", "numpy", "tokenizers", "safetensors")
+PACKAGES = ("infmoe", "torch", "transformers", "accelerate", "numpy", "tokenizers", "safetensors", "lm_eval")
 
 
 def versions() -> dict[str, str]:

@@ -1,70 +1,33 @@
-"""Zero-shot scoring: against a plain scorer, against lm-eval's own model, over batches, orders, seeds and files."""
+"""Zero-shot scoring: against a plain scorer, against lm-eval's own model, over seeds and files."""
 
-import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import MODEL_SETTINGS
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 pytest.importorskip("lm_eval", reason="the `eval` extra is not installed")
 
+from zero_shot_helpers import expected_likelihoods, model_of, opened_with, plain_score, requests, write_files
+
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
-from infmoe.eval.loading import Opened, open_model
-from infmoe.eval.zero_shot import harness, run
+from infmoe.eval.zero_shot import harness, items, run, scoring
 from infmoe.eval.zero_shot.local import read_local
 from infmoe.eval.zero_shot.scoring import Request, score
 from infmoe.eval.zero_shot.tasks import ALL, COLUMNS, SAT, columns_named
-from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
-from infmoe.layers import NoiseKey, Routing
+from infmoe.hf import InfMoEForCausalLM
+from infmoe.layers import Routing
 
 # The real files, where they lie beside the project or where the environment says.
 BENCH = Path(os.environ.get("INFMOE_BENCH_DATA", Path(__file__).parents[3] / "shared" / "data" / "bench"))
 WINDOW = 32
-
-
-def plain_score(model, context, continuation, stream, seed=0, routing=None):
-    """One continuation alone: the whole text in one row, no batch, no sharing; float64 from the logits on."""
-    window = model.config.max_position_embeddings
-    if len(continuation) > window:  # in pieces of half a window
-        half, total = window // 2, 0.0
-        for start in range(0, len(continuation), half):
-            before = [*context, *continuation[:start]]
-            total += plain_score(model, before, continuation[start : start + half], stream, seed, routing)
-        return total
-    tokens = (list(context) + list(continuation))[-(window + 1) :]
-    key = NoiseKey(seed=seed, stream=torch.tensor([stream]))
-    with torch.no_grad():
-        given = dataclasses.replace(routing or Routing(), key=key)
-        logits = model(input_ids=torch.tensor([tokens[:-1]]), routing=given).logits[0].double()
-    likelihoods = logits.log_softmax(-1)[-len(continuation) :]
-    return float(sum(row[token] for row, token in zip(likelihoods, continuation, strict=True)))
-
-
-def model_of(ffn, seed=0, **options):
-    torch.manual_seed(seed)
-    settings = {s.partition("=")[0].removeprefix("model."): json.loads(s.partition("=")[2]) for s in MODEL_SETTINGS}
-    extra = {"z_dim": 8} if ffn == "infinity" else {}
-    return InfMoEForCausalLM(InfMoEConfig(**{**settings, "ffn": ffn, **extra, **options})).eval()
-
-
-def requests(count=60, seed=0):
-    """Several continuations a context; contexts longer than the window, one-token continuations among them."""
-    draw = random.Random(seed)
-    made = []
-    for item in range(count):
-        context = tuple(draw.randrange(320) for _ in range(draw.choice((1, 3, 12, 31, 32, 50))))
-        for _ in range(draw.randrange(1, 5)):
-            length = draw.choice((1, 1, 2, 5, 9, 32, 33, 70))
-            made.append(Request(context, tuple(draw.randrange(320) for _ in range(length)), item))
-    return made
 
 
 FFNS = {"dense": {}, "infinity": {}, "moe": {"intermediate_size": 96}, "switch": {}}
@@ -113,6 +76,32 @@ def test_the_dials_reach_the_model():
         assert found[0].log_likelihood == pytest.approx(expected, abs=1e-3)
 
 
+def test_logits_are_made_for_a_few_positions_of_the_answers_at_a_time(monkeypatch):
+    model, asked = model_of("dense"), requests()
+    expected = score(model, asked)
+    seen = []
+    model.lm_head.register_forward_hook(lambda head, given, made: seen.append(tuple(made.shape)))
+    assert score(model, asked) == expected
+    whole = sum(rows for rows, _ in seen)
+    assert whole == sum(len(request.continuation) for request in asked)
+    seen.clear()
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", 320 * 5 + 319)
+    few = score(model, asked)
+    assert max(seen) == (5, 320)
+    assert sum(rows for rows, _ in seen) == whole
+    for one, other in zip(few, expected, strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-5)
+        assert one.greedy == other.greedy
+
+
+def test_the_mask_is_made_where_the_model_is():
+    branch_BT = torch.tensor([[-1, -1, 0, 1, -2]], device="meta")
+    assert scoring._mask(branch_BT, torch.float32).device.type == "meta"
+    seen = scoring._mask(torch.tensor([[-1, -1, 0, 1, -2]]), torch.float32)[0, 0] == 0
+    rows = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 1]]
+    assert seen.int().tolist() == rows
+
+
 def test_greedy_is_what_generation_would_choose():
     model = model_of("dense")
     context = (5, 6, 7)
@@ -141,68 +130,9 @@ def test_what_can_t_be_scored_is_named(request_, words):
 # ---- Through lm-eval ------------------------------------------------------------------------------------------------
 
 
-def write_files(folder):
-    """A few items of every local task, in their files' layouts."""
-    folder.mkdir()
-    words = ["ab", "cde", "fgh", "ha", "bead", "cab", "gef", "dah"]
-    draw = random.Random(0)
-
-    def text(count):
-        return " ".join(draw.choice(words) for _ in range(count))
-
-    def jsonl(name, docs):
-        (folder / name).write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-
-    for name, stem in (("arc_easy", "Question: "), ("arc_challenge", "Question: "), ("openbook_qa", "")):
-        docs = [
-            {"query": stem + text(6) + f" {i}", "choices": [text(1 + j) for j in range(4)], "gold": i % 4}
-            for i in range(9)
-        ]
-        jsonl(f"{name}.jsonl", docs)
-    boolq = [
-        {"query": f"Passage: {text(40)}\nQuestion: is {text(2)} {i}", "choices": ["no", "yes"], "gold": i % 2}
-        for i in range(9)
-    ]
-    jsonl("boolq.jsonl", boolq)
-    sat = [{"query": text(50) + "\nAnswer:", "choices": list("ABCD"), "gold": i % 4} for i in range(9)]
-    jsonl("agi_eval_sat_en.jsonl", sat)
-    winogrande = [
-        {"context_options": [f"{i} {text(5)} ab", f"{i} {text(5)} cab"], "continuation": text(3), "gold": i % 2}
-        for i in range(9)
-    ]
-    jsonl("winogrande.jsonl", winogrande)
-    lines = [line for i in range(9) for line in (f"{text(8)} {i}", str(i % 4), *(text(3 + j) for j in range(4)))]
-    (folder / "hellaswag_val.txt").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("bench") / "files")
-
-
-def opened_with(model, tiny_run):
-    """A model with the tiny run's tokenizer."""
-    opened = open_model(tiny_run.run)
-    model.config.eos_token_id = opened.model.config.eos_token_id
-    return Opened(model, opened.checkpoint)
-
-
-def expected_likelihoods(model, tokenizer, task, doc_id, doc):
-    """As lm-eval splits texts into tokens, and then plainly."""
-    stream = harness.stream_of(type("I", (), {"task_name": task, "doc_id": doc_id}))
-    several = len(doc["contexts"]) > 1
-    pairs = [
-        (context, continuation)
-        for context in doc["contexts"]
-        for continuation in (doc["continuations"] if not several else doc["continuations"][:1])
-    ]
-    values = []
-    for context, continuation in pairs:
-        start = len(tokenizer.encode(context, add_special_tokens=False))
-        whole = tokenizer.encode(context + continuation, add_special_tokens=False)
-        values.append(plain_score(model, whole[:start], whole[start:], stream))
-    return values
 
 
 def check_against_plain(model, tiny_run, folder, limit, tolerance):
@@ -215,7 +145,7 @@ def check_against_plain(model, tiny_run, folder, limit, tolerance):
         right = []
         for sample in samples:
             doc = task.docs[sample["doc_id"]]
-            expected = expected_likelihoods(model, lm.tokenizer, column.task, sample["doc_id"], doc)
+            expected = expected_likelihoods(model, lm.tokenizer, column.task, doc)
             found = [response[0] for response in sample["filtered_resps"]]
             assert found == pytest.approx(expected, abs=tolerance), (column.name, sample["doc_id"])
             right.append(max(range(len(found)), key=lambda i: found[i]) == doc["gold"])
@@ -293,10 +223,10 @@ def test_a_checkpoint_over_its_dials(tiny_run, files, tmp_path, capsys):
     assert "paper, small infinity" in out
     result = json.loads((tmp_path / "out" / "zero_shot.json").read_text())
     assert [row["label"] for row in result["points"]] == ["K=1 keep=1/4", "K=2 keep=1/4"]
-    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
-    assert len(items) == 7 * 2 * 2 * 5
+    lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert len(lines) == 7 * 2 * 2 * 5
     first = result["points"][0]["tasks"]["ARC-e"]
-    mine = [i for i in items if (i["task"], i["point"], i["seed"]) == ("ARC-e", "K=1 keep=1/4", 0)]
+    mine = [i for i in lines if (i["task"], i["point"], i["seed"]) == ("ARC-e", "K=1 keep=1/4", 0)]
     margins = [
         i["log_likelihoods"][i["gold"]] - (sum(i["log_likelihoods"]) - i["log_likelihoods"][i["gold"]]) / 3
         for i in mine
@@ -308,7 +238,20 @@ def test_a_checkpoint_over_its_dials(tiny_run, files, tmp_path, capsys):
     second = result["points"][1]["tasks"]["ARC-e"]
     assert second["margin_change"] == pytest.approx(second["margin"] - first["margin"])
     assert first["acc_seed_sd"] is not None
+    assert result["unfinished"] == []
     assert (tmp_path / "out" / "zero_shot.png").stat().st_size > 10_000
+    # the spread over seeds is in the table, not in the JSON alone
+    text = out.splitlines()
+    place = next(i for i, line in enumerate(text) if line.startswith("K=2 keep=1/4"))
+    (accuracy,) = [line for line in text[place : place + 4] if line.startswith("  over seeds, accuracy")]
+    values = [100 * value for value in result["points"][1]["tasks"]["BoolQ"]["acc_by_seed"]]
+    assert accuracy.split()[3:6] == [f"{min(values):.1f}", "to", f"{max(values):.1f}"]
+    means = [100 * value for value in result["points"][1]["average_by_seed"]]
+    assert accuracy.split()[-3:] == [f"{min(means):.1f}", "to", f"{max(means):.1f}"]
+    (margin,) = [line for line in text[place : place + 4] if line.startswith("  over seeds, margin")]
+    values = result["points"][1]["tasks"]["BoolQ"]["margin_by_seed"]
+    assert values[0] != values[1]
+    assert margin.split()[3:6] == [f"{min(values):+.3f}", "to", f"{max(values):+.3f}"]
 
 
 # ---- Files and names ------------------------------------------------------------------------------------------------
@@ -405,19 +348,45 @@ def test_a_task_of_the_hub_that_can_t_be_reached_is_one_line(tiny_run, capsys, m
     assert "give --data-dir for local files" in error
 
 
-def test_results_so_far_are_kept(tiny_run, files, tmp_path, monkeypatch):
-    original = run._scored
+@pytest.mark.parametrize("with_out", [True, False])
+def test_results_so_far_are_shown_and_kept(with_out, tiny_run, files, tmp_path, monkeypatch, capsys):
+    original = run.score_items
 
     def fails_at_the_third(model, column, *rest):
-        if column.name == "WinoGrande":
-            raise InfMoEError("no")
+        if column.name == "WinoGrande" and model.point.num_samples == 2:
+            raise InfMoEError("the Hub\nis gone")
         return original(model, column, *rest)
 
-    monkeypatch.setattr(run, "_scored", fails_at_the_third)
-    with pytest.raises(InfMoEError, match="no"):
-        run.evaluate_tasks(tiny_run.run, run.Settings(data_dir=files, limit=2), out=tmp_path)
-    kept = json.loads((tmp_path / "zero_shot.json").read_text())
-    assert list(kept["points"][0]["tasks"]) == ["BoolQ", "HellaSwag"]
+    monkeypatch.setattr(run, "score_items", fails_at_the_third)
+    words = ["evaluate", tiny_run.run, "--tasks", "paper", "--data-dir", files, "--limit", 2, "--num-samples", "1,2"]
+    words += ["--out", tmp_path / "out"] if with_out else []
+    assert main([str(word) for word in words]) == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "error: the Hub is gone"
+    head = next(line for line in out.splitlines() if "BoolQ" in line)
+    assert head.split() == ["BoolQ", "HellaSwag", "mean"]
+    assert sum(line.startswith(("K=1", "K=2")) for line in out.splitlines()) == 2
+    assert "note: not scored: WinoGrande, ARC-e, ARC-c, OBQA, SAT-en" in out
+    if with_out:
+        kept = json.loads((tmp_path / "out" / "zero_shot.json").read_text())
+        assert list(kept["points"][1]["tasks"]) == ["BoolQ", "HellaSwag"]
+        assert list(kept["points"][0]["tasks"]) == ["BoolQ", "HellaSwag", "WinoGrande"]
+        assert kept["unfinished"][0] == "WinoGrande"
+        for row in kept["points"]:
+            mean = (row["tasks"]["BoolQ"]["acc"] + row["tasks"]["HellaSwag"]["acc"]) / 2
+            assert row["average"] == pytest.approx(mean)
+
+
+def test_a_damaged_file_is_found_before_anything_is_scored(tiny_run, files, tmp_path, monkeypatch, capsys):
+    shutil.copytree(files, tmp_path / "files")
+    (tmp_path / "files" / "winogrande.jsonl").write_text("{")
+    monkeypatch.setattr(run, "score_items", lambda *rest: pytest.fail("scored"))
+    words = ["evaluate", str(tiny_run.run), "--tasks", "paper", "--data-dir", str(tmp_path / "files")]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "winogrande.jsonl:1: no JSON" in err
 
 
 @pytest.mark.parametrize("option", ["--data-dir", "--limit", "--seeds", "--per-item", "--out"])
@@ -450,9 +419,9 @@ def test_accuracy_per_character_is_lm_evals(tiny_run, files):
     for column in columns_named("arc_easy,hellaswag,openbookqa", local=True):
         result = harness.run_task(lm, harness.local_config(read_local(column, files)), None)
         (figures,), (samples,) = result["results"].values(), result["samples"].values()
-        items = [run._item(sample, column) for sample in samples]
-        assert sum(item.right for item in items) / len(items) == pytest.approx(figures["acc,none"])
-        assert sum(item.right_norm for item in items) / len(items) == pytest.approx(figures["acc_norm,none"])
+        scored = [items._item(sample, column) for sample in samples]
+        assert sum(item.right for item in scored) / len(scored) == pytest.approx(figures["acc,none"])
+        assert sum(item.right_norm for item in scored) / len(scored) == pytest.approx(figures["acc_norm,none"])
 
 
 def test_lm_evals_own_command_line_runs(tiny_run, files, tmp_path):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fake_results import DATA, MINI
+from fake_results import DATA, MINI, TASK_FILES
 from tiny_run import documents
 
 from infmoe.data import MemorySource, TrainBPE, prepare
@@ -31,4 +31,5 @@ def store(mini: Scale, tmp_path: Path) -> Store:
     """An empty store."""
     made = Store(tmp_path / "reproduce", mini)
     made.claim_data(DATA)
+    made.claim_tasks(TASK_FILES)
     return made

@@ -57,6 +57,59 @@ def test_the_page_says_what_the_results_say(filled, mini):
         assert (filled.folder.parent.parent / picture).stat().st_size > 10_000, picture
 
 
+def _row(body, start):
+    (row,) = [line for line in body.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_accuracies_stand_beside_the_papers_and_sat_is_never_race(filled, mini):
+    body = render_section("table1", filled).body
+    head = _row(body, "zero-shot accuracy, %")
+    paper, ours = _row(body, "infinity, paper, small"), _row(body, "infinity, ours")
+    assert paper[1:8] == ["59.6", "29.8", "54.2", "46.0", "18.9", "17.6", "52.3"]
+    assert (paper[head.index("SAT-en")], paper[head.index("mean of the first six")]) == ("–", "37.7")
+    assert (ours[head.index("RACE-high")], ours[head.index("SAT-en")]) == ("–", "43.5 ± 0.0")
+    # fake accuracies: 0.5 - 0.05 loss + 0.01 for each task before it + 0.01 K + 0.1 keep ratio, loss 3.402
+    assert ours[head.index("BoolQ")] == "37.5 ± 0.0"
+    assert ours[head.index("mean of the first six")] == "40.0 ± 0.0"
+    assert _row(body, "moe, ours")[-1] == "+5.5 ± 0.0"
+    assert _row(body, "chance")[1:] == ["50", "25", "50", "25", "25", "25", "25", "25", "33.3", ""]
+    margins = [line for line in body.splitlines() if line.startswith("| moe |")][1]
+    assert [cell.strip() for cell in margins.strip("|").split("|")][1] == "0.398 ± 0.003"
+    assert margins.endswith("| +0.245 ± 0.001 |")
+    assert "The first 4 items of each task" in body
+    assert "a standard error of 2.0 points" in body
+    page = render_page(filled.folder.parent.parent)
+    row = next(line for line in page.splitlines() if "∞-MoE against MoE in the right answer's margin" in line)
+    assert "+0.245 ± 0.001 nats | better |" in row
+
+
+def test_figure_2_shows_the_tasks_over_the_dials(filled):
+    section = render_section("figure2", filled)
+    head = _row(section.body, "∞-MoE, zero-shot")
+    assert head[1:] == ["K = 1", "K = 2", "K = 4", "K = 8", "z = μ", "keep 1/16", "keep 1/8", "keep 1/2"]
+    infinity, moe = (
+        [line.strip("| ").split(" | ") for line in section.body.splitlines() if line.startswith(f"| mean: {what}")]
+        for what in ("accuracy, %", "margin, nats")
+    )
+    assert [cell.split()[0] for cell in infinity[0][1:6]] == ["39.5", "40.5", "42.5", "46.5", "38.5"]
+    assert len(infinity[1]) == len(moe[1]) == 5
+    assert section.pictures[-1][1].name == "figure2_zero_shot.png"
+    assert section.pictures[-1][1].stat().st_size > 10_000
+    (claim,) = [claim for claim in section.claims if "few samples" in claim.text]
+    assert claim.measured == "mean of six tasks: +4.5 ± 0.0 points"
+
+
+def test_without_scores_the_rest_is_shown(store, mini):
+    fill(store, {"infinity": 3.4, "moe": 3.6}, mini.tokens, tasks=False)
+    table = render_section("table1", store)
+    assert "Zero-shot accuracy and margins: not measured yet" in table.body
+    assert "3.402" in table.body
+    figure = render_section("figure2", store)
+    assert "Zero-shot tasks over the dials: not measured yet." in figure.body
+    assert [path.name for _, path in figure.pictures] == ["figure2.png"]
+
+
 def test_without_results_every_part_says_so(store):
     page = render_page(store.folder.parent.parent)
     assert page.count("not measured yet") > 20
@@ -69,6 +122,13 @@ def test_half_the_results_make_a_page_too(store, mini):
     assert "3.401" in page
     for name in SECTIONS:
         render_section(name, store)
+
+
+def test_the_rivals_alone_make_a_page_too(store, mini):
+    fill(store, {"moe": 3.6}, mini.tokens, seeds=1)
+    page = render_page(store.folder.parent.parent)
+    assert "∞-MoE with d_z = 64, K = 2, keep ratio 0.25" in page
+    assert "3.601" in page
 
 
 def test_a_verdict_needs_an_interval_that_leaves_0_out(store, mini):

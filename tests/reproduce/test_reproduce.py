@@ -96,6 +96,66 @@ def test_what_is_missing_is_trained_and_what_is_done_is_not(request_, in_process
     assert now == found
 
 
+def test_zero_shot_scores_are_taken_of_the_models_that_are_there(request_, in_process, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("lm_eval", reason="the `eval` extra is not installed")
+    from zero_shot_helpers import write_files
+
+    from infmoe.eval.zero_shot.run import Settings, evaluate_tasks
+
+    assert run_request(request_) == 0
+    before = runs_of(request_)
+    assert all("zero_shot" not in values["measures"] for values in before.values())
+    files = write_files(tmp_path / "tasks")
+    scoring = dataclasses.replace(request_, tasks=files)
+    assert "--tasks-dir" not in request_.worker_words(files)
+    words = scoring.worker_words(request_.data)
+    assert words[words.index("--tasks-dir") + 1] == str(files)
+    assert scoring.label.endswith("--data DIR --tasks-dir DIR")
+    # as a worker gets it: through the command line
+    monkeypatch.setattr(work, "_train", lambda *rest: pytest.fail("trained again"))
+    assert main(words) == 0
+    now = runs_of(request_)
+    infinity, moe = now.values()
+    tasks = {"BoolQ", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA", "SAT-en"}
+    for values in (infinity, moe):
+        rows = values["measures"]["zero_shot"]
+        assert {row["task"] for row in rows} == tasks
+        assert {row["items"] for row in rows} == {4}
+        assert values["measured_with"]["zero_shot"]["items"] == 4
+        assert len(values["measured_with"]["zero_shot"]["files"]) == 7
+        assert values["provenance"]["zero_shot"]["command"] == scoring.label
+        assert str(tmp_path) not in json.dumps(values)
+    rows = [row for row in infinity["measures"]["zero_shot"] if row["task"] == "ARC-e"]
+    dials = [(row.get("mode"), row.get("num_samples"), row["keep_ratio"]) for row in rows]
+    sampled = [(None, k, 0.25) for k in (2, 1, 4, 8)]
+    assert dials == [*sampled, ("mu", None, 0.25), *[(None, 2, ratio) for ratio in (1 / 16, 1 / 8, 1 / 2)]]
+    assert len(moe["measures"]["zero_shot"]) == 7  # no arm of Figure 2: at its own dials alone
+    # the numbers are those of `infmoe evaluate --tasks` on the same model
+    (model,) = (request_.work / "tiny" / "models").glob("infinity-*")
+    own = evaluate_tasks(model, Settings(data_dir=files, limit=4))["points"][0]["tasks"]["ARC-e"]
+    for key in ("acc", "acc_norm", "margin", "margin_se"):
+        assert rows[0][key] == pytest.approx(own[key], abs=1e-6)
+    assert rows[0]["margin_low"] == pytest.approx(own["margin"] - 1.96 * own["margin_se"], abs=1e-6)
+    # nothing else has changed, and nothing is measured twice
+    for values in (infinity, moe):
+        del values["measures"]["zero_shot"], values["measured_with"]["zero_shot"], values["provenance"]["zero_shot"]
+    assert {name: now[name] for name in before} == before
+    monkeypatch.setattr(work, "open_model", lambda *rest: pytest.fail("measured again"))
+    assert run_request(scoring) == 0
+    capsys.readouterr()
+    # other files are refused, a damaged one before anything is done
+    (files / "boolq.jsonl").write_text((files / "boolq.jsonl").read_text().replace("Passage", "passage", 1))
+    with pytest.raises(InfMoEError, match=r"scored on other files than boolq\.jsonl"):
+        run_request(scoring)
+    (files / "winogrande.jsonl").unlink()
+    with pytest.raises(InfMoEError, match=r"cannot read .*winogrande\.jsonl"):
+        run_request(scoring)
+    assert main([*words[:2], "--data", str(request_.data), "--tasks-dir", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "put the file there" in error
+
+
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, mini_data, tmp_path, monkeypatch, request):
     rarely = ("checkpoint.every=8", "eval.every=20")  # each checkpoint is hashed and synced
     longer = dataclasses.replace(plan.SCALES["tiny"], tokens=256 * 40, settings=(*MINI.settings, *rarely))

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fake_results import DATA, fake_values, fill, spec_of
+from fake_results import DATA, TASK_FILES, fake_values, fill, spec_of
 
 from infmoe.errors import InfMoEError
 from infmoe.reproduce.plan import Group
@@ -34,6 +34,12 @@ def test_what_is_put_is_found_again(store, mini):
         (lambda path: _edit(path, lambda v: v.update(cost={})), "no parameters and FLOPs"),
         (lambda path: _edit(path, lambda v: v["curve"].update(tokens=[])), "no course of training"),
         (lambda path: _edit(path, lambda v: v["measured_with"].update(windows=3)), "measured with other settings"),
+        (lambda path: _edit(path, lambda v: v.update(measured_with=None)), "measured with other settings"),
+        (lambda path: _edit(path, lambda v: v["measures"]["zero_shot"][3].pop("margin")), "'zero_shot' without margin"),
+        (lambda path: _edit(path, lambda v: v["measures"]["zero_shot"][3].update(acc=1)), "'zero_shot' without acc"),
+        (lambda path: _edit(path, lambda v: v["measured_with"]["zero_shot"].update(items=9)), "other zero-shot items"),
+        (lambda path: _edit(path, lambda v: v["measured_with"].pop("zero_shot")), "other zero-shot items"),
+        (lambda path: (path.parents[1] / "tasks.json").unlink(), "other zero-shot items"),
         (lambda path: _edit(path, lambda v: v["config"].update(steps=5)), "other values of steps"),
         (lambda path: _edit(path, lambda v: v["config"]["model"].update(z_dim=3)), "other values of model.z_dim"),
         (lambda path: _edit(path, lambda v: v["data"].update(sha256="e")), "was trained on other data"),
@@ -65,6 +71,24 @@ def test_other_data_is_refused(store):
     store.claim_data(DATA)
     with pytest.raises(InfMoEError, match="were trained on other data"):
         store.claim_data(DATA | {"sha256": "e" * 64})
+
+
+def test_other_task_files_are_refused(store):
+    store.claim_tasks(TASK_FILES)
+    with pytest.raises(InfMoEError, match=r"were scored on other files than arc\.jsonl, boolq\.jsonl of --tasks-dir"):
+        store.claim_tasks({"arc.jsonl": "f" * 64, "boolq.jsonl": "0" * 64})
+    (store.folder / "tasks.json").write_text('{"files": {"boolq.jsonl": 3}}')
+    with pytest.raises(InfMoEError, match=r"tasks\.json is damaged: restore it"):
+        store.claim_tasks(TASK_FILES)
+
+
+def test_a_run_without_zero_shot_scores_is_as_good_as_ever(store, mini):
+    spec = spec_of(store)
+    store.put(spec, fake_values(spec, 3.5, tasks=False))
+    (store.folder / "tasks.json").unlink()
+    run = Store(store.folder.parent, mini).get(spec)
+    assert run.loss == 3.5
+    assert run.measure("zero_shot") is None
 
 
 def test_the_learning_rate_is_the_best_of_the_grid_and_passed_on(store):

@@ -15,14 +15,16 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def figure(columns: int = 1, *, width: float = 5.2, height: float = 4.0) -> tuple["Figure", list["Axes"]]:
-    """A figure of one row of panels, without a window system."""
+def figure(
+    columns: int = 1, *, rows: int = 1, width: float = 5.2, height: float = 4.0
+) -> tuple["Figure", list["Axes"]]:
+    """A figure of panels, row by row, each of this width and height, without a window system."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(width * columns, height), layout="constrained")
+    fig = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(fig)
-    axes = [fig.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = [fig.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for ax in axes:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)

@@ -40,6 +40,7 @@ class Request:
     smoke: bool = False
     dry_run: bool = False
     worker: str | None = None  # one of several: the label of the command that started them
+    tasks: Path | None = None
 
     @property
     def label(self) -> str:
@@ -47,13 +48,15 @@ class Request:
         if self.worker is not None:
             return self.worker
         source = "--corpus FILES" if self.corpus is not None else "--data DIR"
-        return f"infmoe reproduce {self.name} --scale {self.scale} {source}"
+        tasks = " --tasks-dir DIR" if self.tasks is not None else ""
+        return f"infmoe reproduce {self.name} --scale {self.scale} {source}{tasks}"
 
     def worker_words(self, data: Path) -> list[str]:
         """The command of one of several workers; it renders nothing."""
         words = ["reproduce", self.name, "--scale", self.scale, "--data", str(data), "--out", str(self.out)]
         words += ["--work", str(self.work), "--worker", self.label]
-        for option, value in (("--seeds", self.seeds), ("--hours", self.hours), ("--launch", self.launch)):
+        options = {"--seeds": self.seeds, "--hours": self.hours, "--launch": self.launch, "--tasks-dir": self.tasks}
+        for option, value in options.items():
             words += [option, str(value)] if value is not None else []
         return words
 
@@ -73,6 +76,10 @@ def run_request(request: Request) -> int:
     if request.dry_run:
         print(describe_plan(store, wanted))
         return 0
+    if request.tasks is not None:
+        from infmoe.eval.zero_shot.files import read_tasks
+
+        read_tasks(request.tasks)  # what is missing or damaged is better known before hours of training
     if wanted:
         require_writable(request.out)
         require_writable(request.work)
@@ -132,6 +139,7 @@ def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> in
         label=request.label,
         deadline=None if request.hours is None else time.monotonic() + 3600 * request.hours,
         say=lambda line: print(line, flush=True),
+        tasks=request.tasks,
     )
     if not work_through(shop, wanted):
         print("time is up; the same command goes on from here", flush=True)

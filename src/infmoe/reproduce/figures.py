@@ -36,22 +36,29 @@ def lines(
     path: Path,
     panels: Sequence[tuple[str, Mapping[str, Line]]],
     *,
-    x_label: str,
-    y_label: str,
+    x_label: str | Sequence[str],
+    y_label: str | Sequence[str],
     title: str,
     few_ticks: bool = False,
+    rows: int = 1,
+    levels: Sequence[float | None] | None = None,
 ) -> Path:
     """One panel for each title, one line with intervals for each name.
 
     Args:
         path: of the PNG.
         panels: a panel's title, and its lines: name -> x -> interval.
-        x_label, y_label: axes, with units.
+        x_label, y_label: axes, with units; one for all panels, or one each.
         title: of the whole picture.
         few_ticks: a linear axis with its own ticks, for many points; else a logarithmic one with a tick at each.
+        rows: of panels.
+        levels: what guessing gives, a dotted line in each panel that has one.
     """
-    fig, axes = figure(len(panels), width=4.6, height=3.9)
-    for ax, (panel, drawn) in zip(axes, panels, strict=True):
+    fig, axes = figure(len(panels) // rows, rows=rows, width=4.6, height=3.9 if rows == 1 else 3.4)
+    x_labels = [x_label] * len(panels) if isinstance(x_label, str) else x_label
+    y_labels = [y_label] * len(panels) if isinstance(y_label, str) else y_label
+    chances = levels or [None] * len(panels)
+    for ax, (panel, drawn), x_text, y_text, chance in zip(axes, panels, x_labels, y_labels, chances, strict=True):
         for i, (name, line) in enumerate(drawn.items()):
             xs = sorted(line)
             ax.errorbar(
@@ -72,7 +79,9 @@ def lines(
             ax.set_xscale("log", base=2)
             ax.set_xticks(ticks, [_tick(x) for x in ticks])
             ax.minorticks_off()
-        ax.set(xlabel=x_label, ylabel=y_label, title=panel)
+        if chance is not None:
+            ax.axhline(chance, color="#777777", linestyle=":", linewidth=1.5, label="chance", zorder=0)
+        ax.set(xlabel=x_text, ylabel=y_text, title=panel)
         if drawn:
             ax.legend(fontsize=8)
     fig.suptitle(title, fontsize=11)

@@ -4,14 +4,16 @@ A measure that is added later is taken of the models that are still there, witho
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from infmoe.data import TokenData
 from infmoe.eval.adaptive import calibrate_cut
 from infmoe.eval.dials import grid
 from infmoe.eval.heldout import HeldOut, evaluate_loss
+from infmoe.eval.loading import Opened
 from infmoe.eval.sweep import evaluate_points
 from infmoe.hf import model_cost
 from infmoe.layers import PerLayer, Routing
@@ -27,6 +29,9 @@ RANK_DAMPINGS = (0.25, 0.5)
 CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
 _SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
 _CUT_WINDOWS = 64  # of training text
+TASK_SAMPLES = (1, 2, 4, 8)
+TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+ZERO_SHOT = "zero_shot"
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 
 
@@ -35,14 +40,21 @@ class Context:
     """What a measure works with.
 
     Attributes:
-        model: in eval mode.
+        opened: the model, in eval mode, and where its tokenizer lies.
         data: what it was trained on, and its held-out part.
         spec: the run.
+        tasks: the folder of the zero-shot tasks' files, or None.
     """
 
-    model: Any
+    opened: Opened
     data: TokenData
     spec: RunSpec
+    tasks: Path | None = None
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self.opened.model
 
     def evaluate(self, points: list[Point], windows: int) -> Points:
         """Loss, routing and costs of every point (see `evaluate_points`), on windows of whole held-out documents."""
@@ -156,12 +168,38 @@ def _option(model: Any, option: str, value: Any) -> Iterator[None]:
             setattr(layer, option, old)
 
 
+def zero_shot(context: Context) -> Points:
+    """The zero-shot tasks that have local files: one row a task and point, at seed 0 of the noise.
+
+    Every model is scored at its own dials; those that Figure 2 shows, over each dial too, the other as trained.
+    """
+    from infmoe.eval.zero_shot.files import score_files
+
+    assert context.tasks is not None
+    config, spec = context.model.config, context.spec
+    points = grid(config)
+    if spec.tokens == spec.scale.tokens and spec.arm.name == "moe":
+        points += grid(config, num_experts_per_tok=range(1, config.num_experts + 1))
+    elif spec.tokens == spec.scale.tokens and spec.arm.name == "infinity":
+        points += grid(config, num_samples=TASK_SAMPLES) + grid(config, mode="mu")
+        points += grid(config, keep_ratios=TASK_KEEP_RATIOS)
+    rows = score_files(context.opened, context.tasks, list(dict.fromkeys(points)), limit=spec.scale.task_items)
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
 @dataclass(frozen=True)
 class Measure:
-    """A measure, and the models that it is taken of."""
+    """A measure, and the models that it is taken of.
+
+    Attributes:
+        take: measures.
+        applies: whether it is taken of a model of this configuration.
+        keys: figures that every row must have, all finite.
+    """
 
     take: Callable[[Context], Points]
     applies: Callable[[Any], bool]
+    keys: tuple[str, ...] = ("loss",)
 
 
 def _has_dials(config: Any) -> bool:
@@ -170,6 +208,11 @@ def _has_dials(config: Any) -> bool:
 
 def _draws(config: Any) -> bool:
     return config.sigma_activation != "none" and config.routing_mode != "mu"
+
+
+def _keeps_its_tokens(config: Any) -> bool:
+    """A Switch layer with a capacity drops tokens by what stands beside them in the batch."""
+    return config.ffn != "switch" or config.capacity_factor is None
 
 
 MEASURES: dict[str, Measure] = {
@@ -185,11 +228,15 @@ MEASURES: dict[str, Measure] = {
         adaptive, lambda config: config.ffn == "infinity" and config.keep_ratio < 1 and config.mask_scale == "none"
     ),
     "mask_scales": Measure(mask_scales, lambda config: config.ffn == "infinity" and config.keep_ratio < 1),
+    ZERO_SHOT: Measure(zero_shot, _keeps_its_tokens, ("acc", "acc_norm", "margin", "margin_low", "margin_high")),
 }
 
 
 def settings(scale: Scale) -> dict[str, Any]:
-    """What a run's measures depend on beside the run: files made with others are not mixed in."""
+    """What a run's measures depend on beside the run: files made with others are not mixed in.
+
+    Zero-shot scores have settings of their own, `task_settings`, beside these.
+    """
     return {
         "windows": scale.windows,
         "dial_windows": scale.dial_windows,
@@ -198,7 +245,28 @@ def settings(scale: Scale) -> dict[str, Any]:
     }
 
 
-def wanted(spec: RunSpec, config: Any) -> list[str]:
-    """The measures of a run; tuning needs the loss alone."""
-    names = [name for name, measure in MEASURES.items() if measure.applies(config)]
+def task_settings(scale: Scale, files: Mapping[str, str]) -> dict[str, Any]:
+    """What zero-shot scores depend on beside the run.
+
+    Args:
+        scale: how large.
+        files: the tasks' files: name -> SHA-256.
+    """
+    return {
+        "items": scale.task_items,
+        "samples": list(TASK_SAMPLES),
+        "keep_ratios": list(TASK_KEEP_RATIOS),
+        "files": dict(files),
+    }
+
+
+def wanted(spec: RunSpec, config: Any, *, tasks: bool) -> list[str]:
+    """The measures of a run; tuning needs the loss alone.
+
+    Args:
+        spec: the run.
+        config: its model's.
+        tasks: whether there are files of zero-shot tasks.
+    """
+    names = [name for name, measure in MEASURES.items() if measure.applies(config) and (tasks or name != ZERO_SHOT)]
     return names if spec.seed != TUNING_SEED else names[:1]

@@ -105,6 +105,7 @@ class Scale:
         half_width: of the paired interval, in nats, at which seeds are enough.
         windows: held-out windows of the final loss.
         dial_windows: of every point of the dials.
+        task_items: the first so many items of each zero-shot task; None: all.
         settings: over the recipe's, as on the command line.
         vocab: of the tokenizer that a corpus is given; None: data must be prepared.
     """
@@ -123,6 +124,7 @@ class Scale:
     half_width: float = 0.01
     windows: int = 4096
     dial_windows: int = 1024
+    task_items: int | None = None
     settings: tuple[str, ...] = ()
     vocab: int | None = None
 
@@ -157,6 +159,7 @@ SCALES = {
         side_seeds=3,
         windows=1024,
         dial_windows=512,
+        task_items=500,
         settings=(
             "model.vocab_size=1024",
             "model.attn_implementation=eager",  # on a CPU the fused attention's backward pass is slow in bfloat16

@@ -9,7 +9,7 @@ from infmoe.reproduce import curves, tables
 from infmoe.reproduce.controls import controls
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.plan import SCALES, TUNING_SEED, Scale, groups
+from infmoe.reproduce.plan import SCALES, TUNING_SEED, RunSpec, Scale, groups
 from infmoe.reproduce.section import Section, markdown_table
 from infmoe.reproduce.store import Store, read_json
 
@@ -114,7 +114,8 @@ def _setting(store: Store) -> str:
     ]
     if any_run is not None:
         config = any_run.values["config"]
-        model = config["model"]
+        # a discrete MoE's own has no d_z
+        model = RunSpec(store.scale, store.scale.arm("infinity"), store.scale.tokens, any_run.spec.lr, 1).config().model
         lines.append(
             f"Model: {model['num_hidden_layers']} layers of width {model['hidden_size']}, context "
             f"{model['max_position_embeddings']}, total FFN width {model['intermediate_size']}; ∞-MoE with d_z = "

@@ -11,7 +11,7 @@ from typing import Any
 from infmoe.errors import InfMoEError
 from infmoe.provenance import write_json
 from infmoe.recipes import recipe
-from infmoe.reproduce.measures import settings
+from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, settings, task_settings
 from infmoe.reproduce.plan import TUNING_SEED, Arm, Group, RunSpec, Scale
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.train.config import differing_keys
@@ -67,7 +67,10 @@ MAX_SEEDS = 16
 
 
 class Store:
-    """The results of one scale: `DIR/SCALE/runs/*.json`, and `data.json`, which says what they were trained on."""
+    """The results of one scale: `DIR/SCALE/runs/*.json`.
+
+    `data.json` beside them says what they were trained on, `tasks.json` which files zero-shot scores are of.
+    """
 
     def __init__(self, out: Path, scale: Scale):
         self.scale = scale
@@ -104,6 +107,33 @@ class Store:
                 "give that, or another --out"
             )
 
+    @property
+    def tasks(self) -> dict[str, str] | None:
+        """The zero-shot tasks' files that all runs are scored on, name -> SHA-256; None before the first."""
+        path = self.folder / "tasks.json"
+        if not path.exists():
+            return None
+        files = read_json(path).get("files")
+        if not isinstance(files, dict) or not files or not all(isinstance(digest, str) for digest in files.values()):
+            raise InfMoEError(f"{path} is damaged: restore it")
+        return files
+
+    def claim_tasks(self, files: dict[str, str]) -> None:
+        """Say which files the runs are scored on.
+
+        Raises:
+            InfMoEError: those that are there were scored on others.
+        """
+        known = self.tasks
+        if known is None:
+            write_json(self.folder / "tasks.json", {"files": files})
+        elif known != files:
+            changed = sorted(name for name in known.keys() | files.keys() if known.get(name) != files.get(name))
+            raise InfMoEError(
+                f"the runs in {self.folder} were scored on other files than {', '.join(changed)} of --tasks-dir "
+                f"({self.folder / 'tasks.json'}): give those, or another --out"
+            )
+
     def get(self, spec: RunSpec) -> Finished | None:
         """A finished run, checked; None where it has not been finished.
 
@@ -125,9 +155,17 @@ class Store:
                 f"{path} is of another configuration (other values of {', '.join(differing)}): "
                 "move it away to train that run again, or give another --out"
             )
-        if values.get("measured_with") != settings(self.scale) and not values.get("diverged"):
+        found = values.get("measured_with")
+        measured_with = dict(found) if isinstance(found, dict) else {}
+        scored_with = measured_with.pop(ZERO_SHOT, None)
+        if measured_with != settings(self.scale) and not values.get("diverged"):
             raise InfMoEError(
                 f"{path} was measured with other settings (windows, dials): move it away to make it again"
+            )
+        if ZERO_SHOT in values["measures"] and scored_with != task_settings(self.scale, self.tasks or {}):
+            raise InfMoEError(
+                f"{path} was scored on other zero-shot items or dials (tasks.json beside runs/ says which files): "
+                f"restore it, or take {ZERO_SHOT!r} out of its measures to have it scored anew"
             )
         data = self.data
         if data is not None and values["data"]["sha256"] != data["sha256"]:
@@ -258,7 +296,10 @@ def _damage(values: dict[str, Any]) -> str | None:
     for name, rows in values["measures"].items():
         if not isinstance(rows, list) or not rows:
             return f"an empty measure {name!r}"
+        keys = MEASURES[name].keys if name in MEASURES else ()
         for row in rows:
-            if not isinstance(row, dict) or not isinstance(row.get("loss"), float) or not math.isfinite(row["loss"]):
-                return f"a point of {name!r} without a loss"
+            for key in keys:
+                value = row.get(key) if isinstance(row, dict) else None
+                if not isinstance(value, float) or not math.isfinite(value):
+                    return f"a point of {name!r} without {'a loss' if key == 'loss' else key}"
     return None if "held_out" in values["measures"] else "no held-out loss"

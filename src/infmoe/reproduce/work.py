@@ -24,7 +24,7 @@ from infmoe.eval.loading import open_model
 from infmoe.eval.report import read_metrics
 from infmoe.hf import model_cost
 from infmoe.provenance import provenance
-from infmoe.reproduce.measures import MEASURES, Context, settings, wanted
+from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, Context, settings, task_settings, wanted
 from infmoe.reproduce.plan import Group, RunSpec
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config
@@ -53,6 +53,7 @@ class Workshop:
         label: the command that a run's file names.
         deadline: `time.monotonic()` at which to stop; None: never.
         say: takes lines for the reader.
+        tasks: the folder of the zero-shot tasks' files; None: they are not scored.
     """
 
     store: Store
@@ -62,6 +63,7 @@ class Workshop:
     label: str
     deadline: float | None
     say: Callable[[str], None]
+    tasks: Path | None = None
 
     def model_dir(self, spec: RunSpec) -> Path:
         """Where a trained model is kept."""
@@ -85,6 +87,10 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
     """
     data = TokenData.open(shop.data)
     shop.store.claim_data(describe_data(data))
+    if shop.tasks is not None:
+        from infmoe.eval.zero_shot.files import file_hashes
+
+        shop.store.claim_tasks(file_hashes(shop.tasks))
     _sweep(shop)
     while not shop.out_of_time:
         others_at_work = False
@@ -110,13 +116,14 @@ def _todo(shop: Workshop, groups: Sequence[Group]) -> Iterator[RunSpec]:
     for group in groups:
         for name in group.arms:
             for run in shop.store.runs(name, group.tokens):
-                if not run.diverged and _missing_measures(run.spec, run) and shop.model_dir(run.spec).is_dir():
+                if not run.diverged and _missing_measures(shop, run.spec, run) and shop.model_dir(run.spec).is_dir():
                     yield run.spec
 
 
-def _missing_measures(spec: RunSpec, run: Finished | None) -> list[str]:
+def _missing_measures(shop: Workshop, spec: RunSpec, run: Finished | None) -> list[str]:
     there = run.values["measures"] if run is not None else {}
-    return [name for name in wanted(spec, hf_config(spec.config())) if name not in there]
+    names = wanted(spec, hf_config(spec.config()), tasks=shop.tasks is not None)
+    return [name for name in names if name not in there]
 
 
 @contextlib.contextmanager
@@ -211,17 +218,22 @@ def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
     run = shop.store.fresh(spec)
     if run is not None and run.diverged:
         return True
-    missing = _missing_measures(spec, run)
+    missing = _missing_measures(shop, spec, run)
     if not missing:
         return False
     folder = shop.work / spec.slug
     source = folder if run is None else shop.model_dir(spec)
     opened = open_model(source)
-    values = run.values if run is not None else _record(shop, spec, folder, data)
-    context = Context(opened.model, data, spec)
+    values = dict(run.values) if run is not None else _record(shop, spec, folder, data)
+    context = Context(opened, data, spec, shop.tasks)
     measures = dict(values["measures"])
     for name in missing:
         measures[name] = MEASURES[name].take(context)
+    if ZERO_SHOT in missing:
+        scored = {ZERO_SHOT: task_settings(spec.scale, shop.store.tasks or {})}
+        values |= {"measured_with": values["measured_with"] | scored}
+        # it may be taken long after training, by another commit
+        values |= {"provenance": values["provenance"] | {ZERO_SHOT: provenance() | {"command": shop.label}}}
     if run is None:
         _keep_model(opened.checkpoint, shop.model_dir(spec))  # first: without its model a run can't be measured again
     shop.store.put(spec, values | {"measures": measures})

@@ -1,7 +1,9 @@
 """The model that lm-eval sees, and local files as tasks of lm-eval's own kind."""
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -187,10 +189,13 @@ class InfMoELM(TemplateLM):
 
 
 def stream_of(instance: Instance) -> int:
-    """An item's noise stream: its task and its number there, whatever else is scored beside it."""
-    task = zlib.crc32((instance.task_name or "").removesuffix(_LOCAL).encode())
-    number = instance.doc_id if instance.doc_id is not None else zlib.crc32(repr(instance.args).encode())
-    return (task << 31) ^ int(number)
+    """An item's noise stream: its task and what it says, wherever in its file it stands and whatever is beside it."""
+    content: Any = instance.doc or instance.doc_id
+    if content is None:
+        content = list(instance.args)
+    task = (instance.task_name or "").removesuffix(_LOCAL)
+    text = json.dumps([task, content], sort_keys=True, default=repr)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 _LOCAL = "_local"

@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations: a context runs once for all its continuations, and batches are sorted by length.
 
-B rows, T tokens of a row, M scored tokens of a batch, V vocabulary.
+B rows, T tokens of a row, M scored tokens of a batch, P of them at a time, V vocabulary.
 
 A row holds a context and, behind it, its continuations as branches: each token sees the context and its own branch,
 and counts its position from the context's end. So a branch is what it would be alone, noise included.
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from infmoe.errors import InfMoEError
 from infmoe.layers import NoiseKey, Routing
+
+_MAX_LOGITS = 2**25  # at once, 128 MiB in float32: a real vocabulary times all positions would fill a GPU
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _pieces(request: Request, window: int) -> Iterator[tuple[tuple[int, ...], tu
 
 
 def _score_batch(model: Any, rows: Sequence[_Row], routing: Routing, seed: int) -> list[tuple[int, Score]]:
-    device = next(model.parameters()).device
+    device = model.device
     length = max(row.length for row in rows)
     tokens_BT = torch.zeros(len(rows), length, dtype=torch.int64)
     position_BT = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -152,16 +154,14 @@ def _score_batch(model: Any, rows: Sequence[_Row], routing: Routing, seed: int) 
     key = NoiseKey(seed=seed, stream=torch.tensor([row.stream for row in rows], device=device))
     hidden_BTD = model.transformer(
         input_ids=tokens_BT.to(device),
-        attention_mask=_mask(branch_BT, model.dtype).to(device),
+        attention_mask=_mask(branch_BT.to(device), model.dtype),
         position_ids=position_BT.to(device),
         use_cache=False,
         routing=dataclasses.replace(routing, key=key, max_stats_tokens=1),
     ).last_hidden_state
     hidden_MD = hidden_BTD.flatten(0, 1)[torch.tensor(taken, device=device)]
-    logits_MV = model.lm_head(hidden_MD).float()
     target_M = torch.tensor(targets, device=device)
-    likelihood_M = logits_MV.gather(1, target_M[:, None])[:, 0] - logits_MV.logsumexp(dim=-1)
-    greedy_M = logits_MV.argmax(dim=-1) == target_M
+    likelihood_M, greedy_M = _likelihoods(model.lm_head, hidden_MD, target_M, model.config.vocab_size)
     results, begin = [], 0
     values, hits = likelihood_M.double().cpu(), greedy_M.cpu()
     for index, count in spans:
@@ -171,12 +171,24 @@ def _score_batch(model: Any, rows: Sequence[_Row], routing: Routing, seed: int) 
     return results
 
 
+def _likelihoods(head: Any, hidden_MD: Tensor, target_M: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Each scored token's log-likelihood, and whether it is the likeliest, (M,) each; few positions at a time."""
+    likelihoods, hits = [], []
+    positions = max(1, _MAX_LOGITS // vocab_size)
+    for hidden_PD, target_P in zip(hidden_MD.split(positions), target_M.split(positions), strict=True):
+        logits_PV = head(hidden_PD).float()
+        likelihoods.append(logits_PV.gather(1, target_P[:, None])[:, 0] - logits_PV.logsumexp(dim=-1))
+        hits.append(logits_PV.argmax(dim=-1) == target_P)
+    return torch.cat(likelihoods), torch.cat(hits)
+
+
 def _mask(branch_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """Added to the attention's scores, (B, 1, T, T): a token sees what came before in the context and its branch."""
     T = branch_BT.shape[1]
-    before_TT = torch.ones(T, T, dtype=torch.bool).tril()
+    before_TT = torch.ones(T, T, dtype=torch.bool, device=branch_BT.device).tril()
     same_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
     context_B1T = (branch_BT == -1)[:, None, :]
     padding_BT1 = (branch_BT == -2)[:, :, None]
     seen_BTT = before_TT & (same_BTT | (context_B1T & ~padding_BT1))
-    return torch.zeros(seen_BTT.shape, dtype=dtype).masked_fill_(~seen_BTT, torch.finfo(dtype).min)[:, None]
+    added_BTT = torch.zeros(seen_BTT.shape, dtype=dtype, device=branch_BT.device)
+    return added_BTT.masked_fill_(~seen_BTT, torch.finfo(dtype).min)[:, None]

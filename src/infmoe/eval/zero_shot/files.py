@@ -1,0 +1,73 @@
+"""The tasks of a folder of local files, scored in one go: what `infmoe reproduce` measures."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from infmoe.data.shards import sha256
+from infmoe.errors import InfMoEError
+from infmoe.eval.loading import Opened
+from infmoe.eval.zero_shot.local import LocalTask, read_local
+from infmoe.eval.zero_shot.tasks import columns_named
+from infmoe.layers.point import Point
+
+try:
+    from infmoe.eval.zero_shot.harness import InfMoELM, local_config
+    from infmoe.eval.zero_shot.items import Z, score_items, summary
+except ImportError as missing:
+    raise InfMoEError("zero-shot tasks run through lm-eval: pip install 'infmoe[eval]'") from missing
+
+_FIGURES = ("items", "acc", "acc_se", "acc_norm", "acc_norm_se", "margin", "margin_se")
+
+
+def read_tasks(folder: Path) -> list[LocalTask]:
+    """Every task that has a local file, checked; SAT-en among them, RACE not.
+
+    Raises:
+        InfMoEError: a file is missing or damaged.
+    """
+    return [read_local(column, folder) for column in columns_named("paper", local=True)]
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Each task's file and its SHA-256.
+
+    Raises:
+        InfMoEError: a file is missing or damaged.
+    """
+    return {task.path.name: sha256(task.path) for task in read_tasks(folder)}
+
+
+def score_files(
+    opened: Opened, folder: Path, points: Sequence[Point], *, limit: int | None, seed: int = 0, batch_size: int = 16
+) -> list[dict[str, Any]]:
+    """Accuracies and margins of every task at every point.
+
+    Args:
+        opened: the model.
+        folder: with the tasks' files.
+        points: of the dials.
+        limit: the first so many items of each task; None: all.
+        seed: of the noise.
+        batch_size: contexts per forward pass.
+
+    Returns:
+        One row a point and task: the dials, the task's column, items, accuracies and the margin (in nats, with its
+        95 % interval over items).
+    """
+    model = InfMoELM(opened, batch_size=batch_size)
+    model.seed = seed
+    rows = []
+    for task in read_tasks(folder):
+        config = local_config(task)
+        for point in points:
+            model.point = point
+            items = score_items(model, task.column, config, limit)
+            figures = summary(task.column, [items], items, task.path.name, 1.0)
+            half = Z * figures["margin_se"]
+            interval = {"margin_low": figures["margin"] - half, "margin_high": figures["margin"] + half}
+            rows.append(
+                {"task": task.column.name, **asdict(point), **{name: figures[name] for name in _FIGURES}, **interval}
+            )
+    return rows

@@ -1,0 +1,135 @@
+"""The table and the picture of zero-shot scores."""
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="the `eval` extra is not installed")
+
+from infmoe.cli import main
+from infmoe.errors import InfMoEError
+from infmoe.eval import plots
+from infmoe.eval.zero_shot import run, show
+
+TASKS = {"BoolQ": 0.5, "ARC-e": 0.25}
+
+
+def result(points, own, seeds=1):
+    """Scores that nobody made: accuracy 0.3 and more, a step more from point to point."""
+    rows = []
+    for i, point in enumerate(points):
+        values = {"num_samples": None, "num_experts_per_tok": None, "keep_ratio": None, "mode": None} | point
+        tasks = {
+            name: {
+                "chance": chance,
+                "acc": 0.3 + 0.01 * i,
+                "acc_se": 0.02,
+                "margin": 0.01 * i - 1.5,
+                "margin_se": 0.25,
+                "acc_by_seed": [0.3 + 0.01 * (i + seed) for seed in range(seeds)],
+                "margin_by_seed": [0.01 * (i + seed) - 1.5 for seed in range(seeds)],
+            }
+            | ({"acc_within_noise": True, "margin_within_noise": False, "margin_change": 0.01 * i} if i else {})
+            for name, chance in TASKS.items()
+        }
+        average = {"average": 0.3 + 0.01 * i, "average_by_seed": [0.3 + 0.01 * (i + s) for s in range(seeds)]}
+        rows.append(values | {"label": f"point {i}", "tasks": tasks} | average)
+    nothing = {"num_samples": None, "num_experts_per_tok": None, "keep_ratio": None, "mode": None}
+    return {"points": rows, "own": nothing | own, "seeds": list(range(seeds)), "notes": {}, "unfinished": []}
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws, and gives the figure back."""
+    figures = []
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda fig, path: figures.append(fig) or save(fig, path))
+
+    def draw(scored):
+        path = show.plot(scored, tmp_path / "picture.png")
+        assert path.stat().st_size > 10_000
+        return figures[-1]
+
+    return draw
+
+
+def lines_of(ax, style):
+    """The lines over the dial in one style, as lists of y."""
+    return [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == style and len(line.get_ydata()) > 1]
+
+
+def test_each_dial_has_a_panel_of_accuracy_and_one_of_margin(drawn):
+    sampled = [{"num_samples": k, "keep_ratio": r} for k in (1, 2, 4) for r in (0.125, 0.25)]
+    mean = [{"mode": "mu", "keep_ratio": r} for r in (0.125, 0.25)]
+    scored = result([*sampled, *mean], {"num_samples": 2, "keep_ratio": 0.25})
+    fig = drawn(scored)
+    assert len(fig.axes) == 4
+    k_acc, keep_acc, k_margin, keep_margin = fig.axes
+    for ax in (k_acc, k_margin):
+        assert ax.get_xlabel() == "samples per token, K"
+        assert ax.get_title() == "at keep ratio = 1/4, dashed: z = μ"
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "4"]
+    for ax in (keep_acc, keep_margin):
+        assert ax.get_xlabel().startswith("keep ratio")
+        assert ax.get_xscale() == "log"
+        assert ax.get_title() == "at K = 2, dashed: z = μ"
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["1/8", "1/4"]
+    assert k_acc.get_ylabel() == "accuracy (%)"
+    assert "(nats)" in k_margin.get_ylabel()
+    # points 1, 3, 5 have keep ratio 1/4; points 2 and 3 K = 2; 6 and 7 are z = mu
+    assert lines_of(k_acc, "-") == [pytest.approx([31, 33, 35])] * 2
+    assert lines_of(k_acc, "--") == [pytest.approx([37, 37])] * 2
+    assert lines_of(keep_acc, "-") == [pytest.approx([32, 33])] * 2
+    assert lines_of(keep_acc, "--") == [pytest.approx([36, 37])] * 2
+    assert lines_of(k_margin, "-") == [pytest.approx([-1.49, -1.47, -1.45])] * 2
+    assert sorted(line[0] for line in lines_of(k_acc, ":")) == [25, 50]  # chance
+    assert [line[0] for line in lines_of(k_margin, ":")] == [0]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == list(TASKS)
+
+
+def test_the_bars_are_the_intervals(drawn):
+    fig = drawn(result([{"num_experts_per_tok": k} for k in (1, 2)], {"num_experts_per_tok": 2}))
+    accuracy, margin = fig.axes
+    assert accuracy.get_xlabel() == "experts per token, k"
+    (bars,) = accuracy.containers[0][2]
+    assert bars.get_segments()[0][:, 1] == pytest.approx([30 - 1.96 * 2, 30 + 1.96 * 2])
+    (bars,) = margin.containers[0][2]
+    assert bars.get_segments()[1][:, 1] == pytest.approx([-1.49 - 1.96 * 0.25, -1.49 + 1.96 * 0.25])
+
+
+def test_one_point_is_drawn_over_the_tasks(drawn):
+    fig = drawn(result([{}], {}))
+    for ax in fig.axes:
+        assert [label.get_text() for label in ax.get_xticklabels()] == list(TASKS)
+    assert not fig.legends
+
+
+def test_the_table_says_what_is_missing_and_how_seeds_spread():
+    scored = result([{"num_samples": 1}, {"num_samples": 2}, {"mode": "mu"}], {"num_samples": 2}, seeds=3)
+    for figures in scored["points"][2]["tasks"].values():  # draws nothing
+        figures |= {"acc_by_seed": [0.3], "margin_by_seed": [-1.5]}
+    scored["points"][2]["average_by_seed"] = [0.3]
+    scored["unfinished"] = ["OBQA"]
+    lines = show.table(scored).splitlines()
+    assert "3 seeds" in lines[1]
+    (one, two) = [line for line in lines if line.startswith("  over seeds, accuracy")]
+    assert one.split()[3:] == ["30.0", "to", "32.0"] * 3
+    assert two.split()[3:] == ["31.0", "to", "33.0"] * 3
+    (margin, _) = [line for line in lines if line.startswith("  over seeds, margin")]
+    assert margin.split()[3:] == ["-1.500", "to", "-1.480"] * 2
+    assert lines[-1] == "note: not scored: OBQA"
+    del scored["points"][1]["tasks"]["ARC-e"]
+    assert show.finished(scored) == ["BoolQ"]
+    assert "ARC-e" not in show.table(scored)
+
+
+def test_sampled_points_and_the_mean_stand_side_by_side(opened):
+    points = run._points(opened.model.config, "1,2", "1/8,1/4", None, "sample,mu")
+    assert [point.label() for point in points] == [
+        *("K=1 keep=1/8", "K=1 keep=1/4", "K=2 keep=1/8", "K=2 keep=1/4", "mu keep=1/8", "mu keep=1/4"),
+    ]
+    with pytest.raises(InfMoEError, match="unknown mode 'nu'"):
+        run._points(opened.model.config, None, None, None, "sample,nu")
+
+
+def test_several_modes_are_for_tasks(tiny_run, capsys):
+    assert main(["evaluate", str(tiny_run.run), "--mode", "sample,mu"]) == 2
+    assert "unknown mode 'sample,mu'" in capsys.readouterr().err
