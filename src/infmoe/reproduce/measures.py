@@ -100,7 +100,7 @@ def rank_dampings(context: Context) -> Points:
     """A discrete MoE beyond its k, the further experts damped before the gates are normalised (the α dial)."""
     config = context.model.config
     beyond = [k for k in SAMPLES if config.num_experts_per_tok < k <= config.num_experts]
-    return _under(context, "rank_damping", RANK_DAMPINGS, grid(config, num_experts_per_tok=beyond)) if beyond else []
+    return _under(context, "rank_damping", RANK_DAMPINGS, grid(config, num_experts_per_tok=beyond))
 
 
 def modes(context: Context) -> Points:
@@ -221,7 +221,11 @@ MEASURES: dict[str, Measure] = {
     "gate_norms": Measure(gate_norms, lambda config: config.ffn == "moe" and config.expert_router == "learned"),
     "rank_dampings": Measure(
         rank_dampings,
-        lambda config: config.ffn == "moe" and config.expert_router == "learned" and config.num_experts > 4,
+        lambda config: (
+            config.ffn == "moe"
+            and config.expert_router == "learned"
+            and config.num_experts_per_tok < config.num_experts > 4
+        ),
     ),
     "modes": Measure(modes, lambda config: config.ffn == "infinity" and _draws(config)),
     "adaptive": Measure(

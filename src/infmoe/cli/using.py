@@ -1,0 +1,293 @@
+"""Commands that run a model: generate, evaluate, sweep, frontier."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from infmoe.cli.app import (
+    BatchOption,
+    DataOption,
+    ExpertsOption,
+    Json,
+    KeepOption,
+    ModelDir,
+    ModeOption,
+    SamplesOption,
+    SeedOption,
+    WindowsOption,
+    app,
+)
+from infmoe.cli.tables import show_points
+from infmoe.errors import InfMoEError
+
+
+@app.command()
+def generate(
+    model_dir: ModelDir,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "",
+    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Expert samples per token (K).")] = None,
+    keep_ratio: Annotated[str | None, typer.Option("--keep-ratio", help="Neurons kept per sample, e.g. 1/4.")] = None,
+    num_experts_per_tok: Annotated[
+        int | None, typer.Option("--num-experts-per-tok", help="k of a discrete MoE.")
+    ] = None,
+    mode: ModeOption = None,
+    latency_budget_ms: Annotated[
+        float | None, typer.Option("--latency-budget-ms", help="Choose the dials: lowest loss within this per token.")
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None, typer.Option("--max-loss-increase", help="Choose the dials: quickest that loses at most this.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="What `infmoe frontier` wrote; default: frontier.json in DIR.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Default: 100, or what fits.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Draw from this many likeliest tokens.")] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of the routing noise and of the drawing of tokens.")] = 0,
+) -> None:
+    """Continue a prompt, token by token."""
+    from infmoe.eval.dials import grid, parse_mode, parse_ratios
+    from infmoe.eval.generation import generate_text
+    from infmoe.eval.loading import open_model
+    from infmoe.hf.budget import pick
+
+    opened = open_model(model_dir)
+    dials = {
+        "--num-samples": num_samples,
+        "--keep-ratio": keep_ratio,
+        "--num-experts-per-tok": num_experts_per_tok,
+        "--mode": mode,
+    }
+    budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
+    if any(value is not None for value in budget.values()):
+        for option, value in dials.items():
+            if value is not None:
+                raise InfMoEError(f"a budget chooses the dials itself: leave {option} out")
+        choice = pick(opened.model, profile or model_dir, batch_size=1, **budget)
+        print(choice.reason, file=sys.stderr)
+        point = choice.point
+    else:
+        if profile is not None:
+            raise InfMoEError("--profile goes with --latency-budget-ms or --max-loss-increase")
+        points = grid(
+            opened.model.config,
+            num_samples=None if num_samples is None else (num_samples,),
+            keep_ratios=parse_ratios(keep_ratio, "--keep-ratio"),
+            num_experts_per_tok=None if num_experts_per_tok is None else (num_experts_per_tok,),
+            mode=parse_mode(mode),
+        )
+        if len(points) > 1:
+            raise InfMoEError(f"--keep-ratio takes one value here, got {keep_ratio!r}")
+        point = points[0]
+    generate_text(
+        opened.model,
+        opened.tokenizer(),
+        prompt,
+        point,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        stream_to=sys.stdout,
+    )
+
+
+@app.command()
+def evaluate(
+    model_dir: ModelDir,
+    data_dir: DataOption = None,
+    num_samples: SamplesOption = None,
+    keep_ratio: KeepOption = None,
+    num_experts_per_tok: ExpertsOption = None,
+    mode: ModeOption = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=2, help="Held-out windows of the model's context; default: 256.")
+    ] = None,
+    batch_size: BatchOption = 16,
+    seed: SeedOption = 0,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Zero-shot tasks: 'paper', or lm-eval's names: arc_easy,boolq.")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="The tasks' local files; default: the Hugging Face Hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=2, help="The first N items of each task.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Score the tasks with this many seeds; default: 1.")
+    ] = None,
+    per_item: Annotated[
+        Path | None, typer.Option("--per-item", help="Write each item's log-likelihoods to this file.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the tasks' JSON and picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss at each setting of the dials, with standard error and routing figures; or zero-shot tasks."""
+    if tasks is not None:
+        for option, value in (("--data", data_dir), ("--windows", windows)):
+            if value is not None:
+                raise InfMoEError(
+                    f"{option} is for the held-out loss: leave it out of --tasks (--data-dir has their files)"
+                )
+        from infmoe.eval.zero_shot import run as zero_shot
+        from infmoe.eval.zero_shot import show
+
+        if out is not None:
+            from infmoe.provenance import require_writable
+
+            require_writable(out)
+        settings = zero_shot.Settings(
+            tasks, task_dir, limit, tuple(range(seed, seed + (seeds or 1))), batch_size, per_item
+        )
+        scored = zero_shot.evaluate_tasks(
+            model_dir,
+            settings,
+            num_samples=num_samples,
+            keep_ratio=keep_ratio,
+            num_experts_per_tok=num_experts_per_tok,
+            mode=mode,
+            out=out,
+            say=lambda line: print(line, file=sys.stderr),
+            show=lambda result: print(json.dumps(result) if as_json else show.table(result), flush=True),
+        )
+        if out is not None:
+            picture = show.plot(scored, out / show.PICTURE)
+            if not as_json:
+                print(f"\npicture: {picture}\nfigures: {out / zero_shot.RESULTS}")
+        return
+    only = {"--data-dir": task_dir, "--limit": limit, "--seeds": seeds, "--per-item": per_item, "--out": out}
+    for option, value in only.items():
+        if value is not None:
+            raise InfMoEError(f"{option} goes with --tasks: add --tasks paper, or leave it out")
+    from infmoe.eval.sweep import sweep_checkpoint
+
+    result = sweep_checkpoint(
+        model_dir,
+        data_dir=data_dir,
+        num_samples=num_samples,
+        keep_ratio=keep_ratio,
+        num_experts_per_tok=num_experts_per_tok,
+        mode=mode,
+        windows=windows or 256,
+        batch_size=batch_size,
+        seed=seed,
+        quiet=as_json,
+    )
+    show_points(result, as_json)
+
+
+@app.command()
+def sweep(
+    model_dir: ModelDir,
+    data_dir: DataOption = None,
+    num_samples: SamplesOption = None,
+    keep_ratio: KeepOption = None,
+    num_experts_per_tok: ExpertsOption = None,
+    mode: ModeOption = None,
+    windows: WindowsOption = 128,
+    batch_size: BatchOption = 16,
+    rounds: Annotated[int, typer.Option("--rounds", min=4, help="Timing rounds, all points interleaved.")] = 40,
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for sweep.json and sweep.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss against latency and FLOPs over a grid of the dials; table, picture and JSON."""
+    from infmoe.eval.plots import plot_sweep
+    from infmoe.eval.sweep import sweep_checkpoint
+    from infmoe.provenance import write_json
+
+    out = out or model_dir
+    result = sweep_checkpoint(
+        model_dir,
+        data_dir=data_dir,
+        num_samples=num_samples,
+        keep_ratio=keep_ratio,
+        num_experts_per_tok=num_experts_per_tok,
+        mode=mode,
+        windows=windows,
+        batch_size=batch_size,
+        seed=seed,
+        rounds=rounds,
+        full_grid=True,
+        out=out,
+        quiet=as_json,
+    )
+    write_json(out / "sweep.json", result)
+    picture = plot_sweep(result["points"], out / "sweep.png", title=f"{model_dir}: one checkpoint, its dials")
+    show_points(result, as_json)
+    if not as_json:
+        print(f"\npicture: {picture}\nfigures: {out / 'sweep.json'}")
+
+
+@app.command()
+def frontier(
+    model_dir: ModelDir,
+    data_dir: DataOption = None,
+    num_samples: SamplesOption = None,
+    keep_ratio: KeepOption = None,
+    num_experts_per_tok: ExpertsOption = None,
+    mode: ModeOption = None,
+    schedules: Annotated[
+        int, typer.Option("--schedules", min=0, help="Settings that differ from layer to layer, at most.")
+    ] = 4,
+    windows: WindowsOption = 128,
+    batch_size: BatchOption = 16,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences that are generated at once.")] = 1,
+    prompt_length: Annotated[
+        int | None, typer.Option("--prompt-length", min=1, help="Cached tokens before the first timed one.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Timing turns of each point.")] = 12,
+    budgets: Annotated[
+        int, typer.Option("--budgets", min=0, help="Then generate under so many budgets and say how often each is met.")
+    ] = 0,
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the profile; default: DIR.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure loss and time per token over the dials on this machine; `generate` chooses by it."""
+    from infmoe.eval.frontier import PICTURE, measure_frontier
+    from infmoe.eval.plots import plot_frontier
+    from infmoe.hf.budget import PROFILE
+    from infmoe.provenance import write_json
+
+    out = out or model_dir
+    result = measure_frontier(
+        model_dir,
+        data_dir=data_dir,
+        num_samples=num_samples,
+        keep_ratio=keep_ratio,
+        num_experts_per_tok=num_experts_per_tok,
+        mode=mode,
+        num_schedules=schedules,
+        windows=windows,
+        batch_size=batch_size,
+        rows=rows,
+        prompt_length=prompt_length,
+        rounds=rounds,
+        budgets=budgets,
+        seed=seed,
+        out=out,
+        quiet=as_json,
+    )
+    write_json(out / PROFILE, result)
+    picture = plot_frontier(result, out / PICTURE, title=f"{model_dir}: what a token's time buys")
+    show_points(result, as_json)
+    if not as_json:
+        print(f"• on the frontier: no other setting is quicker and better\npicture: {picture}")
+        for row in result.get("budgets", ()):
+            regret = "-" if row["regret"] is None else f"{row['regret']:+.4f}"
+            print(
+                f"budget {row['budget_ms']:.2f} ms: met by {row['met']:.1%} of {row['steps']} tokens with "
+                f"{row['picked']}; regret {regret} nats"
+            )
+        where = "" if out == model_dir else f" --profile {out}"
+        example = f"infmoe generate {model_dir} --latency-budget-ms {_example(result)}{where}"
+        print(f"profile: {out / PROFILE}; e.g. `{example}`")
+
+
+def _example(result: dict[str, Any]) -> str:
+    """A budget that some settings meet and others do not."""
+    times = sorted(row["token_ms_p95"] for row in result["points"])
+    return f"{times[len(times) // 2]:.2g}"
