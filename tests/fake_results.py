@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from infmoe.hf import InfMoEConfig, model_cost
-from infmoe.reproduce.measures import TASK_KEEP_RATIOS, TASK_SAMPLES, settings, task_settings
+from infmoe.reproduce.measures import TASK_KEEP_RATIOS, TASK_SAMPLES, own_settings, settings
 from infmoe.reproduce.plan import SCALES, RunSpec
 from infmoe.reproduce.store import Store
 
@@ -123,7 +123,9 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
     measured_with = settings(spec.scale)
     if spec.seed and tasks:
         measures["zero_shot"] = fake_scores(spec, model, loss)
-        measured_with["zero_shot"] = task_settings(spec.scale, TASK_FILES)
+    for name in measures:
+        if (own_ones := own_settings(name, spec.scale, TASK_FILES)) is not None:
+            measured_with[name] = own_ones
     return {
         "config": config.to_dict(),
         "data": DATA,

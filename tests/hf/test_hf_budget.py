@@ -2,14 +2,16 @@
 
 import json
 import logging
+import math
 import re
 
 import pytest
 import torch
 from helpers import tiny_model, tokens
+from transformers import GenerationConfig
 
 from infmoe.errors import InfMoEError
-from infmoe.hf.budget import PROFILE, Profile, fingerprint, profile_values
+from infmoe.hf.budget import Profile, fingerprint, profile_name, profile_values, upper_p95
 from infmoe.layers import PerLayer, Routing
 from infmoe.layers.point import Point
 
@@ -44,9 +46,13 @@ def model():
 
 @pytest.fixture
 def folder(model, tmp_path):
-    values = profile_values(model, rows(), num_rows=1, source="runs/mine")
-    (tmp_path / PROFILE).write_text(json.dumps(values))
-    return tmp_path
+    return written(tmp_path, model)
+
+
+def written(folder, model, num_rows=1):
+    values = profile_values(model, rows(), num_rows=num_rows, source="runs/mine") | {"cached_tokens": [8, 24]}
+    (folder / profile_name(num_rows)).write_text(json.dumps(values))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -79,14 +85,16 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(folder):
     for wrong in ({}, {"latency_budget_ms": 1.0, "max_loss_increase": 1.0}):
         with pytest.raises(InfMoEError, match="either"):
             profile.choose(**wrong)
-    for wrong in (0.0, -1.0, float("nan")):
+    for wrong in (0.0, -1.0, float("nan"), "5", True):
         with pytest.raises(InfMoEError, match="above 0"):
             profile.choose(latency_budget_ms=wrong)
+    with pytest.raises(InfMoEError, match="must be a number"):
+        profile.choose(max_loss_increase="1")
 
 
 def test_generate_runs_what_was_picked_and_says_so(model, folder, caplog):
     ids = tokens(1, 5)
-    with caplog.at_level(logging.INFO, logger="infmoe"):
+    with caplog.at_level(logging.WARNING, logger="infmoe"):
         found = model.generate(ids, max_new_tokens=6, do_sample=False, latency_budget_ms=2.6, profile=folder)
     assert model.picked.point == Point(1, (0.25, 0.125))
     assert model.picked.reason in caplog.text
@@ -105,6 +113,11 @@ def test_the_profile_lies_beside_the_checkpoint(folder, tmp_path):
     assert loaded.picked.point == Point(2, 0.25)
     with pytest.raises(InfMoEError, match="infmoe frontier DIR"):
         tiny_model().generate(tokens(1, 4), max_new_tokens=2, latency_budget_ms=5.5)
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+    tiny_model().save_pretrained(checkpoint)
+    of_a_run = type(tiny_model()).from_pretrained(checkpoint).eval()
+    of_a_run.generate(tokens(1, 4), max_new_tokens=2, do_sample=False, latency_budget_ms=5.5)
+    assert of_a_run.picked.point == Point(2, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -119,26 +132,50 @@ def test_a_budget_beside_dials_is_refused(model, folder, given):
         model.generate(tokens(1, 4), max_new_tokens=2, profile=folder)
 
 
-@pytest.mark.parametrize("more", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
-def test_a_latency_of_other_batches_is_refused(model, folder, more):
-    ids = tokens(1, 4) if more else tokens(2, 4)
-    with pytest.raises(InfMoEError, match="--rows 2"):
-        model.generate(ids, max_new_tokens=2, latency_budget_ms=5.0, profile=folder, **more)
-    model.generate(ids, max_new_tokens=2, max_loss_increase=0.0, profile=folder, **more)
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"input_ids": tokens(2, 4)},
+        {"inputs": None, "input_ids": tokens(2, 4)},
+        {"inputs_embeds": torch.zeros(2, 4, 32)},
+        {"input_ids": tokens(1, 4), "num_beams": 2},
+        {"input_ids": tokens(1, 4), "num_return_sequences": 2, "do_sample": True},
+        {"input_ids": tokens(1, 4), "generation_config": GenerationConfig(num_beams=2)},
+    ],
+    ids=str,
+)
+def test_a_latency_of_other_batches_is_refused(model, folder, call):
+    with pytest.raises(InfMoEError, match=r"not 2: measure that with `infmoe frontier runs/mine --rows 2`"):
+        model.generate(**call, max_new_tokens=2, latency_budget_ms=5.0, profile=folder / profile_name(1))
+    model.generate(**call, max_new_tokens=2, max_loss_increase=0.0, profile=folder)
+    with pytest.raises(InfMoEError, match=r"no profile at .*frontier-rows2.json"):
+        model.generate(**call, max_new_tokens=2, latency_budget_ms=5.0, profile=folder)
+    written(folder, model, num_rows=2)
+    model.generate(**call, max_new_tokens=2, latency_budget_ms=5.0, profile=folder)
+    assert model.picked.point == Point(2, 0.25)
 
 
-def test_other_weights_and_other_machines_are_refused(model, folder):
+def test_a_latency_is_for_plain_generation(model, folder):
+    with pytest.raises(InfMoEError, match="leave assistant_model out"):
+        model.generate(tokens(1, 4), latency_budget_ms=5.0, profile=folder, assistant_model=tiny_model())
+
+
+def test_other_weights_and_other_surroundings_are_refused(model, folder, monkeypatch):
     profile = Profile.load(folder)
     profile.check(model)
+    monkeypatch.setenv("INFMOE_BACKEND", "eager")
+    with pytest.raises(InfMoEError, match=r"otherwise than here \(backend auto there, eager here\)"):
+        profile.check(model)
+    monkeypatch.undo()
     with torch.no_grad():
         model.transformer.h[1].mlp.w1.weight += 1e-3
     with pytest.raises(InfMoEError, match=r"other weights.*`infmoe frontier runs/mine`"):
         profile.check(model)
-    values = json.loads((folder / PROFILE).read_text())
-    values["machine"]["cpu"] = "Abacus"
-    values["machine"]["threads"] = 77
-    (folder / PROFILE).write_text(json.dumps(values))
-    with pytest.raises(InfMoEError, match=r"another machine \(cpu Abacus there, .* threads 77 there"):
+    path = folder / profile_name(1)
+    values = json.loads(path.read_text())
+    values["machine"] |= {"cpu": "Abacus", "threads": 77, "device": "cuda"}
+    path.write_text(json.dumps(values))
+    with pytest.raises(InfMoEError, match=r"\(cpu Abacus there, .* threads 77 there.*device cuda there, cpu here\)"):
         Profile.load(folder).check(tiny_model())
 
 
@@ -146,6 +183,35 @@ def test_the_fingerprint_tells_dtypes_and_values_apart():
     assert fingerprint(tiny_model()) == fingerprint(tiny_model())
     assert fingerprint(tiny_model()) != fingerprint(tiny_model().bfloat16())
     assert fingerprint(tiny_model()) != fingerprint(tiny_model(num_hidden_layers=3))
+    assert fingerprint(tiny_model("moe")) != fingerprint(tiny_model("moe", gate_norm="all"))
+    assert fingerprint(tiny_model()) != fingerprint(tiny_model(keep_ratio=0.5))
+    wide = tiny_model(hidden_size=128, intermediate_size=1024)
+    before = fingerprint(wide)
+    with torch.no_grad():
+        wide.transformer.h[0].mlp.w1.weight[:, 1:] += 1.0
+    assert fingerprint(wide) != before
+
+
+def test_the_bound_lies_above_the_percentile_nineteen_times_in_twenty():
+    draw = torch.Generator().manual_seed(0)
+    true = -math.log(0.05)  # of the exponential distribution
+    for count in (100, 200, 1000):
+        samples = torch.empty(400, count).exponential_(generator=draw)
+        held = sum(upper_p95(row.tolist()) >= true for row in samples) / 400
+        assert 0.92 < held < 0.985, count
+    assert upper_p95([3.0, 1.0, 2.0]) == 3.0
+
+
+ROW = {"keep_ratio": 0.25, "loss": 3.0, "increase": 0.0, "token_ms": 1.0, "token_ms_p95": 2.0}
+EMPTY = {
+    "version": 1,
+    "points": [],
+    "checkpoint": "a",
+    "machine": {},
+    "rows": 1,
+    "model": "m",
+    "cached_tokens": [1, 2],
+}
 
 
 @pytest.mark.parametrize(
@@ -156,13 +222,18 @@ def test_the_fingerprint_tells_dtypes_and_values_apart():
         ("[]", "no profile of this version"),
         ('{"version": 99}', "no profile of this version"),
         ('{"version": 1, "points": [{}]}', "damaged"),
-        ('{"version": 1, "points": [], "checkpoint": "a", "machine": {}, "rows": 1, "model": "m"}', "no points"),
+        (json.dumps(EMPTY), "no points"),
+        (json.dumps(EMPTY | {"points": [ROW | {"loss": float("nan")}]}), "not finite"),
+        (json.dumps(EMPTY | {"points": [ROW | {"keep_ratio": "abc"}]}), "damaged"),
+        (json.dumps(EMPTY | {"points": [ROW | {"num_samples": 0}]}), "damaged"),
+        (json.dumps(EMPTY | {"points": [ROW], "cached_tokens": 3}), "damaged"),
     ],
 )
 def test_damaged_profiles_are_one_line_with_the_command(tmp_path, content, named):
     if content is not None:
-        (tmp_path / PROFILE).write_text(content)
+        (tmp_path / profile_name(1)).write_text(content)
     with pytest.raises(InfMoEError, match=named) as caught:
         Profile.load(tmp_path)
-    assert f"infmoe frontier {tmp_path}" in str(caught.value)
+    assert "`infmoe frontier DIR`" in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)

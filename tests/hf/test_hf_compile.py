@@ -44,6 +44,22 @@ def train(ffn, backend, with_key=True):
         torch.testing.assert_close(gradients[1][name], gradient, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "dials",
+    [
+        {"routing_mode": "antithetic", "num_samples": 3},
+        {"routing_mode": "qmc", "num_samples": 3},
+        {"score_cut": 0.3, "num_samples": 2},
+    ],
+    ids=str,
+)
+def test_every_way_to_draw_and_to_select(dials):
+    model, ids = tiny_model(), tokens(2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, **dials).logits, model(ids, **dials).logits, **CLOSE)
+
+
 @pytest.mark.parametrize("ffn", ["dense", "switch", "moe", "infinity"])
 def test_evaluation(ffn):
     evaluate(ffn, "aot_eager")

@@ -37,9 +37,19 @@ def test_what_is_put_is_found_again(store, mini):
         (lambda path: _edit(path, lambda v: v.update(measured_with=None)), "measured with other settings"),
         (lambda path: _edit(path, lambda v: v["measures"]["zero_shot"][3].pop("margin")), "'zero_shot' without margin"),
         (lambda path: _edit(path, lambda v: v["measures"]["zero_shot"][3].update(acc=1)), "'zero_shot' without acc"),
-        (lambda path: _edit(path, lambda v: v["measured_with"]["zero_shot"].update(items=9)), "other zero-shot items"),
-        (lambda path: _edit(path, lambda v: v["measured_with"].pop("zero_shot")), "other zero-shot items"),
-        (lambda path: (path.parents[1] / "tasks.json").unlink(), "other zero-shot items"),
+        (
+            lambda path: _edit(path, lambda v: v["measured_with"]["zero_shot"].update(items=9)),
+            "'zero_shot' was measured with other settings",
+        ),
+        (
+            lambda path: _edit(path, lambda v: v["measured_with"].pop("zero_shot")),
+            "'zero_shot' was measured with other settings",
+        ),
+        (
+            lambda path: _edit(path, lambda v: v["measured_with"].pop("modes")),
+            "'modes' was measured with other settings",
+        ),
+        (lambda path: (path.parents[1] / "tasks.json").unlink(), "'zero_shot' was measured with other"),
         (lambda path: _edit(path, lambda v: v["config"].update(steps=5)), "other values of steps"),
         (lambda path: _edit(path, lambda v: v["config"]["model"].update(z_dim=3)), "other values of model.z_dim"),
         (lambda path: _edit(path, lambda v: v["data"].update(sha256="e")), "was trained on other data"),

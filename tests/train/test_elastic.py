@@ -191,7 +191,9 @@ def test_matryoshka_trains_at_the_drawn_numbers_of_experts(small, tmp_path, vari
         ({"rule": "sandwich"}, "needs a list"),
         ({"keep_ratio": [0.5], "between": 1}, "go with elastic.rule=sandwich"),
         ({"keep_ratio": [0.5], "distill": True}, "go with elastic.rule=sandwich"),
-        ({"keep_ratio": [0.5], "rule": "sandwich", "consistency_weight": 1.0}, "goes with elastic.rule=draw"),
+        ({"keep_ratio": [0.5, 0.25], "rule": "sandwich", "consistency_weight": 1.0}, "goes with elastic.rule=draw"),
+        ({"keep_ratio": [0.5], "rule": "sandwich"}, "at least two values"),
+        ({"per": "step"}, "draws nothing without a list"),
         ({"ratio": [0.5]}, "unknown setting"),
     ],
 )

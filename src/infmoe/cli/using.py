@@ -1,6 +1,7 @@
 """Commands that run a model: generate, evaluate, sweep, frontier."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,7 +67,7 @@ def generate(
         for option, value in dials.items():
             if value is not None:
                 raise InfMoEError(f"a budget chooses the dials itself: leave {option} out")
-        choice = pick(opened.model, profile or model_dir, batch_size=1, **budget)
+        choice = pick(opened.model, profile, rows=1, **budget)
         print(choice.reason, file=sys.stderr)
         point = choice.point
     else:
@@ -249,7 +250,7 @@ def frontier(
     """Measure loss and time per token over the dials on this machine; `generate` chooses by it."""
     from infmoe.eval.frontier import PICTURE, measure_frontier
     from infmoe.eval.plots import plot_frontier
-    from infmoe.hf.budget import PROFILE
+    from infmoe.hf.budget import profile_name
     from infmoe.provenance import write_json
 
     out = out or model_dir
@@ -271,7 +272,7 @@ def frontier(
         out=out,
         quiet=as_json,
     )
-    write_json(out / PROFILE, result)
+    write_json(out / profile_name(rows), result)
     picture = plot_frontier(result, out / PICTURE, title=f"{model_dir}: what a token's time buys")
     show_points(result, as_json)
     if not as_json:
@@ -284,10 +285,10 @@ def frontier(
             )
         where = "" if out == model_dir else f" --profile {out}"
         example = f"infmoe generate {model_dir} --latency-budget-ms {_example(result)}{where}"
-        print(f"profile: {out / PROFILE}; e.g. `{example}`")
+        print(f"profile: {out / profile_name(rows)}; e.g. `{example}`")
 
 
 def _example(result: dict[str, Any]) -> str:
     """A budget that some settings meet and others do not."""
     times = sorted(row["token_ms_p95"] for row in result["points"])
-    return f"{times[len(times) // 2]:.2g}"
+    return f"{math.ceil(10 * times[len(times) // 2]) / 10:g}"

@@ -12,7 +12,7 @@ from infmoe.errors import InfMoEError
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.layers import PerLayer, Routing
 
-_ROUNDS = 16
+_ROUNDS = 40
 _CLOSE = 0.005  # of the wanted share
 
 
@@ -47,6 +47,14 @@ def calibrate_cut(
     if not 0.0 < share < 1.0:
         raise InfMoEError(f"the share to keep must lie in (0, 1), got {share}")
     num_layers = model.config.num_hidden_layers
+    units = min(block.mlp.num_units for block in model.transformer.h)
+    if share * units < 1.0:
+        raise InfMoEError(f"a share of {share:g} is less than one of {units} units: ask for 1/{units} or more")
+    # the scores' size, by W_z's: where to begin, and how far to step while one end is unknown
+    weights = [block.mlp.w_z.weight.detach().float() for block in model.transformer.h]
+    step = [max(float(weight_UZ.norm(dim=1).mean()), 1e-30) for weight_UZ in weights]
+    if not per_layer:
+        step = [sum(step) / num_layers] * num_layers
     low, high = [-math.inf] * num_layers, [math.inf] * num_layers
     cuts = [0.0] * num_layers
     for _ in range(_ROUNDS):
@@ -58,16 +66,17 @@ def calibrate_cut(
             return PerLayer(cuts) if per_layer else cuts[0]
         for i, k in enumerate(kept):
             (low if k > share else high)[i] = cuts[i]
-            cuts[i] = _between(low[i], high[i])
-    raise InfMoEError(f"no cut keeps {share:g} of the units: the scores are all alike (nearest {min(kept):.3f})")
+            cuts[i] = _between(low[i], high[i], step[i])
+    nearest = max(kept, key=lambda k: abs(k / share - 1.0))
+    raise InfMoEError(f"no cut keeps {share:g} of the units: many scores are alike (the nearest keeps {nearest:.3f})")
 
 
-def _between(low: float, high: float) -> float:
-    """The middle; where one end is not known yet, further out."""
+def _between(low: float, high: float, step: float) -> float:
+    """The middle; where one end is not known yet, further out by about the scores' size."""
     if math.isinf(high):
-        return max(2.0 * low, low + 0.5)
+        return max(2.0 * low, low + step)
     if math.isinf(low):
-        return min(2.0 * high, high - 0.5)
+        return min(2.0 * high, high - step)
     return (low + high) / 2
 
 

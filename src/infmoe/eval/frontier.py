@@ -19,7 +19,7 @@ from infmoe.eval.heldout import HeldOut
 from infmoe.eval.loading import open_model
 from infmoe.eval.sweep import default_grid, evaluate_points
 from infmoe.hf import model_cost
-from infmoe.hf.budget import PROFILE, Profile, profile_values
+from infmoe.hf.budget import Profile, profile_name, profile_values, upper_p95
 from infmoe.layers.point import Point
 from infmoe.progress import point_progress
 from infmoe.provenance import provenance, require_writable
@@ -246,18 +246,18 @@ def measure_frontier(
     for row, spent in zip(results, times, strict=True):
         row["increase"], row["increase_se"] = row.pop("delta"), row.pop("delta_se")
         row["token_ms"] = statistics.median(spent)
-        row["token_ms_p95"] = statistics.quantiles(spent, n=20)[-1]
+        row["token_ms_p95"] = upper_p95(spent)
         row["tokens_timed"] = len(spent)
     mark_frontier(results)
     measured = profile_values(model, results, num_rows=rows, source=str(model_dir))
+    measured["cached_tokens"] = [prompt_length, prompt_length + _timed_per_turn(model, prompt_length)]
     if budgets:
-        profile = Profile.of(measured, (out or model_dir) / PROFILE)
+        profile = Profile.of(measured, (out or model_dir) / profile_name(rows))
         measured["budgets"] = check_budgets(
             model, profile, count=budgets, steps=BUDGET_STEPS, prompt_length=prompt_length
         )
     return measured | {
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "cached_tokens": [prompt_length, prompt_length + _timed_per_turn(model, prompt_length)],
         "data": str(data.folder),
         "windows": len(held_out.tokens_NT),
         "window": context,

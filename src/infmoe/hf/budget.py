@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,12 @@ from torch import nn
 
 from infmoe.errors import InfMoEError
 from infmoe.layers.point import Point
+from infmoe.ops import dispatch
 from infmoe.provenance import machine
 
-PROFILE = "frontier.json"
 _VERSION = 1
 _MACHINE = ("system", "cpu", "cpu_capability", "threads", "accelerator")  # what a latency hangs on
-_SAMPLED = 64  # entries of each tensor that the fingerprint looks at
+_SAMPLED = 64  # entries of each tensor that the fingerprint looks at, about
 _FIGURES = ("loss", "increase", "token_ms", "token_ms_p95")
 
 
@@ -29,7 +31,7 @@ class Measured:
         loss: held out, in nats per token.
         increase: of the loss over that at the checkpoint's own dials, paired over windows.
         token_ms: median time of a generated token, in ms.
-        token_ms_p95: what 95 of 100 tokens take at most.
+        token_ms_p95: what 95 of 100 tokens take at most, with some certainty: see `upper_p95`.
     """
 
     point: Point
@@ -64,8 +66,9 @@ class Profile:
     Attributes:
         points: in the order in which they were measured.
         checkpoint: `fingerprint` of the model.
-        machine: where; see `infmoe.provenance.machine`.
+        machine: where, and how the model ran: see `surroundings`.
         rows: sequences that were generated at once.
+        cached_tokens: in the cache, at the first timed token and at the last.
         source: the checkpoint's path, as it was given.
         path: the profile's file.
     """
@@ -74,25 +77,30 @@ class Profile:
     checkpoint: str
     machine: dict[str, Any]
     rows: int
+    cached_tokens: tuple[int, int]
     source: str
     path: Path
 
     @staticmethod
-    def load(path: Path | str) -> "Profile":
+    def load(path: Path | str, rows: int = 1) -> "Profile":
         """Read a file that `infmoe frontier` wrote.
+
+        Args:
+            path: the file, or the folder that it is in.
+            rows: which of a folder's profiles.
 
         Raises:
             InfMoEError: no such file, or a damaged one; names the command that makes it.
         """
         path = Path(path)
         if path.is_dir():
-            path = path / PROFILE
+            path = path / profile_name(rows)
         try:
             values = json.loads(path.read_text())
         except OSError as error:
-            raise InfMoEError(f"no profile at {path}: {_remedy(path)}") from error
+            raise InfMoEError(f"no profile at {path}: {_remedy(rows=rows)}") from error
         except ValueError as error:
-            raise InfMoEError(f"{path} is damaged (no JSON): {_remedy(path)}") from error
+            raise InfMoEError(f"{path} is damaged (no JSON): {_remedy(rows=rows)}") from error
         return Profile.of(values, path)
 
     @staticmethod
@@ -103,23 +111,24 @@ class Profile:
             InfMoEError: it is no profile; names the command that makes one.
         """
         if not isinstance(values, dict) or values.get("version") != _VERSION:
-            raise InfMoEError(f"{path} is no profile of this version: {_remedy(path)}")
+            raise InfMoEError(f"{path} is no profile of this version: {_remedy()}")
         try:
-            points = tuple(
-                Measured(Point.of(row), *(float(row[name]) for name in _FIGURES)) for row in values["points"]
-            )
+            points = tuple(_measured(row) for row in values["points"])
+            first, last = values["cached_tokens"]
             profile = Profile(
                 points,
                 str(values["checkpoint"]),
                 dict(values["machine"]),
                 int(values["rows"]),
+                (int(first), int(last)),
                 str(values["model"]),
                 path,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InfMoEError(f"{path} is damaged ({error!r}): {_remedy(path)}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, InfMoEError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InfMoEError(f"{path} is damaged ({type(error).__name__}: {reason}): {_remedy()}") from error
         if not points:
-            raise InfMoEError(f"{path} holds no points: {_remedy(path)}")
+            raise InfMoEError(f"{path} holds no points: {_remedy()}")
         return profile
 
     def check(self, model: nn.Module) -> None:
@@ -128,14 +137,14 @@ class Profile:
         Raises:
             InfMoEError: it is of another checkpoint or another machine; names the command that makes one.
         """
-        remedy = f"measure again with `infmoe frontier {self.source}`"
+        remedy = _remedy(self.source, self.rows, "measure again")
         if fingerprint(model) != self.checkpoint:
             raise InfMoEError(f"{self.path} is of other weights than this model's: {remedy}")
-        here = machine()
-        other = [name for name in _MACHINE if self.machine.get(name) != here[name]]
+        here = surroundings(model)
+        other = [name for name in here if self.machine.get(name) != here[name]]
         if other:
             differences = ", ".join(f"{name} {self.machine.get(name)} there, {here[name]} here" for name in other)
-            raise InfMoEError(f"{self.path} is of another machine ({differences}): {remedy}")
+            raise InfMoEError(f"{self.path} was measured otherwise than here ({differences}): {remedy}")
 
     def choose(self, *, latency_budget_ms: float | None = None, max_loss_increase: float | None = None) -> Choice:
         """The point of lowest loss within a latency, or of least time within a loss.
@@ -150,8 +159,8 @@ class Profile:
         if (latency_budget_ms is None) == (max_loss_increase is None):
             raise InfMoEError("give either latency_budget_ms or max_loss_increase")
         if latency_budget_ms is not None:
-            if not latency_budget_ms > 0:
-                raise InfMoEError(f"latency_budget_ms must be above 0, got {latency_budget_ms}")
+            if not _is_number(latency_budget_ms) or not latency_budget_ms > 0:
+                raise InfMoEError(f"latency_budget_ms must be a number above 0, got {latency_budget_ms!r}")
             fitting = [p for p in self.points if p.token_ms_p95 <= latency_budget_ms]
             if not fitting:
                 nearest = min(self.points, key=lambda p: p.token_ms_p95)
@@ -163,9 +172,12 @@ class Profile:
             reason = (
                 f"{best.point.label()}: of {_count(fitting)} within {latency_budget_ms:g} ms a token the lowest loss, "
                 f"{best.loss:.4f} nats ({best.increase:+.4f}); 95 of 100 tokens take at most "
-                f"{best.token_ms_p95:.2f} ms, the median {best.token_ms:.2f}"
+                f"{best.token_ms_p95:.2f} ms, the median {best.token_ms:.2f}, with "
+                f"{self.cached_tokens[0]} to {self.cached_tokens[1]} tokens cached"
             )
             return Choice(best, reason)
+        if not _is_number(max_loss_increase):
+            raise InfMoEError(f"max_loss_increase must be a number, got {max_loss_increase!r}")
         assert max_loss_increase is not None
         fitting = [p for p in self.points if p.increase <= max_loss_increase]
         if not fitting:
@@ -183,8 +195,47 @@ class Profile:
         return Choice(best, reason)
 
 
-def _remedy(path: Path) -> str:
-    return f"make it with `infmoe frontier {path.parent}`"
+def profile_name(rows: int) -> str:
+    """The profile's file name: one for each number of sequences at once."""
+    return "frontier.json" if rows == 1 else f"frontier-rows{rows}.json"
+
+
+def upper_p95(milliseconds: Sequence[float]) -> float:
+    """What 95 of 100 tokens stay below: an upper bound that holds 19 times in 20, were they independent.
+
+    The plain percentile of a few hundred tokens is too low every other time. Of fewer than 59 it is the longest.
+    """
+    ordered = sorted(milliseconds)
+    count = len(ordered)
+    rank = math.ceil(0.95 * count + 1.645 * math.sqrt(0.05 * 0.95 * count))
+    return ordered[min(rank, count) - 1]
+
+
+def surroundings(model: nn.Module) -> dict[str, Any]:
+    """What a latency hangs on beside the weights: the machine, and how the model runs there."""
+    here = machine()
+    return {name: here[name] for name in _MACHINE} | {
+        "device": next(model.parameters()).device.type,
+        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "backend": dispatch.requested(None),
+    }
+
+
+def _measured(row: dict[str, Any]) -> Measured:
+    measured = Measured(Point.of(row), *(float(row[name]) for name in _FIGURES))
+    if not all(math.isfinite(getattr(measured, name)) for name in _FIGURES):
+        raise ValueError(f"figures that are not finite at {measured.point.label()}")
+    measured.point.routing()  # refuses dials that mean nothing
+    return measured
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _remedy(source: str = "DIR", rows: int = 1, verb: str = "make it") -> str:
+    more = "" if rows == 1 else f" --rows {rows}"
+    return f"{verb} with `infmoe frontier {source}{more}`"
 
 
 def _count(points: list[Measured]) -> str:
@@ -197,7 +248,7 @@ def profile_values(model: nn.Module, rows: list[dict[str, Any]], *, num_rows: in
         "version": _VERSION,
         "model": source,
         "checkpoint": fingerprint(model),
-        "machine": machine(),
+        "machine": surroundings(model),
         "rows": num_rows,
         "points": rows,
     }
@@ -205,40 +256,53 @@ def profile_values(model: nn.Module, rows: list[dict[str, Any]], *, num_rows: in
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """A hash that tells checkpoints apart: of every parameter's name, shape, dtype and some of its entries."""
+    """A hash that tells checkpoints apart: of the configuration, and of some entries of every parameter."""
     digest = hashlib.sha256()
+    own = {name: getattr(model.config, name) for name in type(model.config).__annotations__}  # not what is inherited
+    digest.update(json.dumps(own, sort_keys=True, default=str).encode())
     for name, param in sorted(model.named_parameters()):
         flat = param.detach().reshape(-1)
-        every = max(1, flat.numel() // _SAMPLED)
+        every = max(1, flat.numel() // _SAMPLED) | 1  # odd: or it would look at one column of most matrices
         digest.update(f"{name} {tuple(param.shape)} {param.dtype}".encode())
         digest.update(flat[::every].double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def pick(model: Any, profile: Profile | Path | str | None, *, batch_size: int | None, **budget: float | None) -> Choice:
+def pick(model: Any, profile: Profile | Path | str | None, *, rows: int, **budget: float | None) -> Choice:
     """The dials that `generate` runs a budget with.
 
     Args:
         model: an `InfMoEForCausalLM`.
-        profile: a profile, its file, or its folder; None: beside the checkpoint that the model came from.
-        batch_size: rows that are generated at once, where known.
+        profile: a profile, its file, or its folder; None: beside the checkpoint that the model came from, or in the
+            run's folder.
+        rows: sequences that are generated at once; a loss budget takes the profile of one row where there is none.
         **budget: see `Profile.choose`.
 
     Raises:
         InfMoEError: no profile, one that does not fit, or a budget that can't be met.
     """
-    if profile is None:
-        source = getattr(model.config, "_name_or_path", "")
-        if not source:
-            raise InfMoEError("a budget needs a profile: run `infmoe frontier DIR`, and pass profile=DIR")
-        profile = Path(source)
+    timed = budget.get("latency_budget_ms") is not None
     if not isinstance(profile, Profile):
-        profile = Profile.load(profile)
+        profile = _find(model, profile, rows, timed)
     profile.check(model)
-    choice = profile.choose(**budget)
-    if budget.get("latency_budget_ms") is not None and batch_size not in (None, profile.rows):
-        raise InfMoEError(
-            f"{profile.path} was measured with {profile.rows} row(s) at once, and this is a batch of {batch_size}: "
-            f"measure with `infmoe frontier {profile.source} --rows {batch_size}`"
-        )
-    return choice
+    if timed and rows != profile.rows:
+        remedy = _remedy(profile.source, rows, "measure that")
+        raise InfMoEError(f"{profile.path} was measured with {profile.rows} row(s) at once, not {rows}: {remedy}")
+    return profile.choose(**budget)
+
+
+def _find(model: Any, place: Path | str | None, rows: int, timed: bool) -> Profile:
+    if place is not None:
+        places = [Path(place)]
+    else:
+        source = str(getattr(model.config, "_name_or_path", ""))
+        if not source or not Path(source).is_dir():
+            raise InfMoEError("a budget needs a profile: run `infmoe frontier DIR`, and pass profile=DIR")
+        checkpoint = Path(source).resolve()
+        places = [checkpoint, *checkpoint.parents[:2]]  # a run's checkpoints lie two folders down
+    names = list(dict.fromkeys([profile_name(rows), *([] if timed else [profile_name(1)])]))
+    for place in places:
+        for name in names:
+            if place.is_file() or (place / name).is_file():
+                return Profile.load(place if place.is_file() else place / name)
+    return Profile.load(places[0] / names[0] if places[0].is_dir() else places[0], rows)

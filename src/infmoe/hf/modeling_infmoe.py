@@ -418,7 +418,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             max_loss_increase: run the quickest setting that loses at most so many nats over the model's own.
             profile: what `infmoe frontier` measured (a `Profile`, its file or folder); None: beside the checkpoint.
 
-        The choice and its reason are logged (logger "infmoe", level INFO) and stay in `self.picked`.
+        The choice and its reason are logged (logger "infmoe", at a level that shows) and stay in `self.picked`.
 
         Raises:
             InfMoEError: a budget that can't be met, a profile of other weights or another machine, or a budget
@@ -428,16 +428,35 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
         self.picked = None
         if any(value is not None for value in budget.values()):
             self._refuse_dials_beside_a_budget(kwargs)
-            inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-            copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-            batch_size = None if inputs is None else len(inputs) * copies
-            self.picked = pick(self, profile, batch_size=batch_size, **budget)
-            _LOG.info("picked %s", self.picked.reason)
+            rows = self._rows_of(args, kwargs, timed=latency_budget_ms is not None)
+            self.picked = pick(self, profile, rows=rows, **budget)
+            _LOG.warning("picked %s", self.picked.reason)
             dials = self.picked.point.dials()
             kwargs |= {"routing_mode" if name == "mode" else name: v for name, v in dials.items() if v is not None}
         elif profile is not None:
             raise InfMoEError("a profile alone chooses nothing: give latency_budget_ms or max_loss_increase")
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _rows_of(self, args: tuple, kwargs: dict[str, Any], *, timed: bool) -> int:
+        """Sequences that a call of `generate` runs at once.
+
+        Raises:
+            InfMoEError: for a latency, a way to generate whose steps are not of one token a row.
+        """
+        if timed:
+            for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
+                if kwargs.get(name) is not None:
+                    raise InfMoEError(f"a latency budget is for plain generation, a token a step: leave {name} out")
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        inputs = next((value for value in given if value is not None), None)
+
+        def setting(name: str) -> int:
+            of_call = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+            places = (kwargs.get(name), getattr(of_call, name, None), getattr(self.generation_config, name, None))
+            return next((int(value) for value in places if value is not None), 1)
+
+        batch_size = 1 if inputs is None else len(inputs)
+        return batch_size * max(setting("num_beams"), setting("num_return_sequences"))
 
     @staticmethod
     def _refuse_dials_beside_a_budget(kwargs: dict[str, Any]) -> None:

@@ -501,7 +501,7 @@ class InfinityFFN(ConditionalFFN):
         if dials.score_cut is not None:
             if union_ratio is None:
                 raise InfMoEError("what a score_cut keeps is known only once measured: give union_ratio")
-            kept = union_ratio / num_samples  # at most: samples that overlap keep more
+            kept = union_ratio / num_samples  # at least: samples that overlap keep more each
         union = union_ratio if union_ratio is not None else 1.0 - (1.0 - kept) ** num_samples
         sampled = dials.mode != "mu"
         params, params_wz = self.num_params(), sum(p.numel() for p in self.w_z.parameters())

@@ -100,8 +100,12 @@ class MoEFFN(ConditionalFFN):
         check_weight("z_loss_weight", z_loss_weight)
         check_weight("hierarchical_loss_weight", hierarchical_loss_weight)
         for name, value in (("rank_damping", rank_damping), ("coactivation_prob", coactivation_prob)):
-            if not 0.0 <= value <= 1.0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
                 raise InfMoEError(f"{name} must lie in [0, 1], got {value!r}")
+        if coactivation_prob != 0.5 and ideal_experts_per_tok is None:
+            raise InfMoEError("coactivation_prob goes with ideal_experts_per_tok: give both, or neither")
+        if ideal_experts_per_tok is not None:
+            check_num_experts_per_tok(ideal_experts_per_tok, "ideal_experts_per_tok")
         elastic = {
             "rank_damping": rank_damping != 1.0,
             "ideal_experts_per_tok": ideal_experts_per_tok is not None,

@@ -1,6 +1,5 @@
 """One setting of the dials: a value that can be written to a file, put in a table, and run."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
@@ -57,9 +56,9 @@ def _text(values: int | tuple[int, ...]) -> str:
     return "|".join(map(str, values)) if isinstance(values, tuple) else f"{values}"
 
 
-def ratio_text(ratio: float | Sequence[float]) -> str:
+def ratio_text(ratio: float | tuple[float, ...] | list[float]) -> str:
     """1/16 rather than 0.0625, where that is what it is; layers apart by bars."""
-    if isinstance(ratio, Sequence):
+    if isinstance(ratio, tuple | list):
         return "|".join(ratio_text(r) for r in ratio)
     fraction = Fraction(ratio).limit_denominator(128)
     return (

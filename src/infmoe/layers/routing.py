@@ -193,10 +193,10 @@ def check_score_cut(value: float) -> None:
         raise InfMoEError(f"score_cut must be a finite number, got {value!r}")
 
 
-def check_num_experts_per_tok(value: int) -> None:
+def check_num_experts_per_tok(value: int, name: str = "num_experts_per_tok") -> None:
     """Raise unless `value` is a usable k."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InfMoEError(f"num_experts_per_tok must be an integer of at least 1, got {value!r}")
+        raise InfMoEError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def _flat(value) -> tuple:

@@ -12,7 +12,9 @@ from torch import Tensor
 from infmoe.errors import InfMoEError
 from infmoe.layers.routing import Mode, NoiseKey
 from infmoe.ops.noise import normal_noise
+from infmoe.ops.tracing import constant
 
+_SCRAMBLE = 2601
 _EDGE = 2.0**-24  # uniforms stay this far from 0 and 1: float32 has no more there, and the normals stay finite
 
 
@@ -55,7 +57,7 @@ def spread_samples(mode: Mode, num_samples: int, dim: int, coordinates: dict[str
     """K standard normal draws for every token, each by itself exactly normal; more of them begin with the fewer.
 
     Args:
-        mode: "sample": independent. "antithetic": pairs eps, -eps. "qmc": a Sobol sequence, shifted for each
+        mode: "sample": independent. "antithetic": pairs eps, -eps. "qmc": a scrambled Sobol sequence, shifted for each
             token by its first independent draw (Cranley and Patterson), which is its first sample too.
         num_samples: K.
         dim: Z.
@@ -74,15 +76,25 @@ def spread_samples(mode: Mode, num_samples: int, dim: int, coordinates: dict[str
     if num_samples == 1:
         return first_BT1Z
     shift_BT1Z = torch.special.ndtr(first_BT1Z)
-    points_KZ = _sobol(num_samples, dim).to(first_BT1Z.device)[1:]  # the sequence's first point is 0
+    points_KZ = _sobol(num_samples, dim).to(first_BT1Z.device)
     uniform = (shift_BT1Z + points_KZ).frac().clamp(_EDGE, 1.0 - _EDGE)
     return torch.cat([first_BT1Z, torch.special.ndtri(uniform)], dim=2)
 
 
+@constant
+def _sobol(num_samples: int, dim: int) -> Tensor:
+    """What the points after the first add to it, modulo 1: float32, shape (K - 1, Z).
+
+    Scrambled (with a seed fixed for good), because few points of the plain sequence move many dimensions in step.
+    """
+    return _table(num_samples, dim)
+
+
 @lru_cache(maxsize=64)
-def _sobol(num_points: int, dim: int) -> Tensor:
-    """The first points of the sequence, float32, shape (K, Z)."""
+def _table(num_samples: int, dim: int) -> Tensor:
     limit = torch.quasirandom.SobolEngine.MAXDIM
     if dim > limit:
         raise InfMoEError(f"mode 'qmc' takes at most {limit} index dimensions, got {dim}: use 'antithetic'")
-    return torch.quasirandom.SobolEngine(dim).draw(num_points)
+    engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=_SCRAMBLE)
+    points_KZ = engine.draw(num_samples, dtype=torch.float64)
+    return (points_KZ[1:] - points_KZ[:1]).remainder(1.0).float()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infmoe.data import TokenData
+from infmoe.errors import InfMoEError
 from infmoe.eval.adaptive import calibrate_cut
 from infmoe.eval.dials import grid
 from infmoe.eval.heldout import HeldOut, evaluate_loss
@@ -25,6 +26,7 @@ from infmoe.reproduce.plan import TUNING_SEED, RunSpec, Scale
 Points = list[dict[str, Any]]
 SAMPLES = (1, 2, 3, 4, 8, 16)
 KEEP_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0)
+EXPERT_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 RANK_DAMPINGS = (0.25, 0.5)
 CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
 _SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
@@ -76,8 +78,8 @@ def dials(context: Context) -> Points:
     config = context.model.config
     windows = context.spec.scale.dial_windows
     if config.ffn == "moe":
-        points = grid(config, num_experts_per_tok=[k for k in (*SAMPLES, 6, 12) if k <= config.num_experts])
-        return context.evaluate(sorted(points, key=lambda p: p.num_experts_per_tok or 0), windows)
+        points = grid(config, num_experts_per_tok=[k for k in EXPERT_COUNTS if k <= config.num_experts])
+        return context.evaluate(points, windows)
     points = grid(config, keep_ratios=KEEP_RATIOS)
     if _draws(config):
         points += grid(config, num_samples=SAMPLES) + grid(config, mode="mu")
@@ -99,7 +101,7 @@ def mask_scales(context: Context) -> Points:
 def rank_dampings(context: Context) -> Points:
     """A discrete MoE beyond its k, the further experts damped before the gates are normalised (the α dial)."""
     config = context.model.config
-    beyond = [k for k in SAMPLES if config.num_experts_per_tok < k <= config.num_experts]
+    beyond = [k for k in EXPERT_COUNTS if config.num_experts_per_tok < k <= config.num_experts]
     return _under(context, "rank_damping", RANK_DAMPINGS, grid(config, num_experts_per_tok=beyond))
 
 
@@ -126,10 +128,12 @@ def adaptive(context: Context) -> Points:
     for share in CUT_SHARES:
         routings = {"ratio": Routing(keep_ratio=share, **one)}
         for rule, per_layer in (("cut", True), ("one cut", False)):
-            cut = calibrate_cut(model, found_on, share, per_layer=per_layer, batch_size=batch_size, **one)
-            routings[rule] = Routing(score_cut=cut, **one)
-        shares = evaluate_loss(model, found_on, routings["one cut"], batch_size=batch_size).union_ratios()
-        routings["layers"] = Routing(keep_ratio=PerLayer(shares), **one)
+            with contextlib.suppress(InfMoEError):  # no cut keeps that share: the table has a gap there
+                cut = calibrate_cut(model, found_on, share, per_layer=per_layer, batch_size=batch_size, **one)
+                routings[rule] = Routing(score_cut=cut, **one)
+        if "one cut" in routings:
+            shares = evaluate_loss(model, found_on, routings["one cut"], batch_size=batch_size).union_ratios()
+            routings["layers"] = Routing(keep_ratio=PerLayer(shares), **one)
         for rule, routing in routings.items():
             result = evaluate_loss(model, judged_on, routing, batch_size=batch_size)
             unions = result.union_ratios()
@@ -239,7 +243,7 @@ MEASURES: dict[str, Measure] = {
 def settings(scale: Scale) -> dict[str, Any]:
     """What a run's measures depend on beside the run: files made with others are not mixed in.
 
-    Zero-shot scores have settings of their own, `task_settings`, beside these.
+    Measures that came later have settings of their own beside these: `own_settings`.
     """
     return {
         "windows": scale.windows,
@@ -247,6 +251,24 @@ def settings(scale: Scale) -> dict[str, Any]:
         "samples": list(SAMPLES),
         "keep_ratios": list(KEEP_RATIOS),
     }
+
+
+def own_settings(name: str, scale: Scale, files: Mapping[str, str]) -> dict[str, Any] | None:
+    """What one measure depends on beside `settings`, or None.
+
+    Args:
+        name: the measure's.
+        scale: how large.
+        files: the zero-shot tasks' files: name -> SHA-256.
+    """
+    if name == ZERO_SHOT:
+        return task_settings(scale, files)
+    own: dict[str, dict[str, Any]] = {
+        "rank_dampings": {"values": list(RANK_DAMPINGS), "experts": list(EXPERT_COUNTS)},
+        "modes": {"modes": list(_SPREAD)},
+        "adaptive": {"shares": list(CUT_SHARES), "cut_windows": _CUT_WINDOWS},
+    }
+    return own.get(name)
 
 
 def task_settings(scale: Scale, files: Mapping[str, str]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _elastic_arms() -> list[Arm]:
     """Models trained for their dials, and the fixed ones that they are held against."""
     one_sample = {"num_samples": 1}
     ratios = "elastic.keep_ratio=[0.0625,0.125,0.25,0.5]"
-    ends, sandwich = "elastic.keep_ratio=[0.0625,0.125,0.25,0.5]", "elastic.rule=sandwich"
+    ends, sandwich = "elastic.keep_ratio=[0.0625,0.5]", "elastic.rule=sandwich"
     infinity = {
         "infinity-keep4": (),
         "infinity-elastic": (ratios,),

@@ -11,7 +11,7 @@ from typing import Any
 from infmoe.errors import InfMoEError
 from infmoe.provenance import write_json
 from infmoe.recipes import recipe
-from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, settings, task_settings
+from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, own_settings, settings
 from infmoe.reproduce.plan import TUNING_SEED, Arm, Group, RunSpec, Scale
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.train.config import differing_keys
@@ -157,16 +157,19 @@ class Store:
             )
         found = values.get("measured_with")
         measured_with = dict(found) if isinstance(found, dict) else {}
-        scored_with = measured_with.pop(ZERO_SHOT, None)
+        own = {name: measured_with.pop(name, None) for name in MEASURES}
         if measured_with != settings(self.scale) and not values.get("diverged"):
             raise InfMoEError(
                 f"{path} was measured with other settings (windows, dials): move it away to make it again"
             )
-        if ZERO_SHOT in values["measures"] and scored_with != task_settings(self.scale, self.tasks or {}):
-            raise InfMoEError(
-                f"{path} was scored on other zero-shot items or dials (tasks.json beside runs/ says which files): "
-                f"restore it, or take {ZERO_SHOT!r} out of its measures to have it scored anew"
-            )
+        for name in values["measures"]:
+            expected = own_settings(name, self.scale, self.tasks or {})
+            if expected is not None and own.get(name) != expected:
+                where = " (tasks.json beside runs/ says on which files)" if name == ZERO_SHOT else ""
+                raise InfMoEError(
+                    f"{path}: {name!r} was measured with other settings{where}: restore it, or take {name!r} out of "
+                    "its measures to have it measured anew"
+                )
         data = self.data
         if data is not None and values["data"]["sha256"] != data["sha256"]:
             raise InfMoEError(f"{path} was trained on other data than {self.folder / 'data.json'} says: move it away")

@@ -24,7 +24,7 @@ from infmoe.eval.loading import open_model
 from infmoe.eval.report import read_metrics
 from infmoe.hf import model_cost
 from infmoe.provenance import provenance
-from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, Context, settings, task_settings, wanted
+from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, Context, own_settings, settings, wanted
 from infmoe.reproduce.plan import Group, RunSpec
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config
@@ -229,9 +229,10 @@ def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
     measures = dict(values["measures"])
     for name in missing:
         measures[name] = MEASURES[name].take(context)
+        own = own_settings(name, spec.scale, shop.store.tasks or {})
+        if own is not None:
+            values["measured_with"] = values["measured_with"] | {name: own}
     if ZERO_SHOT in missing:
-        scored = {ZERO_SHOT: task_settings(spec.scale, shop.store.tasks or {})}
-        values |= {"measured_with": values["measured_with"] | scored}
         # it may be taken long after training, by another commit
         values |= {"provenance": values["provenance"] | {ZERO_SHOT: provenance() | {"command": shop.label}}}
     if run is None:

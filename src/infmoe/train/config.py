@@ -98,6 +98,10 @@ class ElasticConfig(_Strict):
         for name, values in self.lists.items():
             if not values:
                 raise ValueError(f"elastic.{name} must hold at least one value")
+        if self.per == "step" and not self.lists:
+            raise ValueError("elastic.per=step draws nothing without a list, e.g. elastic.keep_ratio=[0.125,0.5]")
+        if self.rule == "sandwich" and self.lists and all(len(set(values)) == 1 for values in self.lists.values()):
+            raise ValueError("elastic.rule=sandwich needs a list of at least two values: its ends are the same")
         if self.rule == "sandwich" and not self.lists:
             raise ValueError("elastic.rule='sandwich' needs a list of values, e.g. elastic.keep_ratio=[0.125,0.5]")
         if self.rule != "sandwich" and (self.between or self.distill):

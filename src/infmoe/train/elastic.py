@@ -99,7 +99,8 @@ def check_elastic(config: ElasticConfig, model_config: InfMoEConfig) -> None:
     """Raise where the model can't train at these dials.
 
     Raises:
-        InfMoEError: a dial that the variant does not have, a value that it does not take, or nothing to draw.
+        InfMoEError: a dial that the variant does not have, a value that it does not take, or noise where the router
+            draws none.
     """
     with torch.device("meta"):
         layer = ffn_class(model_config.ffn).from_config(model_config)
