@@ -98,10 +98,14 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
         points = [*both.values(), *(samples if trained else [])]
         figures = {"overlap_ratio": 0.8, "union_ratio": 0.3, "sigma_to_mu": 0.3}
         mean = [{"mode": "mu", "keep_ratio": model.keep_ratio, "loss": loss + 0.002}] if trained else []
-        measures["dials"] = [row | figures | {"flops_ideal": 10**6} for row in points + mean]
+        measures["dials"] = [row | figures | {"flops_ideal": 10**6, "flops_executed": 10**7} for row in points + mean]
         rules = (("ratio", 0.0), ("cut", 0.01), ("one cut", -0.01), ("layers", -0.02))
         shares = (1 / 16, 1 / 8, 1 / 4)
-        measures["adaptive"] = [{"rule": r, "share": s, "loss": loss + d} for s in shares for r, d in rules]
+        measures["adaptive"] = [
+            {"rule": rule, "share": share, "loss": loss + gap, "layer_shares": [share, share]}
+            for share in shares
+            for rule, gap in rules
+        ]
         if trained:
             spread = [("antithetic", 0.003), ("qmc", 0.004)]
             measures["modes"] = [
@@ -114,7 +118,8 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
         own = model.num_experts_per_tok
         ks = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= model.num_experts]
         slope = 0.002 if model.ideal_experts_per_tok else 0.02
-        rows = [{"num_experts_per_tok": k, "loss": loss + slope * abs(k - own), "flops_ideal": 10**5 * k} for k in ks]
+        flops = {k: {"flops_ideal": 10**5 * k, "flops_executed": 10**5 * k} for k in ks}
+        rows = [{"num_experts_per_tok": k, "loss": loss + slope * abs(k - own)} | flops[k] for k in ks]
         measures["dials"] = rows
         beyond = [row for row in rows if row["num_experts_per_tok"] > own]
         if beyond and model.num_experts > 4:

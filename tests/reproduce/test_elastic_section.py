@@ -5,7 +5,8 @@ import re
 import pytest
 from fake_results import fill
 
-from infmoe.reproduce.elastic import curve, elastic, means, useful_range
+from infmoe.reproduce.dial_curves import curve, means, useful_range, useful_ranges
+from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, TWO_PASSES, groups
 from infmoe.train.config import ElasticConfig
@@ -42,18 +43,83 @@ def test_one_seed_and_none_decide_nothing(store, mini):
 
 def test_the_useful_range_is_the_stretch_around_the_best():
     line = {1: 3.10, 2: 3.02, 4: 3.00, 6: 3.009, 8: 3.02, 12: 3.001, 16: 3.1}
-    assert useful_range({k: {1: loss, 2: loss} for k, loss in line.items()}) == (4, 4, 6, 3.00)
-    assert useful_range({}) is None
-    assert useful_range({2: {1: 3.0}}) == (2, 2, 2, 3.0)
+    found = useful_range(line)
+    assert (found.best, found.low, found.high, found.loss) == (4, 4, 6, 3.0)
+    assert found.octaves == pytest.approx(0.585, abs=1e-3)
+    assert useful_ranges({}) == {}
+    # a seed that lacks a point of the curve has no range
+    assert set(useful_ranges({1: {1: 3.0, 2: 3.0}, 2: {1: 3.1}})) == {1}
 
 
-def test_elastic_moe_is_held_against_plain_and_direct_training(store, mini):
-    fill(store, dict.fromkeys(ELASTIC_EXPERTS, 3.5), mini.tokens)
-    four, eight = claims(store, "Elastic MoE, trained with k")
-    assert "k′ = 1 … 8; plain 4 … 4; trained directly at 8: 8 … 8" in four.measured  # as the fake results have it
-    assert four.verdict == "holds"
-    assert "k′ = 3 … 12" in eight.measured or "k′ = 4 … 12" in eight.measured
-    assert eight.verdict == "does not hold"  # 12 is less than twice 8
+def verdict_of_emoe(store, mini, k, seeds=3, **ranges):
+    """What the page says of runs whose loss is 3 within these ends of k′, and 4 beyond."""
+    arms = {4: ("emoe-k4", "moe16-fine-k4", "moe16-fine"), 8: ("emoe-k8", "moe16-fine", "moe16-fine-k16")}[k]
+    fill(store, dict.fromkeys(arms, 3.5), mini.tokens, seeds=seeds)
+    for arm, (low, high) in zip(arms, ranges.values(), strict=True):
+        for run in store.runs(arm, mini.tokens):
+            for row in run.values["measures"]["dials"]:
+                row["loss"] = 3.0 if low <= row["num_experts_per_tok"] <= high else 4.0
+            store.put(run.spec, run.values)
+    (claim,) = claims(store, f"Elastic MoE, trained with k = {k}")
+    return claim
+
+
+@pytest.mark.parametrize(
+    ("emoe", "plain", "direct", "verdict"),
+    [
+        ((2, 12), (3, 6), (6, 12), "holds"),
+        ((2, 6), (3, 6), (6, 6), "does not hold"),  # less than twice k
+        ((2, 12), (3, 6), (1, 12), "does not hold"),  # direct training is wider
+        ((2, 12), (1, 12), (6, 6), "does not hold"),
+    ],
+)
+def test_elastic_moe_is_held_against_plain_and_direct_training(store, mini, emoe, plain, direct, verdict):
+    claim = verdict_of_emoe(store, mini, 4, emoe=emoe, plain=plain, direct=direct)
+    assert claim.verdict == verdict
+    for low, high in (emoe, plain, direct):
+        assert f"{low} … {high}" in claim.measured
+
+
+def test_one_seed_and_the_number_of_experts_are_said(store, mini):
+    claim = verdict_of_emoe(store, mini, 4, seeds=1, emoe=(1, 16), plain=(4, 4), direct=(8, 8))
+    assert claim.verdict == "not decided: one seed"
+    assert "16 experts end a range" in claim.reason
+
+
+def test_the_alpha_dial_is_drawn_at_every_k_and_leaves_the_first_alone(store, mini):
+    fill(store, {"moe16-fine-k4": 3.5}, mini.tokens)
+    for run in store.runs("moe16-fine-k4", mini.tokens):
+        for row in run.values["measures"]["rank_dampings"]:
+            row["loss"] = 3.25 + row["rank_damping"]
+        store.put(run.spec, run.values)
+    body = elastic(store, Gallery(store.folder)).body
+    head, plain = (
+        next(x for x in body.splitlines() if x.startswith(t)) for t in ("| loss, nats | k′", "| moe16-fine-k4:")
+    )
+    (half,) = [line for line in body.splitlines() if line.startswith("| moe16-fine-k4, α = 0.5 | 3")]
+    ks = [int(cell.split()[-1]) for cell in head.split("|")[2:-1]]
+    cells = dict(zip(ks, half.split("|")[2:-1], strict=True))
+    assert ks == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert [k for k in ks if "3.750" in cells[k]] == [6, 8, 12, 16]
+    assert [half.split("|")[i] == plain.split("|")[i] for i in range(2, 6)] == [True] * 4
+
+
+def test_a_ratio_that_is_missing_decides_nothing(store, mini):
+    fill(store, LOSSES | {"infinity-elastic": 3.0}, mini.tokens)
+    for run in store.runs("infinity-elastic", mini.tokens):
+        rows = run.values["measures"]["dials"]
+        run.values["measures"]["dials"] = [row for row in rows if row["keep_ratio"] != 1 / 16]
+        store.put(run.spec, run.values)
+    (claim,) = claims(store, "`infinity-elastic`, at every ratio")
+    assert claim.verdict == "not measured yet"
+
+
+@pytest.mark.parametrize(("loss", "seeds", "said"), [(3.4, 3, "| 1/16 |"), (3.9, 3, "| none |"), (3.4, 1, "one seed")])
+def test_the_smallest_ratio_that_is_no_worse_than_moe(store, mini, loss, seeds, said):
+    fill(store, {"infinity-keep4": loss, "moe": 3.6}, mini.tokens, seeds=seeds)
+    body = elastic(store, Gallery(store.folder)).body
+    (row,) = [line for line in body.splitlines() if line.startswith("| infinity-keep4, K = 1 |")]
+    assert said in row
 
 
 def test_two_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini):
@@ -74,6 +140,11 @@ def test_adaptive_compute_is_judged_by_its_intervals(store, mini):
     (claim,) = claims(store, "units where the token's scores ask for them")
     assert claim.verdict == "does not hold"
     assert "+0.0100 ± 0.0000 at 1/16" in claim.measured
+    for run in store.runs("infinity", mini.tokens):
+        run.values["measures"]["adaptive"][0]["layer_shares"] = [0.07, 0.07]
+        store.put(run.spec, run.values)
+    (claim,) = claims(store, "units where the token's scores ask for them")
+    assert claim.verdict == "not decided: shares differ by 12%"
     body = elastic(store, Gallery(store.folder)).body
     assert re.search(r"layers differ: the shares that the one cut leaves \| -0\.0200", body)
 

@@ -1,9 +1,22 @@
 """Elastic compute: what one checkpoint does over its dials, by how it was trained."""
 
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from infmoe.layers.point import ratio_text
+from infmoe.reproduce.dial_curves import (
+    RANGE,
+    Curve,
+    Stretch,
+    curve,
+    means,
+    over_k,
+    over_ratio,
+    over_samples,
+    ratio_of,
+    useful_ranges,
+)
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import ELASTIC_EXPERTS, TWO_PASSES, tokens_text
 from infmoe.reproduce.section import (
@@ -24,7 +37,7 @@ from infmoe.reproduce.section import (
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 
-RANGE = 0.01  # nats: a dial's useful range is where the loss stays this close to its best
+_EQUAL_SHARE = 0.03  # mean shares this close count as equal compute
 _RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _FIXED = {"infinity-keep4": 1 / 4, "infinity-keep8": 1 / 8, "infinity-keep16": 1 / 16}
 _ELASTIC = {
@@ -43,13 +56,12 @@ _EXPERTS = {
     "matryoshka-k8": "Matryoshka, k = 1 … 16",
     "moe16-fine-k16": "plain, k = 16 (direct, for k = 8)",
 }
+_PLAIN = ("moe16-fine-k4", "moe16-fine")  # what the α dial is tried on
 _SAMPLES = {
     "infinity": "plain, K = 2",
     "infinity-elastic-k": "K drawn from 1 … 4 for each layer",
     "infinity-consistency": "K = 2, two draws made to agree",
 }
-# x -> seed -> loss
-Curve = dict[Any, dict[int, float]]
 
 
 def elastic(store: Store, gallery: Gallery) -> Section:
@@ -61,7 +73,8 @@ def elastic(store: Store, gallery: Gallery) -> Section:
         _samples(store, section),
         _useful_ranges(store, section),
         _training_cost(store),
-        _no_worse_than_moe(store, section),
+        _flops(store),
+        _no_worse_than_moe(store),
         _adaptive(store, section),
     ]
     section.body = "\n\n".join(part for part in parts if part)
@@ -69,63 +82,10 @@ def elastic(store: Store, gallery: Gallery) -> Section:
     return section
 
 
-def curve(
-    store: Store,
-    arm: str,
-    tokens: int,
-    x: Callable[[Mapping[str, Any]], Any],
-    measure: str = "dials",
-    keep: Callable[[Mapping[str, Any]], bool] = lambda row: True,
-    figure: str = "loss",
-) -> Curve:
-    """A figure of the points of a measure, by their place on an axis and by seed; points without a place are left."""
-    found: Curve = {}
-    for run in store.runs(arm, tokens):
-        for row in run.measure(measure) or ():
-            at = x(row) if keep(row) else None
-            if at is not None and figure in row:
-                found.setdefault(at, {})[run.spec.seed] = row[figure]
-    return found
-
-
-def means(found: Curve) -> dict[Any, Interval]:
-    """The curve over seeds, in the axis's order."""
-    return {at: interval(list(losses.values())) for at, losses in sorted(found.items())}
-
-
-def _ratio_of(run_samples: int | None) -> Callable[[Mapping[str, Any]], Any]:
-    """The keep ratio of a point at the trained number of samples, or None."""
-
-    def x(row: Mapping[str, Any]) -> Any:
-        return row["keep_ratio"] if row.get("mode") is None and row.get("num_samples") == run_samples else None
-
-    return x
-
-
-def _over_ratio(store: Store, arm: str, tokens: int | None = None, figure: str = "loss") -> Curve:
-    """Loss over the keep ratio at K = 1, which all these arms are trained with."""
-    return curve(store, arm, tokens or store.scale.tokens, _ratio_of(1), figure=figure)
-
-
-def _over_k(store: Store, arm: str, figure: str = "loss") -> Curve:
-    """Loss over the number of experts, gates renormalised."""
-    return curve(store, arm, store.scale.tokens, lambda row: row.get("num_experts_per_tok"), figure=figure)
-
-
-def _over_samples(store: Store, arm: str) -> Curve:
-    """Loss over K at the trained keep ratio."""
-    return curve(
-        store,
-        arm,
-        store.scale.tokens,
-        lambda row: row.get("num_samples") if row.get("mode") is None and row["keep_ratio"] == 0.25 else None,
-    )
-
-
 def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
     tokens = store.scale.tokens
     names = {arm: f"trained at {ratio_text(ratio)}" for arm, ratio in _FIXED.items()} | _ELASTIC
-    curves = {arm: found for arm in names if (found := _over_ratio(store, arm))}
+    curves = {arm: found for arm in names if (found := over_ratio(store, arm))}
     _claim_elastic(section, curves)
     if not curves:
         return f"**Loss over the keep ratio, K = 1**: {MISSING}."
@@ -153,7 +113,7 @@ def _claim_elastic(section: Section, curves: Mapping[str, Curve]) -> None:
     for arm in ("infinity-elastic", "infinity-sandwich-distill"):
         ours = curves.get(arm)
         text = f"not in the paper: `{arm}`, at every ratio from 1/16 to 1/2, is no worse than the best fixed checkpoint"
-        if not ours or len(fixed) < len(_FIXED):
+        if not ours or not set(_RATIOS) <= ours.keys() or len(fixed) < len(_FIXED):
             section.claims.append(Claim(text, "–", MISSING))
             continue
         best = min(fixed, key=lambda name: sum(means(fixed[name])[r].mean for r in _RATIOS))
@@ -163,7 +123,7 @@ def _claim_elastic(section: Section, curves: Mapping[str, Curve]) -> None:
                 text,
                 f"against `{best}`: "
                 + ", ".join(f"{text_of(g, sign=True)} at {ratio_text(r)}" for r, g in gaps.items()),
-                _no_worse([gap for gap in gaps.values() if gap is not None], 0.0),
+                _no_worse(list(gaps.values()), 0.0),
             )
         )
         for ratio, name, most in ((1 / 4, "infinity-keep4", 0.01), (1 / 16, "infinity-keep16", 0.03)):
@@ -172,28 +132,29 @@ def _claim_elastic(section: Section, curves: Mapping[str, Curve]) -> None:
                 Claim(
                     f"not in the paper: `{arm}` at {ratio_text(ratio)} is within {most:g} nats of one trained there",
                     f"{text_of(gap, sign=True)} nats",
-                    _no_worse([gap] if gap is not None else [], most),
+                    _no_worse([gap], most),
                 )
             )
 
 
-def _no_worse(gaps: list[Interval], most: float) -> str:
+def _no_worse(gaps: Sequence[Interval | None], most: float) -> str:
     """Whether all differences are at most so large, by their intervals."""
-    if not gaps:
+    found = [gap for gap in gaps if gap is not None]
+    if len(found) < len(gaps) or not found:
         return MISSING
-    if any(gap.half_width is None for gap in gaps):
+    if any(gap.half_width is None for gap in found):
         return ONE_SEED
-    if any(gap.low > most for gap in gaps):
+    if any(gap.low > most for gap in found):
         return FAILS
-    return HOLDS if all(gap.high <= most for gap in gaps) else UNDECIDED.replace("0", f"{most:g}")
+    return HOLDS if all(gap.high <= most for gap in found) else UNDECIDED.replace("0", f"{most:g}")
 
 
 def _experts(store: Store, gallery: Gallery, section: Section) -> str:
     lines: dict[str, Curve] = {}
     for arm in ELASTIC_EXPERTS:
-        if found := _over_k(store, arm):
+        if found := over_k(store, arm):
             lines[f"{arm}: {_EXPERTS[arm]}"] = found
-        damped = _damped(store, arm) if arm in ("moe16-fine-k4", "moe16-fine") else {}
+        damped = _damped(store, arm) if arm in _PLAIN else {}
         lines |= {f"{arm}, α = {alpha:g}": line for alpha, line in damped.items()}
     if not lines:
         return f"**Loss over the number of experts, 16 experts of d_ff/8**: {MISSING}."
@@ -224,20 +185,24 @@ def _experts(store: Store, gallery: Gallery, section: Section) -> str:
 
 
 def _damped(store: Store, arm: str) -> dict[float, Curve]:
-    """α -> the curve, with the points up to the trained k, which α leaves alone."""
+    """α -> the curve, with the plain points up to the trained k, which α leaves alone."""
     found: dict[float, Curve] = {}
     for run in store.runs(arm, store.scale.tokens):
-        for row in run.measure("rank_dampings") or ():
-            at = found.setdefault(row["rank_damping"], {}).setdefault(row["num_experts_per_tok"], {})
-            at[run.spec.seed] = row["loss"]
-    plain = _over_k(store, arm)
-    return {alpha: {**plain, **line} for alpha, line in sorted(found.items())}
+        own = run.values["config"]["model"]["num_experts_per_tok"]
+        rows = run.measure("rank_dampings") or ()
+        for alpha in {row["rank_damping"] for row in rows}:
+            line = [row for row in run.measure("dials") or () if row["num_experts_per_tok"] <= own]
+            line += [row for row in rows if row["rank_damping"] == alpha]
+            for row in line:
+                at = found.setdefault(alpha, {}).setdefault(row["num_experts_per_tok"], {})
+                at[run.spec.seed] = row["loss"]
+    return dict(sorted(found.items()))
 
 
 def _samples(store: Store, section: Section) -> str:
-    rows, ks = [], sorted({k for arm in _SAMPLES for k in _over_samples(store, arm)})
+    rows, ks = [], sorted({k for arm in _SAMPLES for k in over_samples(store, arm)})
     for arm, text in _SAMPLES.items():
-        if line := _over_samples(store, arm):
+        if line := over_samples(store, arm):
             base = line.get(1, {})
             at_mu = curve(
                 store,
@@ -255,7 +220,7 @@ def _samples(store: Store, section: Section) -> str:
             lambda row, mode=mode: row["num_samples"] if row["mode"] == mode else None,  # type: ignore[misc]
             measure="modes",
         )
-        base = _over_samples(store, "infinity").get(1, {})
+        base = over_samples(store, "infinity").get(1, {})
         if line:
             gaps = [text_of(paired(line[k], base), 4, sign=True) if k in line else "–" for k in ks]
             rows.append([f"infinity, {mode} samples", *gaps, ""])
@@ -267,7 +232,7 @@ def _samples(store: Store, section: Section) -> str:
 
 
 def _claim_samples(store: Store, section: Section) -> None:
-    line = _over_samples(store, "infinity")
+    line = over_samples(store, "infinity")
     overlap = curve(
         store,
         "infinity",
@@ -289,65 +254,77 @@ def _claim_samples(store: Store, section: Section) -> None:
     )
 
 
-def useful_range(found: Curve) -> tuple[Any, Any, Any, float] | None:
-    """Where the mean loss is lowest, the ends of the stretch around it within `RANGE`, and that lowest loss."""
-    line = {at: value.mean for at, value in means(found).items()}
-    if not line:
-        return None
-    order = sorted(line)
-    best = min(order, key=lambda at: line[at])
-    low = high = order.index(best)
-    while low > 0 and line[order[low - 1]] <= line[best] + RANGE:
-        low -= 1
-    while high < len(order) - 1 and line[order[high + 1]] <= line[best] + RANGE:
-        high += 1
-    return best, order[low], order[high], line[best]
-
-
 def _useful_ranges(store: Store, section: Section) -> str:
     curves: dict[str, tuple[Curve, Callable[[Any], str]]] = {}
     for arm in (*_FIXED, *_ELASTIC):
-        curves[f"{arm} (keep ratio)"] = _over_ratio(store, arm), ratio_text
+        curves[f"{arm} (keep ratio)"] = over_ratio(store, arm), ratio_text
     for arm in ELASTIC_EXPERTS:
-        curves[f"{arm} (k′)"] = _over_k(store, arm), str
-        if arm in ("moe16-fine-k4", "moe16-fine"):
-            for alpha, line in _damped(store, arm).items():
-                curves[f"{arm}, α = {alpha:g} (k′)"] = line, str
+        curves[f"{arm} (k′)"] = over_k(store, arm), str
+        for alpha, line in _damped(store, arm).items() if arm in _PLAIN else ():
+            curves[f"{arm}, α = {alpha:g} (k′)"] = line, str
     for arm in _SAMPLES:
-        curves[f"{arm} (K)"] = _over_samples(store, arm), str
+        curves[f"{arm} (K)"] = over_samples(store, arm), str
     rows = []
     for name, (found, text) in curves.items():
-        if (stretch := useful_range(found)) is not None:
-            best, low, high, loss = stretch
-            rows.append([name, text(best), f"{loss:.3f}", f"{text(low)} … {text(high)}"])
+        stretches = useful_ranges(found)
+        if stretches:
+            ends = [f"{text(s.low)} … {text(s.high)}" for s in stretches.values()]
+            bests = [text(s.best) for s in stretches.values()]
+            loss = interval([s.loss for s in stretches.values()])
+            rows.append([name, _each(bests), text_of(loss), _each(ends), str(len(stretches))])
     _claim_emoe(store, section)
     if not rows:
         return ""
-    head = ("method (dial)", "best at", "loss there, nats", f"within {RANGE:g} nats of it")
-    return "**Useful range of each dial** (means over seeds, of the settings that were measured)\n\n" + markdown_table(
-        head, rows
+    head = ("method (dial)", "best at", "loss there, nats", f"within {RANGE:g} nats of it", "seeds")
+    return (
+        "**Useful range of each dial** (of the settings that were measured, seed by seed; one entry where all agree)"
+        "\n\n" + markdown_table(head, rows)
     )
 
 
+def _each(texts: Sequence[str]) -> str:
+    return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
+
+
 def _claim_emoe(store: Store, section: Section) -> None:
-    """Elastic MoE's range against the plain one's and direct training's."""
+    """Elastic MoE's range against the plain one's and direct training's, paired by seed."""
     for k, plain, direct in ((4, "moe16-fine-k4", "moe16-fine"), (8, "moe16-fine", "moe16-fine-k16")):
-        found = {name: useful_range(_over_k(store, name)) for name in (f"emoe-k{k}", plain, direct)}
-        text = f"Elastic MoE, trained with k = {k}, is useful up to 2 to 3 times that k (arXiv 2509.21892)"
-        ours, its, directly = (found[name] for name in (f"emoe-k{k}", plain, direct))
-        if ours is None or its is None or directly is None:
+        ours, its, directly = (useful_ranges(over_k(store, name)) for name in (f"emoe-k{k}", plain, direct))
+        wider = [
+            paired(*({seed: stretch.octaves for seed, stretch in ranges.items()} for ranges in (ours, other)))
+            for other in (its, directly)
+        ]
+        text = (
+            f"Elastic MoE, trained with k = {k}, is useful up to 2 to 3 times that k (arXiv 2509.21892), over "
+            f"more than plain top-k, and than training at {2 * k}"
+        )
+        if wider[0] is None or wider[1] is None:
             section.claims.append(Claim(text, "–", MISSING))
             continue
-        reach = ours[2] / k
+        reach = min(stretch.high for stretch in ours.values()) / k
+        ended = max(stretch.high for stretch in (*ours.values(), *its.values(), *directly.values())) == 16
         section.claims.append(
             Claim(
                 text,
-                f"within {RANGE:g} nats of its best at k′ = {ours[1]} … {ours[2]}; plain {its[1]} … {its[2]}; trained "
-                f"directly at {2 * k}: {directly[1]} … {directly[2]}",
-                HOLDS if reach >= 2 and ours[2] > its[2] else FAILS,
-                "16 experts end the range" if ours[2] == 16 else "",
+                f"within {RANGE:g} nats of its best at k′ = {_ends(ours)}; plain {_ends(its)}; trained at {2 * k}: "
+                f"{_ends(directly)}; wider by {text_of(wider[0], 2, sign=True)} and {text_of(wider[1], 2, sign=True)} "
+                "doublings",
+                _verdict_wider([gap for gap in wider if gap is not None], reach),
+                "16 experts end a range here, so it may reach further" if ended else "",
             )
         )
+
+
+def _ends(ranges: Mapping[int, Stretch]) -> str:
+    return _each([f"{stretch.low} … {stretch.high}" for stretch in ranges.values()])
+
+
+def _verdict_wider(wider: Sequence[Interval], reach: float) -> str:
+    if any(gap.half_width is None for gap in wider):
+        return ONE_SEED
+    if reach < 2 or any(gap.high <= 0 for gap in wider):
+        return FAILS
+    return HOLDS if all(gap.low > 0 for gap in wider) else UNDECIDED
 
 
 def _training_cost(store: Store) -> str:
@@ -385,34 +362,46 @@ def _training_flops(run: Finished, tokens: int) -> float:
     return 3.0 * run.cost["flops_executed"] * tokens * passes
 
 
-def _no_worse_than_moe(store: Store, section: Section) -> str:
+def _no_worse_than_moe(store: Store) -> str:
     """The smallest keep ratio at which ∞-MoE still beats MoE top-2 of the same total parameters."""
     tokens = store.scale.tokens
-    moe = _over_k(store, "moe").get(2, {})
+    moe = over_k(store, "moe").get(2, {})
     runs = store.runs("moe", tokens)
     rows = []
     for arm, samples in (("infinity", 2), *((name, 1) for name in (*_FIXED, *_ELASTIC))):
-        found = curve(store, arm, tokens, _ratio_of(samples))
-        flops = curve(store, arm, tokens, _ratio_of(samples), figure="flops_ideal")
+        found = curve(store, arm, tokens, ratio_of(samples))
         gaps = {r: gap for r in sorted(found) if (gap := paired(found[r], moe)) is not None}
-        able = [r for r, gap in gaps.items() if gap.high <= 0]
         if not gaps:
             continue
-        if not able:
-            rows.append([f"{arm}, K = {samples}", "none", "–", "–"])
+        if any(gap.half_width is None for gap in gaps.values()):
+            rows.append([f"{arm}, K = {samples}", ONE_SEED, "–", "–", "–"])
             continue
-        least = able[0]
-        cost = interval(list(flops[least].values())).mean / 1e6 if least in flops else None
-        cells = ["–" if cost is None else f"{cost:.2f}", f"{text_of(gaps[least], sign=True)}"]
-        rows.append([f"{arm}, K = {samples}", ratio_text(least), *cells])
+        best = min(gaps, key=lambda r: gaps[r].mean)
+        downwards = [r for r in sorted(gaps, reverse=True) if r <= best]
+        failing = next((i for i, r in enumerate(downwards) if gaps[r].high > 0), len(downwards))
+        able = downwards[:failing]
+        if not able:
+            rows.append([f"{arm}, K = {samples}", "none", "–", "–", "–"])
+            continue
+        least = able[-1]
+        cells = [_megaflops(store, arm, samples, least, figure) for figure in ("flops_ideal", "flops_executed")]
+        rows.append([f"{arm}, K = {samples}", ratio_text(least), *cells, text_of(gaps[least], sign=True)])
     if not rows or not runs:
         return ""
     ideal = runs[0].cost["flops_ideal"] / 1e6
-    head = ("∞-MoE", "smallest keep ratio no worse than MoE", "ideal MFLOPs per token there", "loss minus MoE's, nats")
+    head = (
+        *("∞-MoE", "smallest keep ratio no worse than MoE", "ideal MFLOPs per token there", "executed"),
+        "loss minus MoE's, nats",
+    )
     return (
         f"**Against MoE, 4 experts, top-2** ({ideal:.2f} MFLOPs per token, equal total parameters without W_z; "
         f"95 % interval at or below 0)\n\n" + markdown_table(head, rows)
     )
+
+
+def _megaflops(store: Store, arm: str, samples: int, ratio: float, figure: str) -> str:
+    found = curve(store, arm, store.scale.tokens, ratio_of(samples), figure=figure).get(ratio)
+    return "–" if not found else f"{interval(list(found.values())).mean / 1e6:.2f}"
 
 
 def _adaptive(store: Store, section: Section) -> str:
@@ -422,70 +411,98 @@ def _adaptive(store: Store, section: Section) -> str:
         "one cut": "tokens and layers differ: one cut for all",
         "layers": "layers differ: the shares that the one cut leaves",
     }
-    rows, gaps_of = [], {}
+    tokens = store.scale.tokens
     shares = (1 / 16, 1 / 8, 1 / 4)
+    rows, off, judged = [], 0.0, None
     for arm in ("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic"):
-        found = {
-            rule: curve(
-                store,
-                arm,
-                store.scale.tokens,
-                lambda row: row["share"],
-                measure="adaptive",
-                keep=lambda row, rule=rule: row["rule"] == rule,  # type: ignore[misc]
-            )
-            for rule in ("ratio", *rules)
-        }
-        if not found["ratio"]:
+        found: dict[str, Curve] = {}
+        for run in store.runs(arm, tokens):
+            for row in run.measure("adaptive") or ():
+                at = found.setdefault(row["rule"], {}).setdefault(row["share"], {})
+                at[run.spec.seed] = row["loss"]
+                off = max(off, abs(statistics.fmean(row["layer_shares"]) / row["share"] - 1.0))
+        if not found:
             continue
         for rule, text in rules.items():
-            gaps = [paired(found[rule].get(s, {}), found["ratio"].get(s, {})) for s in shares]
-            gaps_of[arm, rule] = gaps
+            gaps = [paired(found.get(rule, {}).get(s, {}), found["ratio"].get(s, {})) for s in shares]
             rows.append([f"{arm}; {text}", *(text_of(gap, 4, sign=True) for gap in gaps)])
-    if not rows:
+            if rule == "cut" and judged is None:
+                judged = arm, gaps
+    if judged is None:
         return ""
-    arm, gaps = next((arm, gaps) for (arm, rule), gaps in gaps_of.items() if rule == "cut")
-    shown = [gap for gap in gaps if gap is not None]
+    arm, gaps = judged
     section.claims.append(
         Claim(
             "not in the paper: units where the token's scores ask for them beat a fixed share at equal compute",
             f"`{arm}`: "
             + ", ".join(f"{text_of(g, 4, sign=True)} at {ratio_text(s)}" for s, g in zip(shares, gaps, strict=True)),
-            _all_below(shown),
+            _all_below(gaps) if off <= _EQUAL_SHARE else f"not decided: shares differ by {off:.0%}",
         )
     )
     head = ("loss minus that of one share for all, nats, K = 1", *(f"mean share {ratio_text(s)}" for s in shares))
-    return "**Confidence-adaptive compute** (`Routing(score_cut=…)`, cuts found on training text)\n\n" + markdown_table(
-        head, rows
+    return (
+        "**Confidence-adaptive compute** (`Routing(score_cut=…)`, cuts found on training text; mean shares on held-out "
+        f"text differ from the wanted one by at most {off:.1%})\n\n" + markdown_table(head, rows)
     )
 
 
-def _all_below(gaps: list[Interval]) -> str:
+def _all_below(gaps: Sequence[Interval | None]) -> str:
     """Whether all differences are below 0, or all above."""
-    verdicts = {verdict_below(gap) for gap in gaps} or {MISSING}
-    return verdicts.pop() if len(verdicts) == 1 else UNDECIDED
+    verdicts = {verdict_below(gap) for gap in gaps}
+    if MISSING in verdicts or not verdicts:
+        return MISSING
+    return verdicts.pop() if len(verdicts) == 1 else "not decided: it differs from point to point"
+
+
+def _flops(store: Store) -> str:
+    """What a token costs at each setting of a dial."""
+    dials: dict[str, tuple[Callable[[str], Curve], Callable[[Any], str]]] = {
+        "∞-MoE, K = 1, over the keep ratio": (lambda f: over_ratio(store, "infinity-keep4", figure=f), ratio_text),
+        "∞-MoE, keep 1/4, over K": (lambda f: over_samples(store, "infinity", f), lambda k: f"K = {k}"),
+        "16 experts, over k′": (lambda f: over_k(store, "moe16-fine-k4", f), lambda k: f"k′ = {k}"),
+    }
+    rows = []
+    for name, (of, text) in dials.items():
+        ideal, executed = (means(of(figure)) for figure in ("flops_ideal", "flops_executed"))
+        if ideal and ideal.keys() == executed.keys():
+            cells = [f"{text(at)}: {ideal[at].mean / 1e6:.2f} / {executed[at].mean / 1e6:.2f}" for at in ideal]
+            rows.append(f"- {name}: " + ", ".join(cells))
+    if not rows:
+        return ""
+    title = "**MFLOPs per token, ideal / executed** (forward, whole model, router counted; ideal: measured unions)"
+    return title + "\n\n" + "\n".join(rows)
 
 
 def _everything(store: Store, gallery: Gallery, section: Section) -> None:
     """Loss against ideal FLOPs for every method."""
-    names: dict[str, tuple[Curve, Curve]] = {}
-    for arm in ("infinity-keep4", "infinity-elastic", "infinity-sandwich-distill"):
-        names[f"{arm}, keep ratio"] = _over_ratio(store, arm), _over_ratio(store, arm, figure="flops_ideal")
-    for arm in ("moe16-fine-k4", "emoe-k4", "matryoshka-k4"):
-        names[f"{arm}, k′"] = _over_k(store, arm), _over_k(store, arm, figure="flops_ideal")
-    drawn: dict[str, dict[float, Interval]] = {}
-    for name, (losses, flops) in names.items():
-        line = means(losses)
-        places = {at: interval(list(values.values())).mean / 1e6 for at, values in flops.items()}
-        if line and places:
-            drawn[name] = {places[at]: value for at, value in line.items() if at in places}
+    panels: dict[str, dict[str, tuple[Curve, Curve]]] = {"∞-MoE": {}, "16 experts, k′ = 1 … 16": {}}
+    infinity, experts = panels.values()
+    for arm in (*_FIXED, *_ELASTIC):
+        infinity[f"{arm}, keep ratio"] = over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal")
+    for arm in ("infinity", "infinity-elastic-k"):
+        infinity[f"{arm}, K"] = over_samples(store, arm), over_samples(store, arm, "flops_ideal")
+    for arm in ELASTIC_EXPERTS:
+        flops = over_k(store, arm, "flops_ideal")
+        experts[arm] = over_k(store, arm), flops
+        for alpha, line in _damped(store, arm).items() if arm in _PLAIN else ():
+            experts[f"{arm}, α = {alpha:g}"] = line, flops
+    drawn: list[tuple[str, dict[str, dict[float, Interval]]]] = []
+    for title, names in panels.items():
+        lines: dict[str, dict[float, Interval]] = {}
+        for name, (losses, flops) in names.items():
+            places = {at: interval(list(values.values())).mean / 1e6 for at, values in flops.items()}
+            by_flops = {places[at]: value for at, value in means(losses).items() if at in places}
+            if by_flops:
+                lines[name] = by_flops
+        if lines:
+            drawn.append((title, lines))
     if drawn:
         picture = gallery.lines(
             "elastic.png",
-            [("", drawn)],
+            drawn,
             x_label="ideal MFLOPs per token, forward, router counted",
             y_label="held-out loss (nats per token)",
-            title="One checkpoint each: loss against compute (95 % over seeds)",
+            title="One checkpoint a line: loss against compute (95 % over seeds)",
             few_ticks=True,
         )
         section.pictures.append(("Loss against ideal FLOPs", picture))
