@@ -82,10 +82,21 @@ def test_a_signal_saves_and_stops(number, ranks, small, start_training, tmp_path
     assert steps == list(range(1, steps[-1] + 1))
 
 
-@pytest.mark.parametrize("variant", ["infinity", "moe"])
-def test_two_processes_train_as_one(variant, small, start_training, tmp_path):
+SANDWICH = ("elastic.keep_ratio=[0.125,0.5]", "elastic.rule=sandwich", "elastic.distill=true", "batch_tokens=512")
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("infinity", ()),
+        ("moe", ("elastic.num_experts_per_tok=[1,2,3]", "model.ideal_experts_per_tok=4")),
+        ("infinity", SANDWICH),  # two passes over two micro-batches in each process
+    ],
+    ids=["infinity", "moe", "sandwich"],
+)
+def test_two_processes_train_as_one(variant, settings, small, start_training, tmp_path):
     # micro-batches of 4 rows in both, which the balance loss depends on
-    config = small("micro_batch_size=4", variant=variant)
+    config = small("micro_batch_size=4", *settings, variant=variant)
     assert wait(start_training(config, tmp_path / "one")) == [0]
     assert wait(start_training(config, tmp_path / "two", ranks=2)) == [0, 0]
     records = [logged_steps(tmp_path / name) for name in ("one", "two")]
