@@ -17,6 +17,7 @@ from infmoe.reproduce.section import (
     at_dials,
     markdown_table,
     mean_loss,
+    nats,
     relative,
     seeds_text,
     text_of,
@@ -151,7 +152,7 @@ def _equal_budgets(store: Store, section: Section) -> str:
         section.claims.append(
             Claim(
                 f"not in the paper: ∞-MoE against {title} at equal total parameters, W_z left out",
-                f"{text_of(difference, sign=True)} nats",
+                nats(difference),
                 {HOLDS: "better", FAILS: "worse"}.get(verdict_below(difference), verdict_below(difference)),
             )
         )

@@ -17,6 +17,7 @@ from infmoe.reproduce.section import (
     markdown_table,
     mean_loss,
     minus,
+    nats,
     relative,
     text_of,
     verdict_below,
@@ -100,7 +101,7 @@ def figure2(store: Store, gallery: Gallery) -> Section:
     section.claims.append(
         Claim(
             "∞-MoE gains from more samples at inference (§5.1, Figure 2), in held-out loss",
-            f"K = 8 against 2: {text_of(gain, 4, sign=True)} nats",
+            f"K = 8 against 2: {nats(gain, 4)}",
             verdict_below(gain),
             _void_dial(store, tokens),
         )
@@ -109,7 +110,7 @@ def figure2(store: Store, gallery: Gallery) -> Section:
     section.claims.append(
         Claim(
             "more experts than trained make MoE unstable (§5.1: “may introduce instability at high values”), in loss",
-            f"4 against 2 experts: {text_of(lost, 4, sign=True)} nats",
+            f"4 against 2 experts: {nats(lost, 4)}",
             MISSING if lost is None else verdict_below(minus(lost)),
         )
     )

@@ -30,6 +30,7 @@ from infmoe.reproduce.section import (
     command,
     markdown_table,
     mean_loss,
+    nats,
     seeds_text,
     text_of,
     verdict_below,
@@ -131,7 +132,7 @@ def _claim_elastic(section: Section, curves: Mapping[str, Curve]) -> None:
             section.claims.append(
                 Claim(
                     f"not in the paper: `{arm}` at {ratio_text(ratio)} is within {most:g} nats of one trained there",
-                    f"{text_of(gap, sign=True)} nats",
+                    nats(gap),
                     _no_worse([gap], most),
                 )
             )

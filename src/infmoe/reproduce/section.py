@@ -84,8 +84,9 @@ def verdict_below(difference: Interval | None) -> str:
     return HOLDS if difference.high < 0 else FAILS if difference.low > 0 else UNDECIDED
 
 
-def nats(difference: Interval | None) -> str:
-    return f"{text_of(difference, sign=True)} nats"
+def nats(difference: Interval | None, digits: int = 3) -> str:
+    """A difference with its unit, or a dash."""
+    return "–" if difference is None else f"{text_of(difference, digits, sign=True)} nats"
 
 
 def rivals(section: Section, store: Store, gallery: Gallery, arms: Sequence[str], tokens: int) -> None:

@@ -153,7 +153,7 @@ def table2(store: Store, gallery: Gallery) -> Section:
     section.claims.append(
         Claim(
             "a larger d_z helps up to a point: the smallest is 0.025 nats behind the largest (Table 2)",
-            f"{text_of(small, sign=True)} nats" + (f"; best at d_z = {best[1]}" if best and line else ""),
+            nats(small) + (f"; best at d_z = {best[1]}" if best and line else ""),
             MISSING if small is None else verdict_below(minus(small)),
         )
     )
