@@ -3,6 +3,7 @@
 R rows, T tokens, L layers.
 """
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -258,7 +259,7 @@ def measure_frontier(
         )
     return measured | {
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "data": str(data.folder),
+        "data": data.folder.name,
         "windows": len(held_out.tokens_NT),
         "window": context,
         "seed": seed,
@@ -292,7 +293,13 @@ def check_budgets(model: Any, profile: Profile, *, count: int, steps: int, promp
     budgets = [quickest + (slowest - quickest) * s for s in share]
     settings = [{"latency_budget_ms": budget, "profile": profile} for budget in budgets]
     again = [_setting(measured.point) for measured in profile.points]
-    spent = token_times(model, [*settings, *again], rows=profile.rows, prompt_length=prompt_length, rounds=rounds)
+    log = logging.getLogger("infmoe")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what is picked is in the rows
+    try:
+        spent = token_times(model, [*settings, *again], rows=profile.rows, prompt_length=prompt_length, rounds=rounds)
+    finally:
+        log.setLevel(level)
     under, alone = spent[:count], spent[count:]
     rows = []
     for budget, times in zip(budgets, under, strict=True):

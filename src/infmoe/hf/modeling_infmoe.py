@@ -340,6 +340,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
         self.transformer = InfMoEModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.picked: Choice | None = None  # what the last `generate` chose by its budget
+        self._said = ""  # the last choice that was logged
         self.post_init()
 
     @can_return_tuple
@@ -418,7 +419,8 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             max_loss_increase: run the quickest setting that loses at most so many nats over the model's own.
             profile: what `infmoe frontier` measured (a `Profile`, its file or folder); None: beside the checkpoint.
 
-        The choice and its reason are logged (logger "infmoe", at a level that shows) and stay in `self.picked`.
+        The choice and its reason stay in `self.picked`, and are logged when they change (logger "infmoe", at a level
+        that shows).
 
         Raises:
             InfMoEError: a budget that can't be met, a profile of other weights or another machine, or a budget
@@ -430,7 +432,9 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             self._refuse_dials_beside_a_budget(kwargs)
             rows = self._rows_of(args, kwargs, timed=latency_budget_ms is not None)
             self.picked = pick(self, profile, rows=rows, **budget)
-            _LOG.warning("picked %s", self.picked.reason)
+            if self.picked.reason != self._said:
+                _LOG.warning("picked %s", self.picked.reason)
+                self._said = self.picked.reason
             dials = self.picked.point.dials()
             kwargs |= {"routing_mode" if name == "mode" else name: v for name, v in dials.items() if v is not None}
         elif profile is not None:
