@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -58,10 +59,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def portable(word: str) -> str:
+    """A word of a command line, an absolute path cut down to its last part: where it lay is nobody's business."""
+    return re.sub(r"(^|=)/(?:[^/]+/)*(?=[^/])", r"\1", word)
+
+
 def provenance() -> dict[str, Any]:
     """Command, time, machine, versions and commit of this process."""
     return {
-        "command": " ".join(["infmoe", *sys.argv[1:]]),
+        "command": " ".join(["infmoe", *map(portable, sys.argv[1:])]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
