@@ -468,3 +468,67 @@ def test_the_real_files_have_the_items_that_the_table_says(column):
     task = read_local(column, BENCH)
     assert len(task.docs) == column.items
     assert task.notes.get("repeated answers, scored once", 0) == {"arc_easy": 7, "arc_challenge": 4}.get(column.task, 0)
+
+
+def test_the_sign_test_is_a_count_over_all_outcomes():
+    import itertools
+
+    from infmoe.eval.zero_shot.items import _sign_test
+
+    assert _sign_test(0, 0) == 1.0
+    for better, worse in ((1, 0), (3, 1), (5, 0), (4, 4), (1, 6)):
+        sides = [sum(outcome) for outcome in itertools.product((0, 1), repeat=better + worse)]
+        far = abs(better - worse)
+        extreme = sum(abs(2 * s - better - worse) >= far for s in sides)
+        assert _sign_test(better, worse) == pytest.approx(extreme / len(sides)), (better, worse)
+
+
+def test_items_longer_than_the_window_are_counted(tiny_run, files):
+    lm = harness.InfMoELM(opened_with(model_of("dense"), tiny_run), batch_size=4)
+    (column,) = columns_named("arc_easy", local=True)
+    task = read_local(column, files)
+    from lm_eval.api.instance import Instance
+
+    from infmoe.eval.zero_shot.items import score_items
+
+    items = score_items(lm, column, harness.local_config(task), None)
+    assert 0 <= len(lm.cut_streams) <= len(items)
+
+    def cut(context):
+        lm.cut_streams.clear()
+        answers = [(context, " b"), (context, " cde")]
+        made = [
+            Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i, metadata=("t", 4, 1))
+            for i, pair in enumerate(answers)
+        ]
+        lm.loglikelihood(made)
+        return len(lm.cut_streams)
+
+    window = lm.model.config.max_position_embeddings
+    words = next(n for n in range(1, 999) if len(lm.tok_encode("ab " * n + "b")) > window + 1)
+    assert [cut("a"), cut("ab " * 60 * words)] == [0, 1]  # an item, not its answers
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ({"seed": "abc"}, "seed must be an integer of at least 0"),
+        ({"batch_size": "x"}, "batch_size must be an integer of at least 1"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"batch_size": -1}, "batch_size must be"),
+    ],
+)
+def test_model_arguments_that_mean_nothing_are_refused(tiny_run, argument, named):
+    with pytest.raises(InfMoEError, match=named):
+        harness.InfMoELM(opened_with(model_of("dense"), tiny_run), **argument)
+
+
+def test_sat_needs_its_file_and_a_tokenizer_must_be_whole(tiny_run, files, tmp_path, capsys):
+    assert main(["evaluate", str(tiny_run.run), "--tasks", "sat_en"]) == 2
+    assert "sat_en has a local file only" in capsys.readouterr().err
+    copied = shutil.copytree(tiny_run.checkpoint, tmp_path / "copied")
+    (copied / "tokenizer.json").write_text("{")
+    assert main(["evaluate", str(copied), "--tasks", "arc_easy", "--data-dir", str(files)]) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer.json is damaged" in error
+    assert len(error.strip().splitlines()) == 1

@@ -20,6 +20,8 @@ def result(points, own, seeds=1):
         tasks = {
             name: {
                 "chance": chance,
+                "items": 40,
+                "items_cut": 7 if name == "BoolQ" else 0,
                 "acc": 0.3 + 0.01 * i,
                 "acc_se": 0.02,
                 "margin": 0.01 * i - 1.5,
@@ -33,7 +35,12 @@ def result(points, own, seeds=1):
         average = {"average": 0.3 + 0.01 * i, "average_by_seed": [0.3 + 0.01 * (i + s) for s in range(seeds)]}
         rows.append(values | {"label": f"point {i}", "tasks": tasks} | average)
     nothing = {"num_samples": None, "num_experts_per_tok": None, "keep_ratio": None, "mode": None}
-    return {"points": rows, "own": nothing | own, "seeds": list(range(seeds)), "notes": {}, "unfinished": []}
+    return {"points": rows, "own": nothing | own, "seeds": list(range(seeds))} | {
+        "notes": {},
+        "unfinished": [],
+        "window": 128,
+        "limit": 40,
+    }
 
 
 @pytest.fixture
@@ -133,3 +140,13 @@ def test_sampled_points_and_the_mean_stand_side_by_side(opened):
 def test_several_modes_are_for_tasks(tiny_run, capsys):
     assert main(["evaluate", str(tiny_run.run), "--mode", "sample,mu"]) == 2
     assert "unknown mode 'sample,mu'" in capsys.readouterr().err
+
+
+def test_the_table_says_what_was_cut_left_out_and_compared():
+    text = show.table(result([{"num_samples": 1}, {"num_samples": 2}, {"num_samples": 4}], {"num_samples": 1}))
+    assert "note: longer than the window of 128 tokens, so without their beginning: BoolQ 7 of 40" in text
+    assert "note: the first 40 items of each task" in text
+    assert "changes are against point 0, each judged alone at 95 %: of 8, about 0 pass" in text
+    alone = show.table(result([{"num_samples": 1}], {"num_samples": 1}) | {"limit": None, "window": 128})
+    assert "changes are against" not in alone
+    assert "the first" not in alone

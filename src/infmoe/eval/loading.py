@@ -37,13 +37,17 @@ class Opened:
         """The checkpoint's tokenizer.
 
         Raises:
-            InfMoEError: there is none, or it does not fit the model's vocabulary.
+            InfMoEError: there is none, it is damaged, or it does not fit the model's vocabulary.
         """
         if not (self.checkpoint / "tokenizer.json").is_file():
             raise InfMoEError(f"{self.checkpoint} holds no tokenizer.json: copy the one it was trained with there")
         from transformers import PreTrainedTokenizerFast
 
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.checkpoint)
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.checkpoint)
+        except Exception as error:  # the tokenizers library raises plain Exceptions
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InfMoEError(f"{self.checkpoint / 'tokenizer.json'} is damaged ({reason}): restore it") from error
         check_vocabulary(len(tokenizer), self.model.config.vocab_size, "tokenizer")
         return tokenizer
 

@@ -18,7 +18,7 @@ try:
 except ImportError as missing:
     raise InfMoEError("zero-shot tasks run through lm-eval: pip install 'infmoe[eval]'") from missing
 
-_FIGURES = ("items", "acc", "acc_se", "acc_norm", "acc_norm_se", "margin", "margin_se")
+_FIGURES = ("items", "items_cut", "acc", "acc_se", "acc_norm", "acc_norm_se", "margin", "margin_se")
 
 
 def read_tasks(folder: Path) -> list[LocalTask]:
@@ -64,7 +64,7 @@ def score_files(
         for point in points:
             model.point = point
             items = score_items(model, task.column, config, limit)
-            figures = summary(task.column, [items], items, task.path.name, 1.0)
+            figures = summary(task.column, [items], items, task.path.name, 1.0, len(model.cut_streams))
             half = Z * figures["margin_se"]
             interval = {"margin_low": figures["margin"] - half, "margin_high": figures["margin"] + half}
             rows.append(

@@ -83,8 +83,10 @@ class InfMoELM(TemplateLM):
         if len(points) > 1:
             raise InfMoEError("lm-eval scores one setting at a time: give one value for each dial")
         self.point: Point = points[0]
-        self.seed = int(seed)
-        self.rows = 16 if batch_size is None or str(batch_size).startswith("auto") else int(str(batch_size))
+        self.seed = _count("seed", seed, at_least=0)
+        automatic = batch_size is None or str(batch_size).startswith("auto")
+        self.rows = 16 if automatic else _count("batch_size", batch_size, at_least=1)
+        self.cut_streams: set[int] = set()  # items that were longer than the window, since this was last emptied
         if self.model.config.ffn == "switch" and self.model.config.capacity_factor is not None:
             raise InfMoEError(
                 "a Switch layer with a capacity drops tokens by what stands beside them in the batch, so its scores "
@@ -125,6 +127,9 @@ class InfMoELM(TemplateLM):
         return Request(tuple(context_ids), tuple(ids), stream_of(instance))
 
     def _score(self, requests: Sequence[Request]) -> list[Score]:
+        window = self.model.config.max_position_embeddings
+        # a continuation's last token is never an input
+        self.cut_streams |= {r.stream for r in requests if len(r.context) + len(r.continuation) > window + 1}
         return score(self.model, requests, self.routing, seed=self.seed, batch_size=self.rows, progress=self.progress)
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -251,8 +256,10 @@ def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> 
     with _quiet():
         try:
             loaded = _task_manager(own=isinstance(task, dict)).load([task])
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(task, dict):
+                raise InfMoEError(f"task {name!r} can't be made from its local file ({reason})") from error
             raise InfMoEError(
                 f"task {name!r} is read from the Hugging Face Hub, which could not be reached or does not have it "
                 f"({reason}): give --data-dir for local files, or leave it out of --tasks"
@@ -289,6 +296,16 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _count(name: str, value: Any, *, at_least: int) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = at_least - 1
+    if number < at_least:
+        raise InfMoEError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+    return number
 
 
 def _text(value: Any) -> str | None:

@@ -61,6 +61,7 @@ def score_items(model: InfMoELM, column: Column, task: Any, limit: int | None) -
         task: lm-eval's name, or a task of ours (see `local_config`).
         limit: the first so many items; None: all.
     """
+    model.cut_streams.clear()
     (samples,) = run_task(model, task, limit)["samples"].values()
     return [_item(sample, column) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
@@ -87,7 +88,9 @@ def _arguments(sample: dict[str, Any]) -> list[Sequence[str]]:
     return [list(pair.values()) if isinstance(pair, dict) else pair for pair in listed]
 
 
-def summary(column: Column, by_seed: list[list[Item]], base: list[Item], source: str, seconds: float) -> dict[str, Any]:
+def summary(
+    column: Column, by_seed: list[list[Item]], base: list[Item], source: str, seconds: float, cut: int
+) -> dict[str, Any]:
     """The figures of a task at one point.
 
     Args:
@@ -96,6 +99,7 @@ def summary(column: Column, by_seed: list[list[Item]], base: list[Item], source:
         base: the items of the point that this one is compared with, item by item; or this one's own.
         source: where the items come from.
         seconds: that scoring took.
+        cut: items that were longer than the model's window, and so lost the beginning of their context.
     """
     items = by_seed[0]
     right = [float(item.right) for item in items]
@@ -111,6 +115,7 @@ def summary(column: Column, by_seed: list[list[Item]], base: list[Item], source:
         "source": source,
         "chance": column.chance,
         "items": len(items),
+        "items_cut": cut,
         "acc": statistics.fmean(right),
         "acc_se": _se(right),
         "acc_norm": statistics.fmean(norm),
@@ -130,9 +135,20 @@ def summary(column: Column, by_seed: list[list[Item]], base: list[Item], source:
             change = [float(getattr(i, name)) - float(getattr(b, name)) for i, b in zip(items, base, strict=True)]
             mean, error = statistics.fmean(change), _se(change)
             key = {"right": "acc"}.get(name, name)
-            noise = {f"{key}_within_noise": abs(mean) <= Z * error}
+            if key == "acc":
+                p = _sign_test(sum(c > 0 for c in change), sum(c < 0 for c in change))
+                noise: dict[str, Any] = {"acc_change_p": p, "acc_within_noise": p > 0.05}
+            else:
+                noise = {f"{key}_within_noise": abs(mean) <= Z * error}
             figures |= {f"{key}_change": mean, f"{key}_change_se": error, **noise}
     return figures
+
+
+def _sign_test(better: int, worse: int) -> float:
+    """Two-sided p of so many items that became right and wrong, were both as likely (McNemar's exact test)."""
+    count = better + worse
+    tail = sum(math.comb(count, i) for i in range(max(better, worse), count + 1))
+    return min(1.0, 2 * tail / 2**count)
 
 
 def _se(values: Sequence[float]) -> float:

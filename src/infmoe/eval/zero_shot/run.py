@@ -15,6 +15,7 @@ from infmoe.eval.loading import open_model
 from infmoe.eval.zero_shot.local import read_local
 from infmoe.eval.zero_shot.show import finished
 from infmoe.eval.zero_shot.tasks import columns_named
+from infmoe.hf.budget import fingerprint
 from infmoe.layers.point import Point
 from infmoe.provenance import provenance, write_json
 
@@ -85,6 +86,8 @@ def evaluate_tasks(
         "seeds": list(settings.seeds),
         "batch_size": settings.batch_size,
         "limit": settings.limit,
+        "window": opened.model.config.max_position_embeddings,
+        "weights": fingerprint(opened.model),
         "notes": {task: file.notes for task, file in files.items() if file.notes},
         "own": asdict(grid(opened.model.config)[0]),
         "unfinished": [column.name for column in columns],
@@ -117,7 +120,7 @@ def evaluate_tasks(
                         break  # nothing random: another seed would be the same
                 base = by_seed[0] if base is None else base
                 source = "the Hub" if not files else files[column.task].path.name
-                figures = summary(column, by_seed, base, source, time.perf_counter() - begin)
+                figures = summary(column, by_seed, base, source, time.perf_counter() - begin, len(model.cut_streams))
                 row["tasks"][column.name] = figures
                 say(f"{column.name:<11}{point.label():<20} accuracy {figures['acc']:.4f} ± {figures['acc_se']:.4f}")
                 if out is not None:
@@ -150,7 +153,7 @@ def _points(
             num_experts_per_tok=parse_ints(num_experts_per_tok, "--num-experts-per-tok"),
             mode=one,
         )
-    return points
+    return list(dict.fromkeys(points))
 
 
 def draws(config: Any, point: Point) -> bool:

@@ -63,6 +63,20 @@ def table(result: dict[str, Any]) -> str:
         mean = f"{statistics.fmean(shared):.1f}" if len(shared) == len(names) else "–"
         lines.append(_line(f"paper, small {arm}", cells, widths, mean))
     notes = [f"{task}: {count} {what}" for task, found in result["notes"].items() for what, count in found.items()]
+    first = result["points"][0]["tasks"]
+    cut = [f"{name} {first[name]['items_cut']} of {first[name]['items']}" for name in names if first[name]["items_cut"]]
+    if cut:
+        notes.append(
+            f"longer than the window of {result['window']} tokens, so without their beginning: {', '.join(cut)}"
+        )
+    if result["limit"] is not None:
+        notes.append(f"the first {result['limit']} items of each task; files are not in random order")
+    if len(result["points"]) > 1:
+        count = 2 * len(names) * (len(result["points"]) - 1)
+        notes.append(
+            f"changes are against {result['points'][0]['label']}, each judged alone at 95 %: of {count}, about "
+            f"{round(0.05 * count)} pass for more than noise by chance"
+        )
     if result["unfinished"]:
         notes.append(f"not scored: {', '.join(result['unfinished'])}")
     lines += [f"note: {note}" for note in notes]

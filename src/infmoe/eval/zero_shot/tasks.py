@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from infmoe.errors import unknown_name
+from infmoe.errors import InfMoEError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def columns_named(text: str, *, local: bool) -> list[Column]:
         local: whether they come from files: then SAT-en stands where RACE can't.
 
     Raises:
-        InfMoEError: an unknown task.
+        InfMoEError: an unknown task, or SAT-en where there are no files.
     """
     if text == "paper":
         return [column if column.file or not local else SAT for column in COLUMNS]
@@ -59,5 +59,7 @@ def columns_named(text: str, *, local: bool) -> list[Column]:
     for name in dict.fromkeys(text.split(",")):
         if name.strip() not in ALL:
             raise unknown_name("task", name.strip(), [*ALL, "paper"])
+        if ALL[name.strip()] is SAT and not local:
+            raise InfMoEError("sat_en has a local file only: give --data-dir, or take race from the Hub")
         chosen.append(ALL[name.strip()])
     return chosen
