@@ -65,6 +65,8 @@ def test_tokens_of_larger_scores_keep_more():
 @pytest.mark.parametrize("share", [0.1, 0.4])
 def test_a_calibrated_cut_keeps_its_share(share, per_layer):
     model = tiny_model(num_samples=2)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.w_z.weight *= 1.5  # scores of another size than the first layer's
     cut = calibrate_cut(model, WINDOWS, share, per_layer=per_layer)
     assert isinstance(cut, PerLayer) == per_layer
     layers = evaluate_loss(model, WINDOWS, Routing(score_cut=cut)).layers
@@ -73,7 +75,25 @@ def test_a_calibrated_cut_keeps_its_share(share, per_layer):
         assert kept == pytest.approx([share] * 2, rel=0.01)
     else:
         assert sum(kept) / 2 == pytest.approx(share, rel=0.01)
-        assert len({round(k, 3) for k in kept}) == 2  # the layers differ
+        assert kept[0] + 0.01 < kept[1]  # larger scores, more units
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e3])
+def test_scores_of_any_size_can_be_cut(scale):
+    model = tiny_model(num_samples=2)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.w_z.weight *= scale
+    cut = calibrate_cut(model, WINDOWS, 0.2)
+    layers = evaluate_loss(model, WINDOWS, Routing(score_cut=cut)).layers
+    kept = [float(s.counts_U.sum() / s.tokens / len(s.counts_U)) / 2 for s in layers]
+    assert kept == pytest.approx([0.2] * 2, rel=0.01)
+    with pytest.raises(InfMoEError, match="ask for 1/96 or more"):
+        calibrate_cut(model, WINDOWS, 0.005)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.w_z.weight.zero_()
+    with pytest.raises(InfMoEError, match="many scores are alike"):
+        calibrate_cut(model, WINDOWS, 0.2)
 
 
 def test_generation_takes_a_cut_by_name_and_caches():

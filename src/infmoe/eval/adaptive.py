@@ -67,8 +67,10 @@ def calibrate_cut(
         for i, k in enumerate(kept):
             (low if k > share else high)[i] = cuts[i]
             cuts[i] = _between(low[i], high[i], step[i])
-    nearest = max(kept, key=lambda k: abs(k / share - 1.0))
-    raise InfMoEError(f"no cut keeps {share:g} of the units: many scores are alike (the nearest keeps {nearest:.3f})")
+    worst = max(kept, key=lambda k: abs(k / share - 1.0))
+    raise InfMoEError(
+        f"no cut keeps {share:g} of the units: many scores are alike, and {worst:.3f} is as near as it gets"
+    )
 
 
 def _between(low: float, high: float, step: float) -> float:
