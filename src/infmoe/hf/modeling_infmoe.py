@@ -5,15 +5,12 @@ B batch rows, T new tokens, D model width, V vocabulary.
 
 import dataclasses
 import difflib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -24,13 +21,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from infmoe.errors import InfMoEError, unknown_name
-from infmoe.hf.budget import Choice, Profile, pick
 from infmoe.hf.configuration_infmoe import InfMoEConfig
+from infmoe.hf.generation import InfMoEGenerationMixin
 from infmoe.layers import ConditionalFFN, FFNOutput, NoiseKey, PerLayer, Routing, RoutingStats, ffn_class
 from infmoe.layers.linear import Linear
 from infmoe.layers.routing import DIALS, FloatDial, IntDial, Mode
 
-_LOG = logging.getLogger("infmoe")
 # The routing statistics of a training pass look at this many tokens, unless the routing says otherwise.
 _TRAINING_STATS_TOKENS = 512
 
@@ -330,7 +326,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         return routing
 
 
-class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
+class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):
     """The language model: `generate(num_samples=K, keep_ratio=r)`, `from_pretrained(..., num_samples=K)`."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
@@ -339,8 +335,6 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = InfMoEModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.picked: Choice | None = None  # what the last `generate` chose by its budget
-        self._said = ""  # the last choice that was logged
         self.post_init()
 
     @can_return_tuple
@@ -402,87 +396,6 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, GenerationMixin):
             aux_loss=outputs.aux_loss,
             routing_stats=outputs.routing_stats,
         )
-
-    def generate(
-        self,
-        *args: Any,
-        latency_budget_ms: float | None = None,
-        max_loss_increase: float | None = None,
-        profile: Profile | Path | str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' `generate`, with the dials by name, or chosen by a budget.
-
-        Args:
-            *args, **kwargs: as in transformers, and this model's dials or `routing`.
-            latency_budget_ms: run the setting of lowest loss whose tokens take at most this, in 95 of 100 cases.
-            max_loss_increase: run the quickest setting that loses at most so many nats over the model's own.
-            profile: what `infmoe frontier` measured (a `Profile`, its file or folder); None: beside the checkpoint.
-
-        The choice and its reason stay in `self.picked`, and are logged when they change (logger "infmoe", at a level
-        that shows).
-
-        Raises:
-            InfMoEError: a budget that can't be met, a profile of other weights or another machine, or a budget
-                beside dials.
-        """
-        budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
-        self.picked = None
-        if any(value is not None for value in budget.values()):
-            self._refuse_dials_beside_a_budget(kwargs)
-            rows = self._rows_of(args, kwargs, timed=latency_budget_ms is not None)
-            self.picked = pick(self, profile, rows=rows, **budget)
-            if self.picked.reason != self._said:
-                _LOG.warning("picked %s", self.picked.reason)
-                self._said = self.picked.reason
-            dials = self.picked.point.dials()
-            kwargs |= {"routing_mode" if name == "mode" else name: v for name, v in dials.items() if v is not None}
-        elif profile is not None:
-            raise InfMoEError("a profile alone chooses nothing: give latency_budget_ms or max_loss_increase")
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-    def _rows_of(self, args: tuple, kwargs: dict[str, Any], *, timed: bool) -> int:
-        """Sequences that a call of `generate` runs at once.
-
-        Raises:
-            InfMoEError: for a latency, a way to generate whose steps are not of one token a row.
-        """
-        if timed:
-            for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
-                if kwargs.get(name) is not None:
-                    raise InfMoEError(f"a latency budget is for plain generation, a token a step: leave {name} out")
-        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-        inputs = next((value for value in given if value is not None), None)
-
-        def setting(name: str) -> int:
-            of_call = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-            places = (kwargs.get(name), getattr(of_call, name, None), getattr(self.generation_config, name, None))
-            return next((int(value) for value in places if value is not None), 1)
-
-        batch_size = 1 if inputs is None else len(inputs)
-        return batch_size * max(setting("num_beams"), setting("num_return_sequences"))
-
-    @staticmethod
-    def _refuse_dials_beside_a_budget(kwargs: dict[str, Any]) -> None:
-        routing = kwargs.get("routing")
-        given = [name for name in (*DIALS, "routing_mode") if kwargs.get(name) is not None]
-        given += [name for name in (*DIALS, "mode") if routing is not None and getattr(routing, name) is not None]
-        if given:
-            raise InfMoEError(f"a budget chooses the dials itself: leave {', '.join(given)} out")
-
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):  # type: ignore[override]
-        """Repeat the per-row dials with the rows (beam search, several sequences per prompt)."""
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size, **kwargs
-        )
-        if expand_size > 1:
-            expanded = Routing(**{name: model_kwargs.get(name) for name in DIALS}).expand_rows(expand_size)
-            for name in DIALS:
-                if model_kwargs.get(name) is not None:
-                    model_kwargs[name] = getattr(expanded, name)
-            if model_kwargs.get("routing") is not None:
-                model_kwargs["routing"] = model_kwargs["routing"].expand_rows(expand_size)
-        return input_ids, model_kwargs
 
     @classmethod
     def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> "InfMoEForCausalLM":

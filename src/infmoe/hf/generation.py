@@ -1,0 +1,105 @@
+"""Generation under the dials: given by name, for each row, or chosen by a budget."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationMixin
+
+from infmoe.errors import InfMoEError
+from infmoe.hf.budget import Choice, Profile, pick
+from infmoe.layers.routing import DIALS, Routing
+
+_LOG = logging.getLogger("infmoe")
+
+
+class InfMoEGenerationMixin(GenerationMixin):
+    """transformers' generation, with this model's dials.
+
+    Attributes:
+        picked: what the last `generate` chose by its budget; None where it had none.
+    """
+
+    picked: Choice | None = None
+    _said = ""  # the last choice that was logged
+
+    def generate(
+        self,
+        *args: Any,
+        latency_budget_ms: float | None = None,
+        max_loss_increase: float | None = None,
+        profile: Profile | Path | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, with the dials by name, or chosen by a budget.
+
+        Args:
+            *args, **kwargs: as in transformers, and this model's dials or `routing`.
+            latency_budget_ms: run the setting of lowest loss whose tokens take at most this, in 95 of 100 cases.
+            max_loss_increase: run the quickest setting that loses at most so many nats over the model's own.
+            profile: what `infmoe frontier` measured (a `Profile`, its file or folder); None: beside the checkpoint.
+
+        The choice and its reason stay in `self.picked`, and are logged when they change (logger "infmoe", at a level
+        that shows).
+
+        Raises:
+            InfMoEError: a budget that can't be met, a profile of other weights or another machine, or a budget
+                beside dials.
+        """
+        budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
+        self.picked = None
+        if any(value is not None for value in budget.values()):
+            self._refuse_dials_beside_a_budget(kwargs)
+            rows = self._rows_of(args, kwargs, timed=latency_budget_ms is not None)
+            self.picked = pick(self, profile, rows=rows, **budget)
+            if self.picked.reason != self._said:
+                _LOG.warning("picked %s", self.picked.reason)
+                self._said = self.picked.reason
+            dials = self.picked.point.dials()
+            kwargs |= {"routing_mode" if name == "mode" else name: v for name, v in dials.items() if v is not None}
+        elif profile is not None:
+            raise InfMoEError("a profile alone chooses nothing: give latency_budget_ms or max_loss_increase")
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _rows_of(self, args: tuple, kwargs: dict[str, Any], *, timed: bool) -> int:
+        """Sequences that a call of `generate` runs at once.
+
+        Raises:
+            InfMoEError: for a latency, a way to generate whose steps are not of one token a row.
+        """
+        if timed:
+            for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
+                if kwargs.get(name) is not None:
+                    raise InfMoEError(f"a latency budget is for plain generation, a token a step: leave {name} out")
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        inputs = next((value for value in given if value is not None), None)
+
+        def setting(name: str) -> int:
+            of_call = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+            places = (kwargs.get(name), getattr(of_call, name, None), getattr(self.generation_config, name, None))
+            return next((int(value) for value in places if value is not None), 1)
+
+        batch_size = 1 if inputs is None else len(inputs)
+        return batch_size * max(setting("num_beams"), setting("num_return_sequences"))
+
+    @staticmethod
+    def _refuse_dials_beside_a_budget(kwargs: dict[str, Any]) -> None:
+        routing = kwargs.get("routing")
+        given = [name for name in (*DIALS, "routing_mode") if kwargs.get(name) is not None]
+        given += [name for name in (*DIALS, "mode") if routing is not None and getattr(routing, name) is not None]
+        if given:
+            raise InfMoEError(f"a budget chooses the dials itself: leave {', '.join(given)} out")
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):  # type: ignore[override]
+        """Repeat the per-row dials with the rows (beam search, several sequences per prompt)."""
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, **kwargs
+        )
+        if expand_size > 1:
+            expanded = Routing(**{name: model_kwargs.get(name) for name in DIALS}).expand_rows(expand_size)
+            for name in DIALS:
+                if model_kwargs.get(name) is not None:
+                    model_kwargs[name] = getattr(expanded, name)
+            if model_kwargs.get("routing") is not None:
+                model_kwargs["routing"] = model_kwargs["routing"].expand_rows(expand_size)
+        return input_ids, model_kwargs
