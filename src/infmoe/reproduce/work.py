@@ -112,12 +112,13 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
 
 
 def _todo(shop: Workshop, groups: Sequence[Group]) -> Iterator[RunSpec]:
-    yield from shop.store.missing(groups)
+    """What is still to be done: measures that finished runs lack come first, for they take minutes."""
     for group in groups:
         for name in group.arms:
             for run in shop.store.runs(name, group.tokens):
                 if not run.diverged and _missing_measures(shop, run.spec, run) and shop.model_dir(run.spec).is_dir():
                     yield run.spec
+    yield from shop.store.missing(groups)
 
 
 def _missing_measures(shop: Workshop, spec: RunSpec, run: Finished | None) -> list[str]:
