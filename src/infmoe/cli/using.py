@@ -248,7 +248,7 @@ def frontier(
     as_json: Json = False,
 ) -> None:
     """Measure loss and time per token over the dials on this machine; `generate` chooses by it."""
-    from infmoe.eval.frontier import PICTURE, measure_frontier
+    from infmoe.eval.frontier import measure_frontier
     from infmoe.eval.plots import plot_frontier
     from infmoe.hf.budget import profile_name
     from infmoe.provenance import write_json
@@ -272,8 +272,9 @@ def frontier(
         out=out,
         quiet=as_json,
     )
-    write_json(out / profile_name(rows), result)
-    picture = plot_frontier(result, out / PICTURE, title=f"{model_dir}: what a token's time buys")
+    profile = out / profile_name(rows)
+    write_json(profile, result)
+    picture = plot_frontier(result, profile.with_suffix(".png"), title=f"{model_dir}: what a token's time buys")
     show_points(result, as_json)
     if not as_json:
         print(f"• on the frontier: no other setting is quicker and better\npicture: {picture}")
@@ -285,7 +286,7 @@ def frontier(
             )
         where = "" if out == model_dir else f" --profile {out}"
         example = f"infmoe generate {model_dir} --latency-budget-ms {_example(result)}{where}"
-        print(f"profile: {out / profile_name(rows)}; e.g. `{example}`")
+        print(f"profile: {profile}; e.g. `{example}`")
 
 
 def _example(result: dict[str, Any]) -> str:

@@ -25,7 +25,6 @@ from infmoe.layers.point import Point
 from infmoe.progress import point_progress
 from infmoe.provenance import provenance, require_writable
 
-PICTURE = "frontier.png"
 NEW_TOKENS = 16  # timed in a row, before another setting has its turn
 BUDGET_STEPS = 200  # timed under each budget
 _PROBE_SHARE = 4  # schedules are searched on this part of the windows
@@ -69,7 +68,7 @@ def token_times(
 
     def turn(setting: dict[str, Any]) -> list[float]:
         clock = TokenClock()
-        rows_clock: Any = clock if rows == 1 else _Stepwise(clock)
+        listener: dict[str, Any] = {"streamer": clock} if rows == 1 else {"stopping_criteria": [_Stepwise(clock)]}
         model.generate(
             prompts_RT,
             attention_mask=torch.ones_like(prompts_RT),
@@ -78,7 +77,7 @@ def token_times(
             do_sample=False,
             pad_token_id=0,
             **setting,
-            **({"streamer": clock} if rows == 1 else {"stopping_criteria": [rows_clock]}),
+            **listener,
         )
         return clock.milliseconds()
 
@@ -238,7 +237,7 @@ def measure_frontier(
             return evaluate_points(model, probe, some, seed=seed, batch_size=batch_size, progress=progress)
 
         if values:
-            start = replace(own, num_samples=min(samples)) if samples and own.num_samples else own
+            (start,) = grid(config, num_samples=(min(samples),) if samples else None, mode=routing_mode)
             points += schedules(model, start, dial, values, num_schedules, evaluate=evaluate)
         results = evaluate_points(model, held_out, points, seed=seed, batch_size=batch_size, progress=progress)
     times = token_times(

@@ -19,14 +19,13 @@ def curve(
     tokens: int,
     x: Callable[[Mapping[str, Any]], Any],
     measure: str = "dials",
-    keep: Callable[[Mapping[str, Any]], bool] = lambda row: True,
     figure: str = "loss",
 ) -> Curve:
     """A figure of the points of a measure, by their place on an axis and by seed; points without a place are left."""
     found: Curve = {}
     for run in store.runs(arm, tokens):
         for row in run.measure(measure) or ():
-            at = x(row) if keep(row) else None
+            at = x(row)
             if at is not None and figure in row:
                 found.setdefault(at, {})[run.spec.seed] = row[figure]
     return found

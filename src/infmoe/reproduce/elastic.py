@@ -234,13 +234,7 @@ def _samples(store: Store, section: Section) -> str:
 
 def _claim_samples(store: Store, section: Section) -> None:
     line = over_samples(store, "infinity")
-    overlap = curve(
-        store,
-        "infinity",
-        store.scale.tokens,
-        lambda row: row.get("num_samples") if row.get("mode") is None and row["keep_ratio"] == 0.25 else None,
-        figure="overlap_ratio",
-    ).get(2)
+    overlap = over_samples(store, "infinity", "overlap_ratio").get(2)
     gain = paired(line.get(8, {}), line.get(1, {}))
     if gain is None or not overlap:
         return
