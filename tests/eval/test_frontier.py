@@ -8,7 +8,7 @@ from helpers import tiny_model
 
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
-from infmoe.eval.frontier import check_budgets, mark_frontier, schedules, token_times
+from infmoe.eval.frontier import check_budgets, mark_frontier, measure_frontier, schedules, token_times
 from infmoe.hf import model_cost
 from infmoe.hf.budget import Profile, profile_name
 from infmoe.layers import Routing
@@ -136,3 +136,10 @@ def test_points_survive_a_file():
     assert Point(1, (0.25, 1 / 16)).label() == "K=1 keep=1/4|1/16"
     assert Point(num_experts_per_tok=(1, 2)).label() == "k=1|2"
     assert ratio_text([0.3, 0.5]) == "0.3|1/2"
+
+
+def test_schedules_are_searched_in_the_mode_that_was_asked_for(tiny_run):
+    words = {"keep_ratio": "1/8,1/2", "mode": "mu", "num_schedules": 2, "windows": 4, "rounds": 2}
+    points = [Point.of(row) for row in measure_frontier(tiny_run.run, quiet=True, **words)["points"]]
+    assert any(isinstance(point.keep_ratio, tuple) for point in points)
+    assert {(point.mode, point.num_samples) for point in points[1:]} == {("mu", None)}  # the first is the model's own
