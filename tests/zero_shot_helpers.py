@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import os
 import random
+from pathlib import Path
 
 import torch
 from tiny_run import MODEL_SETTINGS
 
 from infmoe.eval.loading import Opened, open_model
-from infmoe.eval.zero_shot import harness
 from infmoe.eval.zero_shot.scoring import Request
 from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
 from infmoe.layers import NoiseKey, Routing
+
+# The real files, where they lie beside the project or where the environment says.
+BENCH = Path(os.environ.get("INFMOE_BENCH_DATA", Path(__file__).parents[2] / "shared" / "data" / "bench"))
 
 
 def plain_score(model, context, continuation, stream, seed=0, routing=None):
@@ -93,18 +97,37 @@ def opened_with(model, tiny_run):
     return Opened(model, opened.checkpoint)
 
 
-def expected_likelihoods(model, tokenizer, task, doc):
+def raw_items(task, path):
+    """A file's items without the package's reader: (context, continuation) of each answer, and the label."""
+    text = path.read_text(encoding="utf-8")
+    if task == "hellaswag":
+        lines = text.rstrip("\n").split("\n")
+        made = []
+        for start in range(0, len(lines), 6):
+            context, label, *endings = lines[start : start + 6]
+            made.append(([(context, " " + ending) for ending in endings], int(label)))
+        return made
+    docs = [json.loads(line) for line in text.split("\n") if line]
+    if task == "winogrande":
+        return [([(c, " " + doc["continuation"]) for c in doc["context_options"]], doc["gold"]) for doc in docs]
+    made = []
+    for doc in docs:
+        context = doc["query"]
+        if task == "boolq":  # "passage, newline, Question: ...?, newline, Answer:" is lm-eval's prompt
+            passage, _, question = context.rpartition("\nQuestion: ")
+            context = f"{passage[len('Passage: ') :].rstrip()}\nQuestion: {question.strip().rstrip('?')}?\nAnswer:"
+        elif task in ("arc_easy", "arc_challenge"):
+            context += "\nAnswer:"
+        answers = []
+        for choice in doc["choices"]:
+            if choice not in answers:
+                answers.append(choice)
+        made.append(([(context, " " + answer) for answer in answers], answers.index(doc["choices"][doc["gold"]])))
+    return made
+
+
+def plain_text_score(model, tokenizer, context, continuation, stream):
     """As lm-eval splits texts into tokens, and then plainly."""
-    stream = harness.stream_of(type("I", (), {"task_name": task, "doc": doc, "doc_id": 0}))
-    several = len(doc["contexts"]) > 1
-    pairs = [
-        (context, continuation)
-        for context in doc["contexts"]
-        for continuation in (doc["continuations"] if not several else doc["continuations"][:1])
-    ]
-    values = []
-    for context, continuation in pairs:
-        start = len(tokenizer.encode(context, add_special_tokens=False))
-        whole = tokenizer.encode(context + continuation, add_special_tokens=False)
-        values.append(plain_score(model, whole[:start], whole[start:], stream))
-    return values
+    start = len(tokenizer.encode(context, add_special_tokens=False))
+    whole = tokenizer.encode(context + continuation, add_special_tokens=False)
+    return plain_score(model, whole[:start], whole[start:], stream)

@@ -1,9 +1,9 @@
 """Zero-shot scoring: against a plain scorer, against lm-eval's own model, over seeds and files."""
 
 import json
-import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +14,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 pytest.importorskip("lm_eval", reason="the `eval` extra is not installed")
 
-from zero_shot_helpers import expected_likelihoods, model_of, opened_with, plain_score, requests, write_files
+from zero_shot_helpers import (
+    BENCH,
+    model_of,
+    opened_with,
+    plain_score,
+    plain_text_score,
+    raw_items,
+    requests,
+    write_files,
+)
 
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
@@ -25,8 +34,6 @@ from infmoe.eval.zero_shot.tasks import ALL, COLUMNS, SAT, columns_named
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import Routing
 
-# The real files, where they lie beside the project or where the environment says.
-BENCH = Path(os.environ.get("INFMOE_BENCH_DATA", Path(__file__).parents[3] / "shared" / "data" / "bench"))
 WINDOW = 32
 
 
@@ -117,8 +124,8 @@ def test_greedy_is_what_generation_would_choose():
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request((), (1,), 0), "request 0 has an empty context"),
-        (Request((1,), (), 0), "request 0 has an empty context or continuation"),
+        (Request((), (1,), 0), "a request has an empty context"),
+        (Request((1,), (), 0, "boolq, item 'Cats'"), "boolq, item 'Cats' has an empty context or continuation"),
     ],
 )
 def test_what_can_t_be_scored_is_named(request_, words):
@@ -136,19 +143,21 @@ def files(tmp_path_factory):
 
 
 def check_against_plain(model, tiny_run, folder, limit, tolerance):
+    """Items, likelihoods and accuracy of every file, read by the tests' own readers."""
     lm = harness.InfMoELM(opened_with(model, tiny_run), batch_size=8)
     checked = 0
     for column in columns_named("paper", local=True):
-        task = read_local(column, folder)
-        result = harness.run_task(lm, harness.local_config(task), limit)
+        result = harness.run_task(lm, harness.local_config(read_local(column, folder)), limit)
+        raw = raw_items(column.task, folder / column.file)
         (samples,) = result["samples"].values()
         right = []
         for sample in samples:
-            doc = task.docs[sample["doc_id"]]
-            expected = expected_likelihoods(model, lm.tokenizer, column.task, doc)
+            pairs, gold = raw[sample["doc_id"]]
+            stream = harness.stream_of(type("I", (), {"task_name": column.task, "doc": sample["doc"], "doc_id": 0}))
+            expected = [plain_text_score(model, lm.tokenizer, *pair, stream) for pair in pairs]
             found = [response[0] for response in sample["filtered_resps"]]
             assert found == pytest.approx(expected, abs=tolerance), (column.name, sample["doc_id"])
-            right.append(max(range(len(found)), key=lambda i: found[i]) == doc["gold"])
+            right.append(max(range(len(found)), key=lambda i: found[i]) == gold)
             checked += 1
         (figures,) = result["results"].values()
         assert figures["acc,none"] == pytest.approx(sum(right) / len(right))
@@ -157,7 +166,7 @@ def check_against_plain(model, tiny_run, folder, limit, tolerance):
 
 @pytest.mark.parametrize(("ffn", "tolerance"), [("dense", 1e-4), ("infinity", 1e-3)])
 def test_every_task_agrees_with_the_plain_scorer(ffn, tolerance, tiny_run, files):
-    assert check_against_plain(model_of(ffn), tiny_run, files, 9, tolerance) == 63
+    assert check_against_plain(model_of(ffn), tiny_run, files, None, tolerance) == 63
 
 
 @pytest.mark.slow
@@ -243,12 +252,12 @@ def test_a_checkpoint_over_its_dials(tiny_run, files, tmp_path, capsys):
     # the spread over seeds is in the table, not in the JSON alone
     text = out.splitlines()
     place = next(i for i, line in enumerate(text) if line.startswith("K=2 keep=1/4"))
-    (accuracy,) = [line for line in text[place : place + 4] if line.startswith("  over seeds, accuracy")]
+    (accuracy,) = [line for line in text[place : place + 5] if line.startswith("  over seeds, accuracy")]
     values = [100 * value for value in result["points"][1]["tasks"]["BoolQ"]["acc_by_seed"]]
     assert accuracy.split()[3:6] == [f"{min(values):.1f}", "to", f"{max(values):.1f}"]
     means = [100 * value for value in result["points"][1]["average_by_seed"]]
     assert accuracy.split()[-3:] == [f"{min(means):.1f}", "to", f"{max(means):.1f}"]
-    (margin,) = [line for line in text[place : place + 4] if line.startswith("  over seeds, margin")]
+    (margin,) = [line for line in text[place : place + 5] if line.startswith("  over seeds, margin")]
     values = result["points"][1]["tasks"]["BoolQ"]["margin_by_seed"]
     assert values[0] != values[1]
     assert margin.split()[3:6] == [f"{min(values):+.3f}", "to", f"{max(values):+.3f}"]
@@ -364,10 +373,14 @@ def test_results_so_far_are_shown_and_kept(with_out, tiny_run, files, tmp_path, 
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "error: the Hub is gone"
     head = next(line for line in out.splitlines() if "BoolQ" in line)
-    assert head.split() == ["BoolQ", "HellaSwag", "mean"]
-    assert sum(line.startswith(("K=1", "K=2")) for line in out.splitlines()) == 2
-    assert "note: not scored: WinoGrande, ARC-e, ARC-c, OBQA, SAT-en" in out
+    assert head.split() == ["BoolQ", "HellaSwag", "WinoGrande", "mean"]
+    (first, second) = [line for line in out.splitlines() if line.startswith(("K=1", "K=2"))]
+    assert first.count("±") == 3
+    assert second.count("±") == 2
+    assert "–" in second
+    assert "note: not scored, or not at every point: WinoGrande, ARC-e, ARC-c, OBQA, SAT-en" in out
     if with_out:
+        assert (tmp_path / "out" / "zero_shot.png").stat().st_size > 10_000  # of what was finished
         kept = json.loads((tmp_path / "out" / "zero_shot.json").read_text())
         assert list(kept["points"][1]["tasks"]) == ["BoolQ", "HellaSwag"]
         assert list(kept["points"][0]["tasks"]) == ["BoolQ", "HellaSwag", "WinoGrande"]
@@ -375,6 +388,25 @@ def test_results_so_far_are_shown_and_kept(with_out, tiny_run, files, tmp_path, 
         for row in kept["points"]:
             mean = (row["tasks"]["BoolQ"]["acc"] + row["tasks"]["HellaSwag"]["acc"]) / 2
             assert row["average"] == pytest.approx(mean)
+
+
+def test_a_failure_within_the_first_task_shows_the_points_before_it(tiny_run, files, tmp_path, monkeypatch, capsys):
+    original = run.score_items
+
+    def fails_at_the_second(model, column, *rest):
+        if model.point.num_samples == 2:
+            raise InfMoEError("the Hub is gone")
+        return original(model, column, *rest)
+
+    monkeypatch.setattr(run, "score_items", fails_at_the_second)
+    words = ["evaluate", tiny_run.run, "--tasks", "paper", "--data-dir", files, "--limit", 2, "--num-samples", "1,2"]
+    assert main([str(word) for word in [*words, "--out", tmp_path]]) == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "error: the Hub is gone"
+    assert next(line for line in out.splitlines() if line.startswith("K=1")).count("±") == 1
+    assert not any(line.startswith("K=2") for line in out.splitlines())
+    kept = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert [list(row["tasks"]) for row in kept["points"]] == [["BoolQ"], []]
 
 
 def test_a_damaged_file_is_found_before_anything_is_scored(tiny_run, files, tmp_path, monkeypatch, capsys):
@@ -473,14 +505,95 @@ def test_the_real_files_have_the_items_that_the_table_says(column):
 def test_the_sign_test_is_a_count_over_all_outcomes():
     import itertools
 
-    from infmoe.eval.zero_shot.items import _sign_test
-
-    assert _sign_test(0, 0) == 1.0
+    sign_test = items._sign_test
+    assert sign_test([0.0, 0.0], [0, 1]) == 1.0
     for better, worse in ((1, 0), (3, 1), (5, 0), (4, 4), (1, 6)):
         sides = [sum(outcome) for outcome in itertools.product((0, 1), repeat=better + worse)]
         far = abs(better - worse)
         extreme = sum(abs(2 * s - better - worse) >= far for s in sides)
-        assert _sign_test(better, worse) == pytest.approx(extreme / len(sides)), (better, worse)
+        changes = [1.0] * better + [0.0] + [-1.0] * worse
+        expected = pytest.approx(extreme / len(sides))
+        assert sign_test(changes, range(len(changes))) == expected, (better, worse)
+        # a passage's items are one draw: twice the same tells no more, for and against cancel out
+        assert sign_test([*changes, *changes, 1.0, -1.0], [*range(len(changes)), *range(len(changes)), -1, -1]) == (
+            expected
+        )
+
+
+def test_errors_take_a_passage_as_one_draw():
+    draw = random.Random(0)
+    values = [draw.gauss(1, 2) for _ in range(60)]
+    mean, error = items.mean_and_error(values, range(60))
+    assert mean == pytest.approx(statistics.fmean(values))
+    assert error == pytest.approx(statistics.stdev(values) / 60**0.5)
+    # every value three times, on one passage: the same mean, the same error
+    assert items.mean_and_error(values * 3, [*range(60)] * 3) == pytest.approx((mean, error))
+    assert items.mean_and_error(values * 3, range(180))[1] < 0.6 * error
+
+
+def test_a_blind_preference_for_an_answer_is_no_margin():
+    """Where all items have the same answers, the mean is over the right answers' means."""
+
+    def made(bias, skill, golds):
+        """A model that likes the second answer by `bias`, and the right one by `skill`."""
+        return [
+            items.Item(i, tuple(bias * a + skill * (a == gold) for a in range(2)), (2, 3), gold, f"{i}")
+            for i, gold in enumerate(golds)
+        ]
+
+    golds = [0] * 10 + [1] * 30
+    scored = items.Scored(made(5.0, 0.25, golds), 2.0, 0, {})
+    figures = items.summary(ALL["boolq"], [scored], scored, "file", 1.0)
+    assert figures["margin"] == pytest.approx(0.25)
+    assert figures["margin_se"] == pytest.approx(0)
+    plain = items.summary(ALL["winogrande"], [scored], scored, "file", 1.0)
+    assert plain["margin"] == pytest.approx((10 * (0.25 - 5) + 30 * (0.25 + 5)) / 40)
+    other = items.Scored(made(-3.0, 0.5, golds), 2.0, 0, {})
+    changed = items.summary(ALL["boolq"], [other], scored, "file", 1.0)
+    assert changed["margin_change"] == pytest.approx(0.25)
+    assert not changed["margin_within_noise"]
+    # as drawn anew: the error is the spread of the mean
+    draw = random.Random(1)
+    means, errors = [], []
+    for _ in range(400):
+        noise = [draw.gauss(0, 1 + 2 * gold) for gold in golds]
+        mean, error = items.mean_and_error(noise, range(40), golds)
+        means.append(mean)
+        errors.append(error)
+    assert statistics.fmean(errors) == pytest.approx(statistics.stdev(means), rel=0.15)
+
+
+def test_per_character_figures_are_there_where_lm_eval_has_them(tiny_run, files):
+    lm = harness.InfMoELM(opened_with(model_of("dense"), tiny_run))
+    for column in columns_named("paper", local=True):
+        config = harness.local_config(read_local(column, files))
+        scored = items.score_items(lm, column, config, None)
+        figures = items.summary(column, [scored], scored, "file", 1.0)
+        has = "acc_norm,none" in next(iter(harness.run_task(lm, config, None)["results"].values()))
+        assert has == column.per_char == (figures["acc_norm"] is not None) == (figures["margin_norm"] is not None)
+
+
+def test_a_limit_takes_a_random_part_that_is_the_same_for_all(tiny_run, files, tmp_path):
+    docs = [{"query": f"item {i}", "gold": i % 3} for i in range(400)]
+    chosen = harness.choose(docs, 100)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 100
+    assert 150 < statistics.fmean(chosen) < 250
+    # the same items wherever they stand, and fewer are a part of more
+    assert {399 - i for i in harness.choose(docs[::-1], 100)} == set(chosen)
+    assert set(harness.choose(docs, 10)) < set(chosen)
+    assert harness.choose(docs, 999) == list(range(400))
+
+    lm = harness.InfMoELM(opened_with(model_of("dense"), tiny_run))
+    (column,) = columns_named("arc_easy", local=True)
+    task = read_local(column, files)
+    config = harness.local_config(task)
+    every = {item.number: item for item in items.score_items(lm, column, config, None).items}
+    part = items.score_items(lm, column, config, 4).items
+    assert [item.number for item in part] == harness.choose(task.docs, 4)
+    for item in part:  # each is the item of its number
+        assert item.log_likelihoods == pytest.approx(every[item.number].log_likelihoods, abs=1e-5)
+        assert item.gold == every[item.number].gold
 
 
 def test_items_longer_than_the_window_are_counted(tiny_run, files):
@@ -491,8 +604,8 @@ def test_items_longer_than_the_window_are_counted(tiny_run, files):
 
     from infmoe.eval.zero_shot.items import score_items
 
-    items = score_items(lm, column, harness.local_config(task), None)
-    assert 0 <= len(lm.cut_streams) <= len(items)
+    scored = score_items(lm, column, harness.local_config(task), None)
+    assert 0 <= scored.cut <= len(scored.items)
 
     def cut(context):
         lm.cut_streams.clear()

@@ -1,5 +1,6 @@
 """lm-eval's own tasks as the Hub would give them: prompts, answers and labels, written by hand."""
 
+import dataclasses
 import json
 
 import pytest
@@ -192,6 +193,36 @@ def test_the_papers_tasks_are_asked_as_lm_eval_asks_them(hub, tiny_run, tmp_path
             assert len(item["log_likelihoods"]) == len(pairs)
         hits = [max(item["log_likelihoods"]) == item["log_likelihoods"][item["gold"]] for item in mine]
         assert figures["acc"] == sum(hits) / len(hits)
+
+
+def test_repeats_and_versions_of_the_hubs_tasks_are_told(hub, tiny_run, monkeypatch):
+    from infmoe.eval.zero_shot import show
+    from infmoe.eval.zero_shot.tasks import ALL
+
+    split, docs = HUB["allenai/openbookqa", "main"]
+    padded = {**docs[0], "id": "9", "choices": {**docs[0]["choices"], "text": ["fly", "cook food", "fly", "read"]}}
+    monkeypatch.setitem(HUB, ("allenai/openbookqa", "main"), (split, [*docs, {**docs[0], "id": "8-344"}, padded]))
+    monkeypatch.setitem(ALL, "openbookqa", dataclasses.replace(ALL["openbookqa"], version=0.5))
+    result = run.evaluate_tasks(tiny_run.run, run.Settings("openbookqa,boolq"))
+    assert list(result["notes"]) == ["openbookqa"]
+    text = show.table(result)
+    assert "note: openbookqa: 1 repeated items" in text
+    assert "note: openbookqa: 1 repeated answers, each scored" in text
+    assert "note: openbookqa: 1.0 is the version in lm-eval" in text
+    assert result["points"][0]["tasks"]["OBQA"]["version"] == 1.0
+    assert result["points"][0]["tasks"]["OBQA"]["items"] == 3
+
+
+def test_questions_on_one_passage_belong_together(hub, tiny_run, monkeypatch):
+    split, docs = HUB["aps/super_glue", "boolq"]
+    again = {"question": "do dogs bark", "passage": docs[0]["passage"], "idx": 2, "label": 1}
+    monkeypatch.setitem(HUB, ("aps/super_glue", "boolq"), (split, [*docs, again]))
+    split, docs = HUB["allenai/winogrande", "winogrande_xl"]
+    twin = {**docs[0], "sentence": "The cup fell off the shelf as the _ was dry.", "answer": "1"}
+    monkeypatch.setitem(HUB, ("allenai/winogrande", "winogrande_xl"), (split, [*docs, twin]))
+    result = run.evaluate_tasks(tiny_run.run, run.Settings("boolq,winogrande,arc_easy"))
+    found = {name: (t["items"], t["passages"]) for name, t in result["points"][0]["tasks"].items()}
+    assert found == {"BoolQ": (3, 2), "WinoGrande": (3, 2), "ARC-e": (2, 2)}
 
 
 def test_what_was_read_before_the_hub_went_is_shown(hub, tiny_run, capsys, monkeypatch):

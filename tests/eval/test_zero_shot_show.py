@@ -19,9 +19,13 @@ def result(points, own, seeds=1):
         values = {"num_samples": None, "num_experts_per_tok": None, "keep_ratio": None, "mode": None} | point
         tasks = {
             name: {
+                "task": {"BoolQ": "boolq", "ARC-e": "arc_easy"}[name],
                 "chance": chance,
                 "items": 40,
                 "items_cut": 7 if name == "BoolQ" else 0,
+                "passages": 31 if name == "BoolQ" else 40,
+                "acc_norm": None if name == "BoolQ" else 0.4,
+                "acc_norm_se": None if name == "BoolQ" else 0.05,
                 "acc": 0.3 + 0.01 * i,
                 "acc_se": 0.02,
                 "margin": 0.01 * i - 1.5,
@@ -29,13 +33,15 @@ def result(points, own, seeds=1):
                 "acc_by_seed": [0.3 + 0.01 * (i + seed) for seed in range(seeds)],
                 "margin_by_seed": [0.01 * (i + seed) - 1.5 for seed in range(seeds)],
             }
-            | ({"acc_within_noise": True, "margin_within_noise": False, "margin_change": 0.01 * i} if i else {})
+            | ({"acc_within_noise": True, "margin_within_noise": False} if i else {})
+            | ({"margin_change": 0.01 * i, "margin_change_se": 0.002} if i else {})
             for name, chance in TASKS.items()
         }
         average = {"average": 0.3 + 0.01 * i, "average_by_seed": [0.3 + 0.01 * (i + s) for s in range(seeds)]}
         rows.append(values | {"label": f"point {i}", "tasks": tasks} | average)
     nothing = {"num_samples": None, "num_experts_per_tok": None, "keep_ratio": None, "mode": None}
     return {"points": rows, "own": nothing | own, "seeds": list(range(seeds))} | {
+        "checkpoint": "run-7/step_9",
         "notes": {},
         "unfinished": [],
         "window": 128,
@@ -63,18 +69,18 @@ def lines_of(ax, style):
     return [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == style and len(line.get_ydata()) > 1]
 
 
-def test_each_dial_has_a_panel_of_accuracy_and_one_of_margin(drawn):
+def test_each_dial_has_a_panel_of_accuracy_margin_and_change(drawn):
     sampled = [{"num_samples": k, "keep_ratio": r} for k in (1, 2, 4) for r in (0.125, 0.25)]
     mean = [{"mode": "mu", "keep_ratio": r} for r in (0.125, 0.25)]
     scored = result([*sampled, *mean], {"num_samples": 2, "keep_ratio": 0.25})
     fig = drawn(scored)
-    assert len(fig.axes) == 4
-    k_acc, keep_acc, k_margin, keep_margin = fig.axes
-    for ax in (k_acc, k_margin):
+    assert len(fig.axes) == 6
+    k_acc, keep_acc, k_margin, keep_margin, k_change, keep_change = fig.axes
+    for ax in (k_acc, k_margin, k_change):
         assert ax.get_xlabel() == "samples per token, K"
         assert ax.get_title() == "at keep ratio = 1/4, dashed: z = μ"
         assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "4"]
-    for ax in (keep_acc, keep_margin):
+    for ax in (keep_acc, keep_margin, keep_change):
         assert ax.get_xlabel().startswith("keep ratio")
         assert ax.get_xscale() == "log"
         assert ax.get_title() == "at K = 2, dashed: z = μ"
@@ -87,6 +93,10 @@ def test_each_dial_has_a_panel_of_accuracy_and_one_of_margin(drawn):
     assert lines_of(keep_acc, "-") == [pytest.approx([32, 33])] * 2
     assert lines_of(keep_acc, "--") == [pytest.approx([36, 37])] * 2
     assert lines_of(k_margin, "-") == [pytest.approx([-1.49, -1.47, -1.45])] * 2
+    assert lines_of(k_change, "-") == [pytest.approx([0.01, 0.03, 0.05])] * 2
+    assert lines_of(keep_change, "--") == [pytest.approx([0.06, 0.07])] * 2
+    assert "point 0, item by item" in k_change.get_ylabel()
+    assert fig.get_suptitle().startswith("Zero-shot, run-7: 40 to 40 items a task")
     assert sorted(line[0] for line in lines_of(k_acc, ":")) == [25, 50]  # chance
     assert [line[0] for line in lines_of(k_margin, ":")] == [0]
     assert [text.get_text() for text in fig.legends[0].get_texts()] == list(TASKS)
@@ -94,12 +104,25 @@ def test_each_dial_has_a_panel_of_accuracy_and_one_of_margin(drawn):
 
 def test_the_bars_are_the_intervals(drawn):
     fig = drawn(result([{"num_experts_per_tok": k} for k in (1, 2)], {"num_experts_per_tok": 2}))
-    accuracy, margin = fig.axes
+    accuracy, margin, change = fig.axes
     assert accuracy.get_xlabel() == "experts per token, k"
     (bars,) = accuracy.containers[0][2]
     assert bars.get_segments()[0][:, 1] == pytest.approx([30 - 1.96 * 2, 30 + 1.96 * 2])
     (bars,) = margin.containers[0][2]
     assert bars.get_segments()[1][:, 1] == pytest.approx([-1.49 - 1.96 * 0.25, -1.49 + 1.96 * 0.25])
+    (bars,) = change.containers[0][2]
+    assert [list(bar[:, 1]) for bar in bars.get_segments()] == [
+        pytest.approx([0, 0]),
+        pytest.approx([0.01 - 1.96 * 0.002, 0.01 + 1.96 * 0.002]),
+    ]
+
+
+def test_the_spread_over_seeds_is_a_pale_bar(drawn):
+    fig = drawn(result([{}], {}, seeds=5))
+    pale = [c for c in fig.axes[0].collections if c.get_alpha() == 0.3]
+    assert [list(bar.get_segments()[0][:, 1]) for bar in pale] == [pytest.approx([30, 34])] * 2
+    assert "pale: 5 seeds" in fig.get_suptitle()
+    assert not [c for c in drawn(result([{}], {})).axes[0].collections if c.get_alpha() == 0.3]
 
 
 def test_one_point_is_drawn_over_the_tasks(drawn):
@@ -122,10 +145,26 @@ def test_the_table_says_what_is_missing_and_how_seeds_spread():
     assert two.split()[3:] == ["31.0", "to", "33.0"] * 3
     (margin, _) = [line for line in lines if line.startswith("  over seeds, margin")]
     assert margin.split()[3:] == ["-1.500", "to", "-1.480"] * 2
-    assert lines[-1] == "note: not scored: OBQA"
+    assert lines[-1] == "note: not scored, or not at every point: OBQA"
+    per_char = [line.split() for line in lines if line.startswith("  per character")]
+    assert per_char == [["per", "character", "–", "40.0", "±", "5.0"]] * 3
+    assert "note: items that share a passage count as one draw in every error: BoolQ 40 on 31" in lines
+    assert any(line.startswith("note: margins of BoolQ: each right answer weighs the same") for line in lines)
+
+
+def test_a_task_that_stopped_half_way_is_shown_where_it_was_scored():
+    scored = result([{"num_samples": 1}, {"num_samples": 2}], {"num_samples": 2})
     del scored["points"][1]["tasks"]["ARC-e"]
     assert show.finished(scored) == ["BoolQ"]
-    assert "ARC-e" not in show.table(scored)
+    lines = show.table(scored).splitlines()
+    assert next(line for line in lines if line.startswith("point 0")).split()[2:8] == ["30.0", "±", "2.0"] * 2
+    assert next(line for line in lines if line.startswith("point 1")).split()[2:6] == ["31.0", "±", "2.0", "–"]
+    for row in scored["points"]:  # nothing at every point: no mean
+        row["tasks"].pop("BoolQ", None)
+        del row["average"], row["average_by_seed"]
+    lines = show.table(scored).splitlines()
+    assert next(line for line in lines if line.startswith("point 0")).split()[2:] == ["30.0", "±", "2.0", "–"]
+    assert not [line for line in lines if line.startswith("point 1")]
 
 
 def test_sampled_points_and_the_mean_stand_side_by_side(opened):
@@ -145,8 +184,8 @@ def test_several_modes_are_for_tasks(tiny_run, capsys):
 def test_the_table_says_what_was_cut_left_out_and_compared():
     text = show.table(result([{"num_samples": 1}, {"num_samples": 2}, {"num_samples": 4}], {"num_samples": 1}))
     assert "note: longer than the window of 128 tokens, so without their beginning: BoolQ 7 of 40" in text
-    assert "note: the first 40 items of each task" in text
+    assert "note: 40 items of each task at most, chosen by a hash" in text
     assert "changes are against point 0, each judged alone at 95 %: of 8, about 0 pass" in text
     alone = show.table(result([{"num_samples": 1}], {"num_samples": 1}) | {"limit": None, "window": 128})
     assert "changes are against" not in alone
-    assert "the first" not in alone
+    assert "chosen by a hash" not in alone

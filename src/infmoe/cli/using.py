@@ -142,7 +142,15 @@ def evaluate(
         settings = zero_shot.Settings(
             tasks, task_dir, limit, tuple(range(seed, seed + (seeds or 1))), batch_size, per_item
         )
-        scored = zero_shot.evaluate_tasks(
+
+        def present(result: dict[str, Any]) -> None:
+            print(json.dumps(result) if as_json else show.table(result), flush=True)
+            if out is not None and show.finished(result):
+                picture = show.plot(result, out / show.PICTURE)
+                if not as_json:
+                    print(f"\npicture: {picture}\nfigures: {out / zero_shot.RESULTS}", flush=True)
+
+        zero_shot.evaluate_tasks(
             model_dir,
             settings,
             num_samples=num_samples,
@@ -151,12 +159,8 @@ def evaluate(
             mode=mode,
             out=out,
             say=lambda line: print(line, file=sys.stderr),
-            show=lambda result: print(json.dumps(result) if as_json else show.table(result), flush=True),
+            show=present,
         )
-        if out is not None:
-            picture = show.plot(scored, out / show.PICTURE)
-            if not as_json:
-                print(f"\npicture: {picture}\nfigures: {out / zero_shot.RESULTS}")
         return
     only = {"--data-dir": task_dir, "--limit": limit, "--seeds": seeds, "--per-item": per_item, "--out": out}
     for option, value in only.items():

@@ -128,7 +128,11 @@ def table1_accuracy(store: Store, arms: Sequence[str]) -> str:
 
 
 def _items(scale: Scale) -> str:
-    return "All items of each task" if scale.task_items is None else f"The first {scale.task_items} items of each task"
+    return (
+        "All items of each task"
+        if scale.task_items is None
+        else f"{scale.task_items} items of each task, chosen by a hash"
+    )
 
 
 def _item_error(store: Store, arms: Sequence[str]) -> float:

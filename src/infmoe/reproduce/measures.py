@@ -236,7 +236,7 @@ MEASURES: dict[str, Measure] = {
         adaptive, lambda config: config.ffn == "infinity" and config.keep_ratio < 1 and config.mask_scale == "none"
     ),
     "mask_scales": Measure(mask_scales, lambda config: config.ffn == "infinity" and config.keep_ratio < 1),
-    ZERO_SHOT: Measure(zero_shot, _keeps_its_tokens, ("acc", "acc_norm", "margin", "margin_low", "margin_high")),
+    ZERO_SHOT: Measure(zero_shot, _keeps_its_tokens, ("acc", "margin", "margin_low", "margin_high")),
 }
 
 
@@ -280,6 +280,8 @@ def task_settings(scale: Scale, files: Mapping[str, str]) -> dict[str, Any]:
     """
     return {
         "items": scale.task_items,
+        "chosen": "by hash",
+        "margin": "balanced",
         "samples": list(TASK_SAMPLES),
         "keep_ratios": list(TASK_KEEP_RATIOS),
         "files": dict(files),

@@ -48,7 +48,7 @@ def score_files(
         opened: the model.
         folder: with the tasks' files.
         points: of the dials.
-        limit: the first so many items of each task; None: all.
+        limit: so many items of each task, chosen by a hash of what they say; None: all.
         seed: of the noise.
         batch_size: contexts per forward pass.
 
@@ -63,8 +63,8 @@ def score_files(
         config = local_config(task)
         for point in points:
             model.point = point
-            items = score_items(model, task.column, config, limit)
-            figures = summary(task.column, [items], items, task.path.name, 1.0, len(model.cut_streams))
+            scored = score_items(model, task.column, config, limit)
+            figures = summary(task.column, [scored], scored, task.path.name, 1.0)
             half = Z * figures["margin_se"]
             interval = {"margin_low": figures["margin"] - half, "margin_high": figures["margin"] + half}
             rows.append(

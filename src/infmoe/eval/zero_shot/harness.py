@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -124,7 +124,8 @@ class InfMoELM(TemplateLM):
             context_ids, ids = (prefix, encoded) if prefix != encoded[:1] else (encoded[:1], encoded[1:])
         else:
             context_ids, ids = self._encode_pair(context, continuation)
-        return Request(tuple(context_ids), tuple(ids), stream_of(instance))
+        name = f"{(instance.task_name or 'a text').removesuffix(_LOCAL)}, item {(context or continuation)[:48]!r}"
+        return Request(tuple(context_ids), tuple(ids), stream_of(instance), name)
 
     def _score(self, requests: Sequence[Request]) -> list[Score]:
         window = self.model.config.max_position_embeddings
@@ -211,7 +212,7 @@ def local_config(task: LocalTask) -> dict[str, Any]:
     import datasets
 
     several = len(task.docs[0]["contexts"]) > 1
-    metrics = ["acc"] if several or task.column.task in ("boolq", "sat_en") else ["acc", "acc_norm"]
+    metrics = ["acc", "acc_norm"] if task.column.per_char else ["acc"]
     return {
         "task": task.column.task + _LOCAL,
         "custom_dataset": lambda **kwargs: {"test": datasets.Dataset.from_list(task.docs)},
@@ -249,6 +250,11 @@ def _choices(doc: dict[str, Any]) -> list[str]:
 def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> dict[str, Any]:
     """lm-eval's own result of one task, samples included.
 
+    Args:
+        model: that is scored.
+        task: lm-eval's name, or a task of ours (see `local_config`).
+        limit: so many items, the same ones for every model and setting; None: all.
+
     Raises:
         InfMoEError: the task needs the Hub, and it can't be reached.
     """
@@ -264,17 +270,25 @@ def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> 
                 f"task {name!r} is read from the Hugging Face Hub, which could not be reached or does not have it "
                 f"({reason}): give --data-dir for local files, or leave it out of --tasks"
             ) from error
+        (docs,) = (one.eval_docs for one in loaded["tasks"].values())
         # not `simple_evaluate`, which asks pip and git about the machine at every call
         result = lm_eval.evaluate(
             lm=model,
             task_dict=loaded,
-            limit=limit,
+            samples=None if limit is None else {name: choose(docs, limit)},
             log_samples=True,
             bootstrap_iters=0,  # standard errors are ours, from the items
             verbosity="ERROR",
         )
     assert result is not None
     return result
+
+
+def choose(docs: Iterable[Any], count: int) -> list[int]:
+    """The numbers of `count` items, ascending, as lm-eval needs them: those of lowest hash, so a random part."""
+    content = (json.dumps(doc, sort_keys=True, default=repr).encode() for doc in docs)
+    hashes = [(hashlib.blake2b(text, digest_size=8, person=b"limit").digest(), i) for i, text in enumerate(content)]
+    return sorted(i for _, i in sorted(hashes)[:count])
 
 
 @cache

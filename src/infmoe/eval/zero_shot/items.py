@@ -1,8 +1,11 @@
 """One point's items of one task: log-likelihoods from lm-eval's samples, and the figures that follow from them."""
 
+import hashlib
+import itertools
+import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +18,21 @@ Z = 1.96  # of a 95 % interval over hundreds of items
 
 @dataclass(frozen=True)
 class Item:
-    """One scored item: its number in the task, each answer's log-likelihood and characters, which one is right."""
+    """One scored item.
+
+    Attributes:
+        number: in the task.
+        log_likelihoods: of each answer.
+        num_chars: of each answer.
+        gold: which one is right.
+        passage: names the text that it shares with others (a passage, WinoGrande's twin sentences), else its own.
+    """
 
     number: int
     log_likelihoods: tuple[float, ...]
     num_chars: tuple[int, ...]
     gold: int
+    passage: str
 
     @property
     def right(self) -> bool:
@@ -52,18 +64,38 @@ def _margin(values: Sequence[float], gold: int) -> float:
     return values[gold] - statistics.fmean(v for i, v in enumerate(values) if i != gold)
 
 
-def score_items(model: InfMoELM, column: Column, task: Any, limit: int | None) -> list[Item]:
-    """Every item of a task at the model's point and seed, in the task's order.
+@dataclass(frozen=True)
+class Scored:
+    """A task's items at one point and seed.
+
+    Attributes:
+        items: in the task's order.
+        version: of the task, as lm-eval has it.
+        cut: items that were longer than the model's window, and so lost the beginning of their context.
+        notes: what stands out among the items, counted.
+    """
+
+    items: list[Item]
+    version: float
+    cut: int
+    notes: dict[str, int]
+
+
+def score_items(model: InfMoELM, column: Column, task: Any, limit: int | None) -> Scored:
+    """Every item of a task at the model's point and seed.
 
     Args:
         model: with its dials and seed set.
         column: what the task is.
         task: lm-eval's name, or a task of ours (see `local_config`).
-        limit: the first so many items; None: all.
+        limit: so many items, chosen by a hash of what they say; None: all.
     """
     model.cut_streams.clear()
-    (samples,) = run_task(model, task, limit)["samples"].values()
-    return [_item(sample, column) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    result = run_task(model, task, limit)
+    (samples,), (version,) = result["samples"].values(), result["versions"].values()
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    items = [_item(sample, column) for sample in samples]
+    return Scored(items, float(version), len(model.cut_streams), _notes(samples, items))
 
 
 def _item(sample: dict[str, Any], column: Column) -> Item:
@@ -77,8 +109,29 @@ def _item(sample: dict[str, Any], column: Column) -> Item:
         gold = int(target)
     if not 0 <= gold < len(values):
         raise InfMoEError(f"{column.name}, item {sample['doc_id']}: label {gold} is none of the {len(values)} answers")
-    texts = [str(pair[1]).removeprefix(" ") for pair in _arguments(sample)]
-    return Item(sample["doc_id"], values, tuple(len(text) for text in texts), gold)
+    pairs = _arguments(sample)
+    lengths = tuple(len(str(continuation).removeprefix(" ")) for _, continuation in pairs)
+    shared = _common_start([str(context) for context, _ in pairs])
+    if column.after_passage is not None:
+        shared = shared.rpartition(column.after_passage)[0]
+    passage = hashlib.blake2b(shared.encode(), digest_size=6).hexdigest()
+    return Item(sample["doc_id"], values, lengths, gold, passage)
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in same)
+
+
+def _notes(samples: Sequence[dict[str, Any]], items: Sequence[Item]) -> dict[str, int]:
+    """Repeated items and answers, counted: lm-eval's own tasks are scored as they are."""
+    asked = [json.dumps([_arguments(s), item.gold]) for s, item in zip(samples, items, strict=True)]
+    pairs = [[tuple(pair) for pair in _arguments(sample)] for sample in samples]
+    counts = {
+        "repeated items": len(asked) - len(set(asked)),
+        "repeated answers, each scored": sum(len(set(answers)) < len(answers) for answers in pairs),
+    }
+    return {what: count for what, count in counts.items() if count}
 
 
 def _arguments(sample: dict[str, Any]) -> list[Sequence[str]]:
@@ -88,68 +141,97 @@ def _arguments(sample: dict[str, Any]) -> list[Sequence[str]]:
     return [list(pair.values()) if isinstance(pair, dict) else pair for pair in listed]
 
 
-def summary(
-    column: Column, by_seed: list[list[Item]], base: list[Item], source: str, seconds: float, cut: int
-) -> dict[str, Any]:
+def summary(column: Column, by_seed: Sequence[Scored], base: Scored, source: str, seconds: float) -> dict[str, Any]:
     """The figures of a task at one point.
+
+    Standard errors take items of one passage as one draw. Where all items have the same answers, the margin is the
+    mean over the right answers of their items' means: a blind preference for one answer cancels out.
 
     Args:
         column: what the task is.
         by_seed: its items, once for each seed; the figures are the first one's, the spread is over all.
-        base: the items of the point that this one is compared with, item by item; or this one's own.
+        base: the point that this one is compared with, item by item; or this one's own.
         source: where the items come from.
         seconds: that scoring took.
-        cut: items that were longer than the model's window, and so lost the beginning of their context.
     """
-    items = by_seed[0]
-    right = [float(item.right) for item in items]
-    norm = [float(item.right_norm) for item in items]
-    margins = [item.margin for item in items]
-    per_char = [item.margin_norm for item in items]
-    accuracies = [statistics.fmean(float(item.right) for item in scored) for scored in by_seed]
-    mean_margins = [statistics.fmean(item.margin for item in scored) for scored in by_seed]
+    scored = by_seed[0]
+    items = scored.items
+    passages = [item.passage for item in items]
+    classes = [item.gold for item in items] if column.fixed_answers else None
+    acc, acc_se = mean_and_error([float(item.right) for item in items], passages)
+    margin, margin_se = mean_and_error([item.margin for item in items], passages, classes)
+    accuracies = [statistics.fmean(float(item.right) for item in one.items) for one in by_seed]
+    margins = [mean_and_error([item.margin for item in one.items], passages, classes)[0] for one in by_seed]
     figures: dict[str, Any] = {
         "task": column.task,
-        "version": column.version,
+        "version": scored.version,
         "metric": column.metric,
         "source": source,
         "chance": column.chance,
         "items": len(items),
-        "items_cut": cut,
-        "acc": statistics.fmean(right),
-        "acc_se": _se(right),
-        "acc_norm": statistics.fmean(norm),
-        "acc_norm_se": _se(norm),
-        "margin": statistics.fmean(margins),
-        "margin_se": _se(margins),
-        "margin_norm": statistics.fmean(per_char),
-        "margin_norm_se": _se(per_char),
+        "items_cut": scored.cut,
+        "passages": len(set(passages)),
+        "acc": acc,
+        "acc_se": acc_se,
+        **dict.fromkeys(("acc_norm", "acc_norm_se", "margin_norm", "margin_norm_se")),
+        "margin": margin,
+        "margin_se": margin_se,
         "acc_by_seed": accuracies,
         "acc_seed_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "margin_by_seed": mean_margins,
-        "margin_seed_sd": statistics.stdev(mean_margins) if len(mean_margins) > 1 else None,
+        "margin_by_seed": margins,
+        "margin_seed_sd": statistics.stdev(margins) if len(margins) > 1 else None,
         "items_per_sec": len(items) * len(by_seed) / seconds,
     }
-    if items is not base:  # item by item against the first point
-        for name in ("right", "margin"):
-            change = [float(getattr(i, name)) - float(getattr(b, name)) for i, b in zip(items, base, strict=True)]
-            mean, error = statistics.fmean(change), _se(change)
-            key = {"right": "acc"}.get(name, name)
-            if key == "acc":
-                p = _sign_test(sum(c > 0 for c in change), sum(c < 0 for c in change))
-                noise: dict[str, Any] = {"acc_change_p": p, "acc_within_noise": p > 0.05}
-            else:
-                noise = {f"{key}_within_noise": abs(mean) <= Z * error}
-            figures |= {f"{key}_change": mean, f"{key}_change_se": error, **noise}
+    if column.per_char:
+        norm = mean_and_error([float(item.right_norm) for item in items], passages)
+        figures["acc_norm"], figures["acc_norm_se"] = norm
+        figures["margin_norm"], figures["margin_norm_se"] = mean_and_error(
+            [item.margin_norm for item in items], passages
+        )
+    if scored is not base:  # item by item against the first point
+        pairs = list(zip(items, base.items, strict=True))
+        hits = [float(i.right) - float(b.right) for i, b in pairs]
+        mean, error = mean_and_error(hits, passages)
+        p = _sign_test(hits, passages)
+        figures |= {"acc_change": mean, "acc_change_se": error, "acc_change_p": p, "acc_within_noise": p > 0.05}
+        mean, error = mean_and_error([i.margin - b.margin for i, b in pairs], passages, classes)
+        figures |= {"margin_change": mean, "margin_change_se": error, "margin_within_noise": abs(mean) <= Z * error}
     return figures
 
 
-def _sign_test(better: int, worse: int) -> float:
-    """Two-sided p of so many items that became right and wrong, were both as likely (McNemar's exact test)."""
+def mean_and_error(
+    values: Sequence[float], passages: Sequence[Hashable], classes: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
+    """The mean over items, and its standard error where items of one passage may go together.
+
+    Args:
+        values: of each item.
+        passages: what each belongs to; all different: the usual standard error.
+        classes: where given, the mean is over classes of the means over their items.
+    """
+    kinds = classes if classes is not None else [None] * len(values)
+    members: dict[Hashable, list[float]] = {}
+    for value, kind in zip(values, kinds, strict=True):
+        members.setdefault(kind, []).append(value)
+    means = {kind: statistics.fmean(found) for kind, found in members.items()}
+    sums: dict[Hashable, float] = {}
+    for value, kind, passage in zip(values, kinds, passages, strict=True):
+        share = (value - means[kind]) / (len(means) * len(members[kind]))
+        sums[passage] = sums.get(passage, 0.0) + share
+    groups = len(sums)
+    variance = groups / (groups - 1) * math.fsum(total**2 for total in sums.values()) if groups > 1 else 0.0
+    return statistics.fmean(means.values()), math.sqrt(variance)
+
+
+def _sign_test(changes: Sequence[float], passages: Sequence[Hashable]) -> float:
+    """Two-sided p of so many passages' items that became right and wrong, were both as likely.
+
+    McNemar's exact test where each item has a passage of its own.
+    """
+    net: dict[Hashable, float] = {}
+    for change, passage in zip(changes, passages, strict=True):
+        net[passage] = net.get(passage, 0.0) + change
+    better, worse = sum(n > 0 for n in net.values()), sum(n < 0 for n in net.values())
     count = better + worse
     tail = sum(math.comb(count, i) for i in range(max(better, worse), count + 1))
     return min(1.0, 2 * tail / 2**count)
-
-
-def _se(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

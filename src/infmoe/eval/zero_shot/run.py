@@ -14,14 +14,14 @@ from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.loading import open_model
 from infmoe.eval.zero_shot.local import read_local
 from infmoe.eval.zero_shot.show import finished
-from infmoe.eval.zero_shot.tasks import columns_named
+from infmoe.eval.zero_shot.tasks import Column, columns_named
 from infmoe.hf.budget import fingerprint
 from infmoe.layers.point import Point
 from infmoe.provenance import provenance, write_json
 
 try:
     from infmoe.eval.zero_shot import harness
-    from infmoe.eval.zero_shot.items import Item, score_items, summary
+    from infmoe.eval.zero_shot.items import Item, Scored, score_items, summary
 except ImportError as missing:
     raise InfMoEError("zero-shot tasks run through lm-eval: pip install 'infmoe[eval]'") from missing
 
@@ -35,7 +35,7 @@ class Settings:
     Attributes:
         tasks: "paper", or lm-eval's names separated by commas.
         data_dir: local files; None: the Hub.
-        limit: the first so many items of each task; None: all.
+        limit: so many items of each task, chosen by a hash of what they say; None: all.
         seeds: of the routing noise; the first one's items are those that are compared.
         batch_size: contexts per forward pass.
         per_item: where each item's log-likelihoods go (JSON lines), or None.
@@ -70,7 +70,7 @@ def evaluate_tasks(
         mode: the same; several separated by commas, "sample,mu", are points side by side.
         out: folder for `zero_shot.json`, written after every task, so that what is done is kept.
         say: told what is done.
-        show: given the result once, at the end or where something failed, if a task was finished at every point.
+        show: given the result once, at the end or where something failed, if anything was scored.
 
     Raises:
         InfMoEError: nothing to open, an unknown task, a missing or damaged file (all files are read before the
@@ -107,7 +107,7 @@ def evaluate_tasks(
     try:
         for column in columns:
             task = harness.local_config(files[column.task]) if files else column.task
-            base: list[Item] | None = None
+            base: Scored | None = None
             for point, row in zip(points, result["points"], strict=True):
                 begin = time.perf_counter()
                 by_seed = []
@@ -115,27 +115,40 @@ def evaluate_tasks(
                     model.point, model.seed = point, seed
                     by_seed.append(score_items(model, column, task, settings.limit))
                     if settings.per_item is not None:
-                        _append(settings.per_item, by_seed[-1], column.name, point, seed)
+                        _append(settings.per_item, by_seed[-1].items, column.name, point, seed)
                     if not draws(opened.model.config, point):
                         break  # nothing random: another seed would be the same
                 base = by_seed[0] if base is None else base
                 source = "the Hub" if not files else files[column.task].path.name
-                figures = summary(column, by_seed, base, source, time.perf_counter() - begin, len(model.cut_streams))
+                figures = summary(column, by_seed, base, source, time.perf_counter() - begin)
                 row["tasks"][column.name] = figures
+                _note(result["notes"], column, base, local=bool(files))
                 say(f"{column.name:<11}{point.label():<20} accuracy {figures['acc']:.4f} ± {figures['acc_se']:.4f}")
                 if out is not None:
                     write_json(out / RESULTS, result)
             result["unfinished"].remove(column.name)
     finally:
-        if names := finished(result):
-            for row in result["points"]:
-                row["average"] = statistics.fmean(row["tasks"][name]["acc"] for name in names)
-                by_task = [row["tasks"][name]["acc_by_seed"] for name in names]
-                row["average_by_seed"] = [statistics.fmean(accuracies) for accuracies in zip(*by_task, strict=True)]
-            show(result)
+        names = finished(result)
+        for row in result["points"] if names else ():
+            row["average"] = statistics.fmean(row["tasks"][name]["acc"] for name in names)
+            by_task = [row["tasks"][name]["acc_by_seed"] for name in names]
+            row["average_by_seed"] = [statistics.fmean(accuracies) for accuracies in zip(*by_task, strict=True)]
+        if any(row["tasks"] for row in result["points"]):
             if out is not None:
                 write_json(out / RESULTS, result)
+            show(result)
     return result
+
+
+def _note(notes: dict[str, dict[str, float]], column: Column, scored: Scored, *, local: bool) -> None:
+    """What a task of the Hub turned out to hold; local files were checked as they were read."""
+    found: dict[str, float] = {} if local else dict(scored.notes)
+    if scored.version != column.version:
+        found[f"is the version in lm-eval {harness.VERSION}; the columns were written for {column.version:g}"] = (
+            scored.version
+        )
+    if found:
+        notes[column.task] = found
 
 
 def _points(

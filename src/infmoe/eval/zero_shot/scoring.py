@@ -30,11 +30,13 @@ class Request:
         continuation: token ids, at least one. One that is longer than the window is scored in pieces of half a
             window, each behind as much of what precedes it as fits.
         stream: the noise stream of the item that it belongs to.
+        name: what an error calls it.
     """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
     stream: int
+    name: str = "a request"
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ def score(
     Raises:
         InfMoEError: an empty context or continuation, or a model that gives NaN.
     """
-    for i, request in enumerate(requests):
+    for request in requests:
         if not request.context or not request.continuation:
-            raise InfMoEError(f"request {i} has an empty context or continuation: leave it out")
+            raise InfMoEError(f"{request.name} has an empty context or continuation: leave it out")
     rows = sorted(_rows(requests, model.config.max_position_embeddings), key=lambda row: row.length, reverse=True)
     found: list[Score | None] = [None] * len(requests)
     done = 0
@@ -103,9 +105,9 @@ def score(
                 found[index] = Score(total, before.greedy and result.greedy)
         progress(done)
     scores = [result for result in found if result is not None]
-    for i, one in enumerate(scores):
+    for request, one in zip(requests, scores, strict=True):
         if not math.isfinite(one.log_likelihood):
-            raise InfMoEError(f"request {i} has no finite log-likelihood: the model has diverged, take another one")
+            raise InfMoEError(f"{request.name} has no finite log-likelihood: the model has diverged, take another one")
     return scores
 
 

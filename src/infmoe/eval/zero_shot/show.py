@@ -1,11 +1,12 @@
 """What scoring found, for readers: a table beside the paper's rows, and a picture over the dials."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infmoe import paper
+from infmoe.eval.zero_shot.tasks import ALL
 from infmoe.layers.point import ratio_text
 
 if TYPE_CHECKING:
@@ -31,56 +32,82 @@ def finished(result: dict[str, Any]) -> list[str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Accuracy, and the margin below it, of every point; its spread over seeds; the paper's rows for comparison."""
-    names = finished(result)
+    """Accuracy, and the margin below it, of every point; its spread over seeds; the paper's rows for comparison.
+
+    A task that something stopped at a later point is shown where it was scored.
+    """
+    rows = result["points"]
+    known: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        known = {**known, **{name: row["tasks"][name] for name in row["tasks"] if name not in known}}
+    names = list(known)
     several = len(result["seeds"]) > 1
     widths = [max(18 if several else 16, len(name)) for name in names]
-    head = _line("", names, widths, "mean")
     lines = ["accuracy in %, ± standard error; below, the right answer's margin in nats, ± 95 %"]
     if several:
         lines.append(f"of seed {result['seeds'][0]}; below, the lowest and the highest of {len(result['seeds'])} seeds")
-    lines.append(head)
-    for row in result["points"]:
-        figures = [row["tasks"][name] for name in names]
-        cells = [f"{100 * t['acc']:.1f} ± {100 * t['acc_se']:.1f}" for t in figures]
-        lines.append(_line(row["label"], cells, widths, f"{100 * row['average']:.1f}"))
-        cells = [f"{t['margin']:+.3f} ± {_Z * t['margin_se']:.3f}" for t in figures]
-        lines.append(_line("  margin", cells, widths, ""))
-        if len(row["average_by_seed"]) > 1:
-            cells = [_spread([100 * value for value in t["acc_by_seed"]], ".1f") for t in figures]
+    lines.append(_line("", names, widths, "mean"))
+
+    def add(label: str, row: dict[str, Any], cell: Callable[[dict[str, Any]], str], last: str = "") -> None:
+        cells = [cell(row["tasks"][name]) if name in row["tasks"] else "–" for name in names]
+        if set(cells) != {"–"}:
+            lines.append(_line(label, cells, widths, last))
+
+    for row in rows:
+        average = f"{100 * row['average']:.1f}" if "average" in row else "–"
+        add(row["label"], row, lambda t: f"{100 * t['acc']:.1f} ± {100 * t['acc_se']:.1f}", average)
+        add("  per character", row, _per_char)
+        add("  margin", row, lambda t: f"{t['margin']:+.3f} ± {_Z * t['margin_se']:.3f}")
+        if len(row.get("average_by_seed", ())) > 1:
             mean = _spread([100 * value for value in row["average_by_seed"]], ".1f")
-            lines.append(_line("  over seeds, accuracy", cells, widths, mean))
-            cells = [_spread(t["margin_by_seed"], "+.3f") for t in figures]
-            lines.append(_line("  over seeds, margin", cells, widths, ""))
-        if row is not result["points"][0]:
-            lines.append(_line("  change (acc / margin)", [_change(t) for t in figures], widths, ""))
-    chance = [f"{100 * result['points'][0]['tasks'][name]['chance']:.0f}" for name in names]
-    lines.append(_line("chance", chance, widths, ""))
+            add("  over seeds, accuracy", row, lambda t: _spread([100 * v for v in t["acc_by_seed"]], ".1f"), mean)
+            add("  over seeds, margin", row, lambda t: _spread(t["margin_by_seed"], "+.3f"))
+        if row is not rows[0]:
+            add("  change (acc / margin)", row, _change)
+    lines.append(_line("chance", [f"{100 * known[name]['chance']:.0f}" for name in names], widths, ""))
     for arm in ("dense", "moe", "infinity"):
         printed = dict(zip(paper.TABLE1_TASKS, paper.TABLE1["small"][arm][1], strict=True))
         cells = [f"{printed[name]:.1f}" if name in printed else "–" for name in names]
         shared = [printed[name] for name in names if name in printed]
         mean = f"{statistics.fmean(shared):.1f}" if len(shared) == len(names) else "–"
         lines.append(_line(f"paper, small {arm}", cells, widths, mean))
+    lines += [f"note: {note}" for note in _notes(result, known)]
+    return "\n".join(lines)
+
+
+def _notes(result: dict[str, Any], known: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader of the figures must know."""
+    rows = result["points"]
     notes = [f"{task}: {count} {what}" for task, found in result["notes"].items() for what, count in found.items()]
-    first = result["points"][0]["tasks"]
-    cut = [f"{name} {first[name]['items_cut']} of {first[name]['items']}" for name in names if first[name]["items_cut"]]
+    cut = [f"{name} {t['items_cut']} of {t['items']}" for name, t in known.items() if t["items_cut"]]
     if cut:
         notes.append(
             f"longer than the window of {result['window']} tokens, so without their beginning: {', '.join(cut)}"
         )
+    shared = [f"{name} {t['items']} on {t['passages']}" for name, t in known.items() if t["passages"] < t["items"]]
+    if shared:
+        notes.append(f"items that share a passage count as one draw in every error: {', '.join(shared)}")
+    fixed = [name for name, t in known.items() if ALL[t["task"]].fixed_answers]
+    if fixed:
+        notes.append(f"margins of {', '.join(fixed)}: each right answer weighs the same, however often it is right")
     if result["limit"] is not None:
-        notes.append(f"the first {result['limit']} items of each task; files are not in random order")
-    if len(result["points"]) > 1:
-        count = 2 * len(names) * (len(result["points"]) - 1)
+        notes.append(f"{result['limit']} items of each task at most, chosen by a hash of what they say")
+    names = finished(result)
+    if len(rows) > 1 and names:
+        count = 2 * len(names) * (len(rows) - 1)
         notes.append(
-            f"changes are against {result['points'][0]['label']}, each judged alone at 95 %: of {count}, about "
+            f"changes are against {rows[0]['label']}, each judged alone at 95 %: of {count}, about "
             f"{round(0.05 * count)} pass for more than noise by chance"
         )
     if result["unfinished"]:
-        notes.append(f"not scored: {', '.join(result['unfinished'])}")
-    lines += [f"note: {note}" for note in notes]
-    return "\n".join(lines)
+        notes.append(f"not scored, or not at every point: {', '.join(result['unfinished'])}")
+    return notes
+
+
+def _per_char(figures: dict[str, Any]) -> str:
+    if figures["acc_norm"] is None:
+        return "–"
+    return f"{100 * figures['acc_norm']:.1f} ± {100 * figures['acc_norm_se']:.1f}"
 
 
 def _change(figures: dict[str, Any]) -> str:
@@ -98,30 +125,42 @@ def _line(label: str, cells: Sequence[str], widths: Sequence[int], last: str) ->
 
 
 def plot(result: dict[str, Any], path: Path) -> Path:
-    """Accuracy and margin against each dial that was varied, one line a task; against the tasks where none was.
+    """Accuracy, margin and its change item by item, against each dial that was varied or against the tasks.
 
-    Intervals are 95 % over items. A dial's panel shows the points at the model's own setting of the other dial, or
-    at the first one given; z = mu, which has no K, is a dashed line.
+    A dial's panel shows the points at the model's own setting of the other dial, or at the first one given; z = mu,
+    which has no K, is a dashed line. Bars are 95 % over items, a wide pale bar the spread over seeds.
     """
     from infmoe.eval.plots import figure, save
 
     names, rows = finished(result), result["points"]
     varied = [dial for dial in _DIALS if len({row[dial] for row in rows} - {None}) > 1]
-    fig, axes = figure(max(1, len(varied)), rows=2, width=5.6 if len(varied) > 1 else 8.4, height=3.6)
-    columns = len(axes) // 2
-    for i in range(columns):
-        for ax, value in ((axes[i], "acc"), (axes[columns + i], "margin")):
+    values = ["acc", "margin", *(["margin_change"] if len(rows) > 1 else [])]
+    fig, axes = figure(max(1, len(varied)), rows=len(values), width=5.6 if len(varied) > 1 else 8.4, height=3.4)
+    columns = len(axes) // len(values)
+    labels = {
+        "acc": "accuracy (%)",
+        "margin": "margin: log-likelihood of the right\nanswer minus the others' mean (nats)",
+        "margin_change": f"change of the margin from\n{rows[0]['label']}, item by item (nats)",
+    }
+    for i, value in enumerate(values):
+        for column in range(columns):
+            ax = axes[i * columns + column]
             if varied:
-                _over_dial(ax, result, names, varied[i], value)
+                _over_dial(ax, result, names, varied[column], value)
             else:
-                _over_tasks(ax, rows, names, value)
-    axes[0].set_ylabel("accuracy (%)")
-    axes[columns].set_ylabel("margin: log-likelihood of the right\nanswer minus the others' mean (nats)")
+                _over_tasks(ax, result, names, value)
+        axes[i * columns].set_ylabel(labels[value])
     if len(rows) > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+        handles, texts = axes[0].get_legend_handles_labels()
+        fig.legend(handles, texts, loc="outside right center", fontsize=8, frameon=False)
+    items = [row["tasks"][name]["items"] for row in rows for name in names]
+    spread = f"; pale: {len(result['seeds'])} seeds" if len(result["seeds"]) > 1 else ""
     which = f" at {rows[0]['label']}" if len(rows) == 1 and rows[0]["label"] != "-" else ""
-    fig.suptitle(f"Zero-shot tasks{which} (bars: 95 % over items; dotted: chance)", fontsize=11)
+    fig.suptitle(
+        f"Zero-shot, {result['checkpoint'].partition('/')[0]}{which}: {min(items)} to {max(items)} items a task\n"
+        f"(bars: 95 % over items{spread}; dotted: chance, or no change)",
+        fontsize=10,
+    )
     return save(fig, path)
 
 
@@ -141,9 +180,9 @@ def _over_dial(ax: "Axes", result: dict[str, Any], names: Sequence[str], dial: s
             style = _style(i) | {"linestyle": styles[mode], "label": name if len(styles) == 1 else None}
             if at:
                 step = (i - (len(names) - 1) / 2) * 0.035  # side by side, else the bars hide each other
-                means, errors = zip(*(_figures(row["tasks"][name], value) for row in at), strict=True)
-                ax.errorbar([row[dial] * 2**step for row in at], means, errors, capsize=2, **style)
-            else:  # no such dial: the same at each of its values
+                places = [row[dial] * 2**step for row in at]
+                _draw(ax, places, [row["tasks"][name] for row in at], value, style)
+            elif chosen:  # no such dial: the same at each of its values
                 ax.axhline(_figures(chosen[0]["tasks"][name], value)[0], **style | {"marker": None})
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [ratio_text(tick) if dial == "keep_ratio" else f"{tick}" for tick in ticks])
@@ -154,7 +193,21 @@ def _over_dial(ax: "Axes", result: dict[str, Any], names: Sequence[str], dial: s
     ax.set_title(", ".join([*(["at " + ", ".join(fixed)] if fixed else []), *shown]), fontsize=9)
     for level in {100 * rows[0]["tasks"][name]["chance"] for name in names} if value == "acc" else {0.0}:
         ax.axhline(level, color=_GREY, linestyle=":", linewidth=1.5, zorder=0)
-    _scale(ax, value)
+    _scale(ax, result, names, value)
+
+
+def _draw(
+    ax: "Axes", places: Sequence[float], found: Sequence[dict[str, Any]], value: str, style: dict[str, Any]
+) -> None:
+    """Means with their intervals, and behind them the spread over seeds where there are several."""
+    means, errors = zip(*(_figures(figures, value) for figures in found), strict=True)
+    ax.errorbar(places, means, errors, capsize=2, **style)
+    factor = 100 if value == "acc" else 1
+    for place, figures in zip(places, found, strict=True):
+        by_seed = figures.get(f"{value}_by_seed", ())
+        if len(by_seed) > 1:
+            ends = [factor * min(by_seed), factor * max(by_seed)]
+            ax.vlines(place, *ends, color=style["color"], alpha=0.3, linewidth=9, zorder=0)
 
 
 def _held(result: dict[str, Any], dial: str) -> Any:
@@ -163,31 +216,37 @@ def _held(result: dict[str, Any], dial: str) -> Any:
     return result["own"][dial] if result["own"][dial] in values else values[0] if values else None
 
 
-def _over_tasks(ax: "Axes", rows: Sequence[dict[str, Any]], names: Sequence[str], value: str) -> None:
+def _over_tasks(ax: "Axes", result: dict[str, Any], names: Sequence[str], value: str) -> None:
     """The tasks side by side, one marker a point."""
+    rows = result["points"]
     for i, row in enumerate(rows):
         places = [at + (i - (len(rows) - 1) / 2) * 0.12 for at in range(len(names))]
-        means, errors = zip(*(_figures(row["tasks"][name], value) for name in names), strict=True)
         style = _style(i) | {"linestyle": "none", "label": row["label"]}
-        ax.errorbar(places, means, errors, capsize=3, **style)
+        _draw(ax, places, [row["tasks"][name] for name in names], value, style)
     for at, name in enumerate(names):
         level = 100 * rows[0]["tasks"][name]["chance"] if value == "acc" else 0.0
         ax.hlines(level, at - 0.35, at + 0.35, color=_GREY, linestyle=":", linewidth=1.5)
     ax.set_xticks(range(len(names)), names)
     ax.set_xlabel("task")
-    _scale(ax, value)
+    _scale(ax, result, names, value)
 
 
-def _scale(ax: "Axes", value: str) -> None:
-    """Margins of one-word answers are hundreds of times smaller than those of sentences."""
-    if value == "margin":
-        ax.set_yscale("symlog", linthresh=0.1)
+def _scale(ax: "Axes", result: dict[str, Any], names: Sequence[str], value: str) -> None:
+    """Margins of one-word answers are hundreds of times smaller than those of sentences.
+
+    The axis is linear up to the smallest interval's half-width, so that what lies within it lies near 0.
+    """
+    if value == "acc":
+        return
+    found = [row["tasks"][name] for row in result["points"] for name in names]
+    widths = [_Z * t[f"{value}_se"] for t in found if t.get(f"{value}_se")]
+    ax.set_yscale("symlog", linthresh=max(min(widths, default=0.1), 1e-4))
 
 
 def _figures(figures: dict[str, Any], value: str) -> tuple[float, float]:
-    """Mean and half of its 95 % interval, accuracy in percent."""
+    """Mean and half of its 95 % interval, accuracy in percent; what is compared with itself has not changed."""
     factor = 100 if value == "acc" else 1
-    return factor * figures[value], factor * _Z * figures[f"{value}_se"]
+    return factor * figures.get(value, 0.0), factor * _Z * figures.get(f"{value}_se", 0.0)
 
 
 def _style(i: int) -> dict[str, Any]:
