@@ -77,7 +77,7 @@ def test_accuracies_stand_beside_the_papers_and_sat_is_never_race(filled, mini):
     margins = [line for line in body.splitlines() if line.startswith("| moe |")][1]
     assert [cell.strip() for cell in margins.strip("|").split("|")][1] == "0.398 ± 0.003"
     assert margins.endswith("| +0.245 ± 0.001 |")
-    assert "The first 4 items of each task" in body
+    assert "4 items of each task, chosen by a hash" in body
     assert "a standard error of 2.0 points" in body
     page = render_page(filled.folder.parent.parent)
     row = next(line for line in page.splitlines() if "∞-MoE against MoE in the right answer's margin" in line)
@@ -87,12 +87,12 @@ def test_accuracies_stand_beside_the_papers_and_sat_is_never_race(filled, mini):
 def test_figure_2_shows_the_tasks_over_the_dials(filled):
     section = render_section("figure2", filled)
     head = _row(section.body, "∞-MoE, zero-shot")
-    assert head[1:] == ["K = 1", "K = 2", "K = 4", "K = 8", "z = μ", "keep 1/16", "keep 1/8", "keep 1/2"]
+    assert head[1:] == ["K = 1", "K = 2", "K = 3", "K = 4", "K = 8", "z = μ", "keep 1/16", "keep 1/8", "keep 1/2"]
     infinity, moe = (
         [line.strip("| ").split(" | ") for line in section.body.splitlines() if line.startswith(f"| mean: {what}")]
         for what in ("accuracy, %", "margin, nats")
     )
-    assert [cell.split()[0] for cell in infinity[0][1:6]] == ["39.5", "40.5", "42.5", "46.5", "38.5"]
+    assert [cell.split()[0] for cell in infinity[0][1:7]] == ["39.5", "40.5", "41.5", "42.5", "46.5", "38.5"]
     assert len(infinity[1]) == len(moe[1]) == 5
     assert section.pictures[-1][1].name == "figure2_zero_shot.png"
     assert section.pictures[-1][1].stat().st_size > 10_000

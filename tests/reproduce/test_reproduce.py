@@ -88,7 +88,7 @@ def test_what_is_missing_is_trained_and_what_is_done_is_not(request_, in_process
     assert runs_of(request_) == found
 
     # a measure that comes later is taken of the models that are there
-    later = Measure(lambda context: [{"loss": 1.0, "seed": context.spec.seed}], lambda config: config.ffn == "moe")
+    later = Measure(lambda context: [{"loss": 1.0, "seed": context.spec.seed}], lambda config, _: config.ffn == "moe")
     monkeypatch.setitem(measures.MEASURES, "later", later)
     assert run_request(request_) == 0
     now = runs_of(request_)
@@ -127,7 +127,7 @@ def test_zero_shot_scores_are_taken_of_the_models_that_are_there(request_, in_pr
         assert str(tmp_path) not in json.dumps(values)
     rows = [row for row in infinity["measures"]["zero_shot"] if row["task"] == "ARC-e"]
     dials = [(row.get("mode"), row.get("num_samples"), row["keep_ratio"]) for row in rows]
-    sampled = [(None, k, 0.25) for k in (2, 1, 4, 8)]
+    sampled = [(None, k, 0.25) for k in (2, 1, 3, 4, 8)]
     assert dials == [*sampled, ("mu", None, 0.25), *[(None, 2, ratio) for ratio in (1 / 16, 1 / 8, 1 / 2)]]
     assert len(moe["measures"]["zero_shot"]) == 7  # no arm of Figure 2: at its own dials alone
     # the numbers are those of `infmoe evaluate --tasks` on the same model

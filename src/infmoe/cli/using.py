@@ -115,7 +115,9 @@ def evaluate(
     task_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="The tasks' local files; default: the Hugging Face Hub.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=2, help="The first N items of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=2, help="N items of each task, the same ones for every model.")
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option("--seeds", min=1, help="Score the tasks with this many seeds; default: 1.")
     ] = None,

@@ -5,7 +5,7 @@ all tokens drops the same small contributions everywhere, where a fixed share dr
 next one's crumbs.
 """
 
-import math
+import statistics
 from typing import Any
 
 from infmoe.errors import InfMoEError
@@ -13,6 +13,7 @@ from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.layers import PerLayer, Routing
 
 _ROUNDS = 40
+_NORMAL = statistics.NormalDist()
 _CLOSE = 0.005  # of the wanted share
 
 
@@ -50,13 +51,12 @@ def calibrate_cut(
     units = min(block.mlp.num_units for block in model.transformer.h)
     if share * units < 1.0:
         raise InfMoEError(f"a share of {share:g} is less than one of {units} units: ask for 1/{units} or more")
-    # the scores' size, by W_z's: where to begin, and how far to step while one end is unknown
+    # the scores' size, by W_z's: where to begin
     weights = [block.mlp.w_z.weight.detach().float() for block in model.transformer.h]
-    step = [max(float(weight_UZ.norm(dim=1).mean()), 1e-30) for weight_UZ in weights]
+    width = [max(float(weight_UZ.norm(dim=1).mean()), 1e-30) for weight_UZ in weights]
     if not per_layer:
-        step = [sum(step) / num_layers] * num_layers
-    low, high = [-math.inf] * num_layers, [math.inf] * num_layers
-    cuts = [0.0] * num_layers
+        width = [sum(width) / num_layers] * num_layers
+    cuts, before = [0.0] * num_layers, None
     for _ in range(_ROUNDS):
         routing = Routing(num_samples=num_samples, score_cut=PerLayer(cuts))
         kept = _kept(model, held_out, routing, seed, batch_size)
@@ -64,22 +64,28 @@ def calibrate_cut(
             kept = [sum(kept) / num_layers] * num_layers
         if all(abs(k / share - 1.0) < _CLOSE for k in kept):
             return PerLayer(cuts) if per_layer else cuts[0]
-        for i, k in enumerate(kept):
-            (low if k > share else high)[i] = cuts[i]
-            cuts[i] = _between(low[i], high[i], step[i])
+        # a layer's scores hang on what the layers below it keep, so no bracket holds: steps as on a normal's quantiles
+        at = [_quantile(k) for k in kept]
+        if before is not None:
+            width = [_width(*four) for four in zip(width, cuts, at, *before, strict=True)]
+        before = cuts, at
+        cuts = [cut + w * (a - _quantile(share)) for cut, w, a in zip(cuts, width, at, strict=True)]
     worst = max(kept, key=lambda k: abs(k / share - 1.0))
     raise InfMoEError(
         f"no cut keeps {share:g} of the units: many scores are alike, and {worst:.3f} is as near as it gets"
     )
 
 
-def _between(low: float, high: float, step: float) -> float:
-    """The middle; where one end is not known yet, further out by about the scores' size."""
-    if math.isinf(high):
-        return max(2.0 * low, low + step)
-    if math.isinf(low):
-        return min(2.0 * high, high - step)
-    return (low + high) / 2
+def _quantile(share: float) -> float:
+    """Of the standard normal, ends drawn in."""
+    return _NORMAL.inv_cdf(min(max(share, 1e-3), 1 - 1e-3))
+
+
+def _width(width: float, cut: float, at: float, cut_before: float, at_before: float) -> float:
+    """How far the cut must go for one step of the quantile, by the last two rounds; three times or a third at most."""
+    if at == at_before or (cut - cut_before) * (at - at_before) >= 0.0:
+        return width if at != at_before else 3.0 * width  # nothing moved yet: the scores are larger than thought
+    return min(max((cut - cut_before) / (at_before - at), width / 3.0), 3.0 * width)
 
 
 def _kept(model: Any, held_out: HeldOut, routing: Routing, seed: int, batch_size: int) -> list[float]:

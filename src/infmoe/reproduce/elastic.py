@@ -18,6 +18,7 @@ from infmoe.reproduce.dial_curves import (
     useful_ranges,
 )
 from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.measures import ADAPTIVE_ARMS, DAMPED_ARMS
 from infmoe.reproduce.plan import ELASTIC_EXPERTS, TWO_PASSES, tokens_text
 from infmoe.reproduce.section import (
     FAILS,
@@ -57,7 +58,6 @@ _EXPERTS = {
     "matryoshka-k8": "Matryoshka, k = 1 … 16",
     "moe16-fine-k16": "plain, k = 16 (direct, for k = 8)",
 }
-_PLAIN = ("moe16-fine-k4", "moe16-fine")  # what the α dial is tried on
 _SAMPLES = {
     "infinity": "plain, K = 2",
     "infinity-elastic-k": "K drawn from 1 … 4 for each layer",
@@ -155,7 +155,7 @@ def _experts(store: Store, gallery: Gallery, section: Section) -> str:
     for arm in ELASTIC_EXPERTS:
         if found := over_k(store, arm):
             lines[f"{arm}: {_EXPERTS[arm]}"] = found
-        damped = _damped(store, arm) if arm in _PLAIN else {}
+        damped = _damped(store, arm) if arm in DAMPED_ARMS else {}
         lines |= {f"{arm}, α = {alpha:g}": line for alpha, line in damped.items()}
     if not lines:
         return f"**Loss over the number of experts, 16 experts of d_ff/8**: {MISSING}."
@@ -255,7 +255,7 @@ def _useful_ranges(store: Store, section: Section) -> str:
         curves[f"{arm} (keep ratio)"] = over_ratio(store, arm), ratio_text
     for arm in ELASTIC_EXPERTS:
         curves[f"{arm} (k′)"] = over_k(store, arm), str
-        for alpha, line in _damped(store, arm).items() if arm in _PLAIN else ():
+        for alpha, line in _damped(store, arm).items() if arm in DAMPED_ARMS else ():
             curves[f"{arm}, α = {alpha:g} (k′)"] = line, str
     for arm in _SAMPLES:
         curves[f"{arm} (K)"] = over_samples(store, arm), str
@@ -409,7 +409,7 @@ def _adaptive(store: Store, section: Section) -> str:
     tokens = store.scale.tokens
     shares = (1 / 16, 1 / 8, 1 / 4)
     rows, off, judged = [], 0.0, None
-    for arm in ("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic"):
+    for arm in ADAPTIVE_ARMS:
         found: dict[str, Curve] = {}
         for run in store.runs(arm, tokens):
             for row in run.measure("adaptive") or ():
@@ -479,7 +479,7 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> None:
     for arm in ELASTIC_EXPERTS:
         flops = over_k(store, arm, "flops_ideal")
         experts[arm] = over_k(store, arm), flops
-        for alpha, line in _damped(store, arm).items() if arm in _PLAIN else ():
+        for alpha, line in _damped(store, arm).items() if arm in DAMPED_ARMS else ():
             experts[f"{arm}, α = {alpha:g}"] = line, flops
     drawn: list[tuple[str, dict[str, dict[float, Interval]]]] = []
     for title, names in panels.items():

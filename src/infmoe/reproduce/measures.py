@@ -31,9 +31,13 @@ RANK_DAMPINGS = (0.25, 0.5)
 CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
 _SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
 _CUT_WINDOWS = 64  # of training text
-TASK_SAMPLES = (1, 2, 4, 8)
+TASK_SAMPLES = (1, 2, 3, 4, 8)
 TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 ZERO_SHOT = "zero_shot"
+# the arms that the page shows a measure of
+ADAPTIVE_ARMS = ("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic")
+DAMPED_ARMS = ("moe16-fine-k4", "moe16-fine")
+_SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 
 
@@ -74,14 +78,14 @@ def held_out(context: Context) -> Points:
 
 
 def dials(context: Context) -> Points:
-    """The loss over each dial, the other as trained; z = mu besides."""
+    """The loss over each dial, the other as trained; K and z = mu of the arms that the page shows over K."""
     config = context.model.config
     windows = context.spec.scale.dial_windows
     if config.ffn == "moe":
         points = grid(config, num_experts_per_tok=[k for k in EXPERT_COUNTS if k <= config.num_experts])
         return context.evaluate(points, windows)
     points = grid(config, keep_ratios=KEEP_RATIOS)
-    if _draws(config):
+    if _draws(config) and context.spec.arm.name in _SAMPLE_ARMS:
         points += grid(config, num_samples=SAMPLES) + grid(config, mode="mu")
     return context.evaluate(list(dict.fromkeys(points)), windows)
 
@@ -197,16 +201,16 @@ class Measure:
 
     Attributes:
         take: measures.
-        applies: whether it is taken of a model of this configuration.
+        applies: whether it is taken of a model of this configuration, trained as this run.
         keys: figures that every row must have, all finite.
     """
 
     take: Callable[[Context], Points]
-    applies: Callable[[Any], bool]
+    applies: Callable[[Any, RunSpec], bool]
     keys: tuple[str, ...] = ("loss",)
 
 
-def _has_dials(config: Any) -> bool:
+def _has_dials(config: Any, spec: RunSpec) -> bool:
     return config.ffn == "infinity" or (config.ffn == "moe" and config.expert_router == "learned")
 
 
@@ -214,28 +218,24 @@ def _draws(config: Any) -> bool:
     return config.sigma_activation != "none" and config.routing_mode != "mu"
 
 
-def _keeps_its_tokens(config: Any) -> bool:
+def _keeps_its_tokens(config: Any, spec: RunSpec) -> bool:
     """A Switch layer with a capacity drops tokens by what stands beside them in the batch."""
     return config.ffn != "switch" or config.capacity_factor is None
 
 
+def _of(*arms: str) -> Callable[[Any, RunSpec], bool]:
+    """These arms alone, at the length of the comparisons: a point over a dial takes as long as a part of training."""
+    return lambda config, spec: spec.arm.name in arms and spec.tokens == spec.scale.tokens
+
+
 MEASURES: dict[str, Measure] = {
-    "held_out": Measure(held_out, lambda config: True),
+    "held_out": Measure(held_out, lambda config, spec: True),
     "dials": Measure(dials, _has_dials),
-    "gate_norms": Measure(gate_norms, lambda config: config.ffn == "moe" and config.expert_router == "learned"),
-    "rank_dampings": Measure(
-        rank_dampings,
-        lambda config: (
-            config.ffn == "moe"
-            and config.expert_router == "learned"
-            and config.num_experts_per_tok < config.num_experts > 4
-        ),
-    ),
-    "modes": Measure(modes, lambda config: config.ffn == "infinity" and _draws(config)),
-    "adaptive": Measure(
-        adaptive, lambda config: config.ffn == "infinity" and config.keep_ratio < 1 and config.mask_scale == "none"
-    ),
-    "mask_scales": Measure(mask_scales, lambda config: config.ffn == "infinity" and config.keep_ratio < 1),
+    "gate_norms": Measure(gate_norms, _of("moe", "moe16")),
+    "rank_dampings": Measure(rank_dampings, _of(*DAMPED_ARMS)),
+    "modes": Measure(modes, _of("infinity")),
+    "adaptive": Measure(adaptive, _of(*ADAPTIVE_ARMS)),
+    "mask_scales": Measure(mask_scales, _of("infinity")),
     ZERO_SHOT: Measure(zero_shot, _keeps_its_tokens, ("acc", "margin", "margin_low", "margin_high")),
 }
 
@@ -296,5 +296,7 @@ def wanted(spec: RunSpec, config: Any, *, tasks: bool) -> list[str]:
         config: its model's.
         tasks: whether there are files of zero-shot tasks.
     """
-    names = [name for name, measure in MEASURES.items() if measure.applies(config) and (tasks or name != ZERO_SHOT)]
+    names = [
+        name for name, measure in MEASURES.items() if measure.applies(config, spec) and (tasks or name != ZERO_SHOT)
+    ]
     return names if spec.seed != TUNING_SEED else names[:1]

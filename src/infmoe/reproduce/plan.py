@@ -105,7 +105,7 @@ class Scale:
         half_width: of the paired interval, in nats, at which seeds are enough.
         windows: held-out windows of the final loss.
         dial_windows: of every point of the dials.
-        task_items: the first so many items of each zero-shot task; None: all.
+        task_items: so many items of each zero-shot task, chosen by a hash; None: all.
         settings: over the recipe's, as on the command line.
         vocab: of the tokenizer that a corpus is given; None: data must be prepared.
     """
