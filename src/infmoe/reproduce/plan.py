@@ -326,7 +326,8 @@ def _all(scale: Scale) -> list[Group]:
     """Everything, the most informative first."""
     first, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
     keep, experts, more, half = EXPERIMENTS["elastic"](scale)
-    mixed = [first, keep, tier2, experts, longer, more, half, tier2_then]
+    few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come after what is new
+    mixed = [few, keep, tier2, experts, first, longer, more, half, tier2_then]
     return mixed + [group for name in _REST for group in EXPERIMENTS[name](scale)]
 
 
