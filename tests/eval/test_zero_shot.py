@@ -64,6 +64,22 @@ def test_batch_and_order_change_nothing(ffn):
             assert result.log_likelihood == pytest.approx(expected[i], abs=tolerance)
 
 
+@pytest.mark.parametrize("ffn", ["dense", "infinity"])
+def test_contexts_that_begin_alike_run_once(ffn):
+    """WinoGrande's two sentences differ in a name; what stands before it is one trunk."""
+    model = model_of(ffn)
+    shared = tuple(range(1, 13))
+    alike = [Request((*shared, *middle), (7, 8, 9), 5) for middle in ((20,), (21, 22), ())]
+    apart = [Request(context, (7, 8), 6) for context in ((1, 2, 30, 31, 32), (1, 2, 40, 41, 42))]
+    long = [Request((*range(40), name), (7,), 8) for name in (50, 51)]  # cut to the window, still alike
+    asked = [*alike, *apart, *long]
+    rows = scoring._rows(asked, WINDOW)
+    assert [(len(row.trunk), len(row.branches)) for row in rows] == [(12, 3), (5, 1), (5, 1), (31, 2)]
+    for request, result in zip(asked, score(model, asked, seed=2), strict=True):
+        expected = plain_score(model, request.context, request.continuation, request.stream, seed=2)
+        assert result.log_likelihood == pytest.approx(expected, abs=1e-4 if ffn == "dense" else 1e-3)
+
+
 def test_the_seed_is_part_of_a_sampled_score_and_of_no_other():
     model, asked = model_of("infinity"), requests(8)
     by_seed = [[s.log_likelihood for s in score(model, asked, seed=seed)] for seed in (0, 0, 1)]

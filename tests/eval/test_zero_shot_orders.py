@@ -125,24 +125,25 @@ def compare_units(model, asked, batch_size):
     total, sums = Flips(), [0.0] * len(asked)
     for number, row in enumerate(rows):
         batch, b = divmod(number, batch_size)
-        at = n = len(row.context)
-        for index, continuation in row.members:
-            inner = len(continuation) - 1
+        at = n = len(row.trunk)
+        for branch in row.branches:
+            inner = len(branch.tokens) - 1
             places = [*range(n), *range(at, at + inner)]
             at += inner
 
             def pick(call, batch=batch, b=b, places=places):
                 return recorded[batch * layers + call][b : b + 1, places]
 
-            tokens = torch.tensor([[*row.context, *continuation[:-1]]])
+            tokens = torch.tensor([[*row.trunk, *branch.tokens[:-1]]])
             key = NoiseKey(seed=3, stream=torch.tensor([row.stream]))
             given = Routing(num_samples=routing.num_samples, keep_ratio=routing.keep_ratio, key=key)
             with torch.no_grad(), replay_selections(recorded, pick) as flips:
-                logits = model(input_ids=tokens, routing=given).logits[0, n - 1 :].double()
+                logits = model(input_ids=tokens, routing=given).logits[0, -branch.scored :].double()
             total.flipped += flips.flipped
             total.units += flips.units
             likelihoods = logits.log_softmax(-1)
-            sums[index] += float(sum(likelihoods[i, token] for i, token in enumerate(continuation)))
+            scored = branch.tokens[-branch.scored :]
+            sums[branch.request] += float(sum(likelihoods[i, token] for i, token in enumerate(scored)))
     for result, plain in zip(found, sums, strict=True):
         assert result.log_likelihood == pytest.approx(plain, abs=2e-5 + 1e-6 * abs(plain))
     return total

@@ -4,9 +4,10 @@ Every measurement returns `rows` and `summary`; arms that are compared take turn
 """
 
 import importlib
+from pathlib import Path
 from typing import Any
 
-from infmoe.errors import unknown_name
+from infmoe.errors import InfMoEError, unknown_name
 
 # name -> (module, function, one line)
 BENCHES: dict[str, tuple[str, str, str]] = {
@@ -35,24 +36,30 @@ BENCHES: dict[str, tuple[str, str, str]] = {
     "data": ("tokenize", "tokenize", "`infmoe data` against tokenizers' encode_batch alone"),
 }
 
+ON_FILES = ("zero_shot",)  # those that take `--data-dir`
 
-def run_bench(name: str, *, quick: bool = False) -> dict[str, Any]:
+
+def run_bench(name: str, *, quick: bool = False, data_dir: Path | None = None) -> dict[str, Any]:
     """Run one measurement.
 
     Args:
         name: a key of `BENCHES`.
         quick: fewer rounds, for a first look.
+        data_dir: the zero-shot tasks' files, for those of `ON_FILES`.
 
     Returns:
         `bench`, `quick`, `rows`, `summary` and `provenance`.
 
     Raises:
-        InfMoEError: an unknown name.
+        InfMoEError: an unknown name, or files for what reads none.
     """
     if name not in BENCHES:
         raise unknown_name("bench", name, BENCHES)
+    if data_dir is not None and name not in ON_FILES:
+        raise InfMoEError(f"--data-dir goes with {', '.join(ON_FILES)}: {name} reads no files, leave it out")
     module, function, _ = BENCHES[name]
-    rows, summary = getattr(importlib.import_module(f"infmoe.bench.{module}"), function)(quick=quick)
+    files = {"data_dir": data_dir} if data_dir is not None else {}
+    rows, summary = getattr(importlib.import_module(f"infmoe.bench.{module}"), function)(quick=quick, **files)
     from infmoe.provenance import provenance
 
     return {"bench": name, "quick": quick, "rows": rows, "summary": summary, "provenance": provenance()}

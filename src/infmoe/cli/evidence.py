@@ -17,6 +17,9 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the result to this JSON file too, its picture beside it.")
     ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="The zero-shot tasks' files, for zero_shot.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print how backends are chosen here, and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +38,7 @@ def bench(
         return
     if out is not None:
         require_writable(out.parent)
-    result = run_bench(name, quick=quick)
+    result = run_bench(name, quick=quick, data_dir=data_dir)
     if not as_json:
         from infmoe.bench.common import table
 

@@ -1,12 +1,14 @@
-"""Log-likelihoods of continuations: a context runs once for all its continuations, and batches are sorted by length.
+"""Log-likelihoods of continuations: what an item's texts begin with runs once, and batches are sorted by length.
 
 B rows, T tokens of a row, M scored tokens of a batch, P of them at a time, V vocabulary.
 
-A row holds a context and, behind it, its continuations as branches: each token sees the context and its own branch,
-and counts its position from the context's end. So a branch is what it would be alone, noise included.
+A row holds a trunk, the context that several continuations share, and behind it the rest of each as a branch: a token
+sees the trunk and its own branch, and counts its position from the trunk's end. So a branch is what it would be alone,
+noise included.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,16 +55,23 @@ class Score:
 
 
 @dataclass
-class _Row:
-    """A context with the continuations that share it; `members` are (index of the request, continuation)."""
+class _Branch:
+    """What follows a row's trunk: the index of its request, tokens, and how many of them, the last ones, are scored."""
 
-    context: tuple[int, ...]
+    request: int
+    tokens: tuple[int, ...]
+    scored: int
+
+
+@dataclass
+class _Row:
+    trunk: tuple[int, ...]
     stream: int
-    members: list[tuple[int, tuple[int, ...]]]
+    branches: list[_Branch]
 
     @property
     def length(self) -> int:
-        return len(self.context) + sum(len(continuation) - 1 for _, continuation in self.members)
+        return len(self.trunk) + sum(len(branch.tokens) - 1 for branch in self.branches)
 
 
 @torch.no_grad()
@@ -112,13 +121,31 @@ def score(
 
 
 def _rows(requests: Sequence[Request], window: int) -> list[_Row]:
-    rows: dict[tuple, _Row] = {}
+    """Each item's pieces: those of one context as one row, and all as one where contexts begin alike (WinoGrande)."""
+    by_stream: dict[int, dict[tuple[int, ...], list[_Branch]]] = {}
     for i, request in enumerate(requests):
         for context, continuation in _pieces(request, window):
             kept = context[-(window + 1 - len(continuation)) :]
-            row = rows.setdefault((request.stream, kept), _Row(kept, request.stream, []))
-            row.members.append((i, continuation))
-    return list(rows.values())
+            branch = _Branch(i, continuation, len(continuation))
+            by_stream.setdefault(request.stream, {}).setdefault(kept, []).append(branch)
+    rows = []
+    for stream, by_context in by_stream.items():
+        trunk = _common_start(list(by_context))
+        if 2 * len(trunk) < max(map(len, by_context)):
+            rows += [_Row(context, stream, branches) for context, branches in by_context.items()]
+            continue
+        branches = [
+            _Branch(branch.request, context[len(trunk) :] + branch.tokens, branch.scored)
+            for context, own in by_context.items()
+            for branch in own
+        ]
+        rows.append(_Row(trunk, stream, branches))
+    return rows
+
+
+def _common_start(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
+    return tuple(tokens[0] for tokens in same)
 
 
 def _pieces(request: Request, window: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -139,19 +166,20 @@ def _score_batch(model: Any, rows: Sequence[_Row], routing: Routing, seed: int) 
     targets: list[int] = []
     spans: list[tuple[int, int]] = []  # (request, scored tokens)
     for b, row in enumerate(rows):
-        n = len(row.context)
-        tokens_BT[b, :n] = torch.tensor(row.context)
+        n = len(row.trunk)
+        tokens_BT[b, :n] = torch.tensor(row.trunk)
         position_BT[b, :n] = torch.arange(n)
         branch_BT[b, :n] = -1
         at = n
-        for branch, (index, continuation) in enumerate(row.members):
-            inner = len(continuation) - 1
-            tokens_BT[b, at : at + inner] = torch.tensor(continuation[:-1], dtype=torch.int64)
+        for number, branch in enumerate(row.branches):
+            inner = len(branch.tokens) - 1
+            tokens_BT[b, at : at + inner] = torch.tensor(branch.tokens[:-1], dtype=torch.int64)
             position_BT[b, at : at + inner] = torch.arange(n, n + inner)
-            branch_BT[b, at : at + inner] = branch
-            taken += [b * length + n - 1, *range(b * length + at, b * length + at + inner)]
-            targets += continuation
-            spans.append((index, len(continuation)))
+            branch_BT[b, at : at + inner] = number
+            predicts = [b * length + n - 1, *range(b * length + at, b * length + at + inner)]
+            taken += predicts[-branch.scored :]
+            targets += branch.tokens[-branch.scored :]
+            spans.append((branch.request, branch.scored))
             at += inner
     key = NoiseKey(seed=seed, stream=torch.tensor([row.stream for row in rows], device=device))
     hidden_BTD = model.transformer(
@@ -185,12 +213,12 @@ def _likelihoods(head: Any, hidden_MD: Tensor, target_M: Tensor, vocab_size: int
 
 
 def _mask(branch_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Added to the attention's scores, (B, 1, T, T): a token sees what came before in the context and its branch."""
+    """Added to the attention's scores, (B, 1, T, T): a token sees what came before in the trunk and its branch."""
     T = branch_BT.shape[1]
     before_TT = torch.ones(T, T, dtype=torch.bool, device=branch_BT.device).tril()
     same_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
-    context_B1T = (branch_BT == -1)[:, None, :]
+    trunk_B1T = (branch_BT == -1)[:, None, :]
     padding_BT1 = (branch_BT == -2)[:, :, None]
-    seen_BTT = before_TT & (same_BTT | (context_B1T & ~padding_BT1))
+    seen_BTT = before_TT & (same_BTT | (trunk_B1T & ~padding_BT1))
     added_BTT = torch.zeros(seen_BTT.shape, dtype=dtype, device=branch_BT.device)
     return added_BTT.masked_fill_(~seen_BTT, torch.finfo(dtype).min)[:, None]
