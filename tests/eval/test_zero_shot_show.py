@@ -96,7 +96,7 @@ def test_each_dial_has_a_panel_of_accuracy_margin_and_change(drawn):
     assert lines_of(k_change, "-") == [pytest.approx([0.01, 0.03, 0.05])] * 2
     assert lines_of(keep_change, "--") == [pytest.approx([0.06, 0.07])] * 2
     assert "point 0, item by item" in k_change.get_ylabel()
-    assert fig.get_suptitle().startswith("Zero-shot, run-7: 40 to 40 items a task")
+    assert fig.get_suptitle().startswith("Zero-shot, run-7: 40 items a task")
     assert sorted(line[0] for line in lines_of(k_acc, ":")) == [25, 50]  # chance
     assert [line[0] for line in lines_of(k_margin, ":")] == [0]
     assert [text.get_text() for text in fig.legends[0].get_texts()] == list(TASKS)

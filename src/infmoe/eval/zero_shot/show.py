@@ -153,11 +153,12 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     if len(rows) > 1:
         handles, texts = axes[0].get_legend_handles_labels()
         fig.legend(handles, texts, loc="outside right center", fontsize=8, frameon=False)
-    items = [row["tasks"][name]["items"] for row in rows for name in names]
+    counts = sorted({rows[0]["tasks"][name]["items"] for name in names})
+    items = f"{counts[0]} items" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} items"
     spread = f"; pale: {len(result['seeds'])} seeds" if len(result["seeds"]) > 1 else ""
     which = f" at {rows[0]['label']}" if len(rows) == 1 and rows[0]["label"] != "-" else ""
     fig.suptitle(
-        f"Zero-shot, {result['checkpoint'].partition('/')[0]}{which}: {min(items)} to {max(items)} items a task\n"
+        f"Zero-shot, {result['checkpoint'].partition('/')[0]}{which}: {items} a task\n"
         f"(bars: 95 % over items{spread}; dotted: chance, or no change)",
         fontsize=10,
     )
