@@ -1,10 +1,12 @@
 """The elastic part of the page: what it draws from the results."""
 
+import dataclasses
 import re
 
 import pytest
 from fake_results import fill
 
+from infmoe.provenance import write_json
 from infmoe.reproduce.dial_curves import curve, means, useful_range, useful_ranges
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
@@ -120,6 +122,20 @@ def test_the_smallest_ratio_that_is_no_worse_than_moe(store, mini, loss, seeds, 
     body = elastic(store, Gallery(store.folder)).body
     (row,) = [line for line in body.splitlines() if line.startswith("| infinity-keep4, K = 1 |")]
     assert said in row
+
+
+def test_the_time_of_decoding_stands_beside_moes(store, mini):
+    fill(store, {"infinity-keep4": 3.4, "moe": 3.6}, mini.tokens)
+    store.scale = dataclasses.replace(store.scale, name="tiny")
+    at = [{"arm": "infinity", "num_samples": K, "keep_ratio": r} for K in (1, 2) for r in (1 / 16, 1 / 4)]
+    rows = [row | {"unit": "ms", "median": 3.0 + K} for K, row in enumerate(at)]
+    rows += [{"arm": arm, "unit": "ms", "median": ms} for arm, ms in (("infinity", 9.0), ("moe", 5.25))]
+    write_json(store.folder.parent.parent / "variants.json", {"rows": rows})
+    body = elastic(store, Gallery(store.folder)).body
+    (row,) = [line for line in body.splitlines() if line.startswith("| infinity-keep4, K = 1 |")]
+    assert row.split(" | ")[1] == "1/16"
+    assert row.split(" | ")[4] == "3.00"
+    assert "decoding 5.25 ms per token" in body
 
 
 def test_two_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini):

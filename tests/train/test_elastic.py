@@ -13,6 +13,7 @@ from infmoe.checkpoint import resolve_checkpoint
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEConfig
 from infmoe.layers import NoiseKey, PerLayer, Routing
+from infmoe.train import elastic as elastic_module
 from infmoe.train import loop, run
 from infmoe.train.config import ElasticConfig, differing_keys, load_config
 from infmoe.train.elastic import check_elastic, divergence, passes
@@ -96,6 +97,34 @@ def test_divergence_is_kl_per_predicted_token():
     assert teacher.grad is None
     torch.testing.assert_close(student.grad[:, :-1], ((q - p) / 8).detach())
     assert divergence(teacher, teacher).abs() < 1e-6
+
+
+def test_divergence_makes_distributions_for_a_few_positions_at_a_time(monkeypatch):
+    torch.manual_seed(1)
+    teacher, student = torch.randn(3, 9, 50), torch.randn(3, 9, 50, requires_grad=True)
+    target = teacher[:, :-1].reshape(-1, 50).log_softmax(-1)
+    learnt = student[:, :-1].reshape(-1, 50).log_softmax(-1)
+    expected = F.kl_div(learnt, target, log_target=True, reduction="batchmean")
+    (gradient,) = torch.autograd.grad(expected, student)
+    seen = []
+    original = elastic_module._summed_divergence
+    monkeypatch.setattr(
+        elastic_module, "_summed_divergence", lambda *pair: seen.append(len(pair[0])) or original(*pair)
+    )
+    for entries in (49, 7 * 50, 10**6):
+        seen.clear()
+        monkeypatch.setattr(elastic_module, "_MAX_ENTRIES", entries)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            found = divergence(teacher, student)
+        assert sum(seen) == 24
+        assert max(seen) == max(1, min(24, entries // 50))
+        torch.testing.assert_close(found, expected)
+        inputs = {teacher.untyped_storage().data_ptr(), student.untyped_storage().data_ptr()}
+        own = [t for t in kept if t.untyped_storage().data_ptr() not in inputs]
+        assert sum(t.numel() for t in own if t.shape[-1:] == (50,)) <= 2 * 24 * 50  # the rows, and no distribution
+        (again,) = torch.autograd.grad(found, student)
+        torch.testing.assert_close(again, gradient)
 
 
 def gradients(session, monkeypatch=None):

@@ -135,7 +135,10 @@ def stats_cost(*, quick: bool = False) -> Measured:
 
 
 def variant_speed(*, quick: bool = False) -> Measured:
-    """Every arm of the tiny experiments, all taking turns: training in both precisions, and decoding at batch 1."""
+    """Every arm of the tiny experiments, all taking turns: training in both precisions, and decoding at batch 1.
+
+    ∞-MoE decodes at several settings of its dials too; those rows name them.
+    """
     from infmoe.reproduce.plan import SCALES, TIER1, TIER2, RunSpec
 
     rounds = 3 if quick else 5
@@ -154,7 +157,13 @@ def variant_speed(*, quick: bool = False) -> Measured:
             arms.append(training_step(model, config, forward))
             labels.append((name, precision))
     seconds = interleave(arms, rounds=rounds, warmup=1)
+    dials = [(K, ratio) for K in (1, 2) for ratio in (1 / 16, 1 / 8, 1 / 4, 1 / 2)]
     steps = [decode_step(model.eval(), None, prompt_length=DECODE_PROMPT) for model in models]
+    infinity = models[names.index("infinity")]
+    steps += [
+        decode_step(infinity, Routing(num_samples=K, keep_ratio=ratio), prompt_length=DECODE_PROMPT)
+        for K, ratio in dials
+    ]
     decoding = interleave(steps, rounds=10 * rounds)
     rows: Rows = [
         {"arm": name, "precision": precision, "unit": "tokens/s", **spread([config.batch_tokens / s for s in arm])}
@@ -163,7 +172,12 @@ def variant_speed(*, quick: bool = False) -> Measured:
     speed = {(r["arm"], r["precision"]): r["median"] for r in rows}
     rows += [
         {"arm": name, "precision": "fp32", "unit": "ms", **spread([1e3 * s for s in arm])}
-        for name, arm in zip(names, decoding, strict=True)
+        for name, arm in zip(names, decoding[: len(names)], strict=True)
+    ]
+    rows += [
+        {"arm": "infinity", "num_samples": K, "keep_ratio": ratio, "precision": "fp32", "unit": "ms"}
+        | spread([1e3 * s for s in arm])
+        for (K, ratio), arm in zip(dials, decoding[len(names) :], strict=True)
     ]
     return rows, {
         f"infinity_over_{other}_{p}": speed["infinity", p] / speed[other, p]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.figures import Gallery
@@ -23,8 +22,9 @@ from infmoe.reproduce.section import (
     text_of,
     verdict_below,
 )
+from infmoe.reproduce.speeds import speeds
 from infmoe.reproduce.statistics import Interval, interval, paired
-from infmoe.reproduce.store import Finished, Store, read_json
+from infmoe.reproduce.store import Finished, Store
 
 OURS = "infinity"
 # budget -> how much of it a run takes; rivals within a tenth of ours count as equal
@@ -83,7 +83,7 @@ def controls(store: Store, gallery: Gallery) -> Section:
 
 def _all_arms(store: Store) -> str:
     scale = store.scale
-    speeds = _speeds(store)
+    times = speeds(store)
     rows = []
     for name in (*TIER1, *TIER2):
         runs = store.runs(name, scale.tokens)
@@ -91,7 +91,7 @@ def _all_arms(store: Store) -> str:
             rows.append([name, *["–"] * 7, MISSING, "–", "0"])
             continue
         cost, lr = runs[0].cost, runs[0].spec.lr
-        speed = speeds.get(name, {})
+        speed = times.get(name, {})
         rows.append(
             [
                 name,
@@ -165,14 +165,14 @@ def _equal_budgets(store: Store, section: Section) -> str:
 def _equal_training(store: Store) -> str:
     """Rivals trained for as long as ∞-MoE, in FLOPs or seconds: on more tokens, between two lengths that were run."""
     scale = store.scale
-    speeds = _speeds(store)
+    times = speeds(store)
     rows = []
     for name in TIER1:
         runs, ours = store.runs(name, scale.tokens), store.runs(OURS, scale.tokens)
         if name == OURS or not runs or not ours or not store.runs(name, scale.long_tokens):
             continue
         ratios = {"executed training FLOPs": ours[0].cost["flops_executed"] / runs[0].cost["flops_executed"]}
-        mine, its = (speeds.get(n, {}).get("train_us") for n in (OURS, name))
+        mine, its = (times.get(n, {}).get("train_us") for n in (OURS, name))
         if mine and its:
             ratios["measured training time"] = mine / its
         for budget, ratio in ratios.items():
@@ -313,20 +313,6 @@ def _mask_scales(store: Store) -> str:
     return "**The mask's size away from the trained ratio** (loss minus that at 1/4, nats)\n\n" + markdown_table(
         head, rows
     )
-
-
-def _speeds(store: Store) -> dict[str, dict[str, Any]]:
-    """Variant -> measured times, from `infmoe bench variants`; empty where it has not been run."""
-    path = store.folder.parent.parent / "variants.json"
-    if store.scale.name != "tiny" or not path.is_file():
-        return {}
-    found: dict[str, dict[str, Any]] = {}
-    for row in read_json(path).get("rows", []):
-        if row["unit"] == "tokens/s" and row.get("precision") == "bf16":
-            found.setdefault(row["arm"], {})["train_us"] = 1e6 / row["median"]
-        elif row["unit"] == "ms":
-            found.setdefault(row["arm"], {})["decode_ms"] = row["median"]
-    return found
 
 
 def _number(value: float | None, digits: int) -> str:

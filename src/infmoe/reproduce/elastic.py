@@ -36,6 +36,7 @@ from infmoe.reproduce.section import (
     text_of,
     verdict_below,
 )
+from infmoe.reproduce.speeds import decode_over_dials, speeds
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 
@@ -362,6 +363,7 @@ def _no_worse_than_moe(store: Store) -> str:
     tokens = store.scale.tokens
     moe = over_k(store, "moe").get(2, {})
     runs = store.runs("moe", tokens)
+    times = decode_over_dials(store)
     rows = []
     for arm, samples in (("infinity", 2), *((name, 1) for name in (*_FIXED, *_ELASTIC))):
         found = curve(store, arm, tokens, ratio_of(samples))
@@ -369,28 +371,31 @@ def _no_worse_than_moe(store: Store) -> str:
         if not gaps:
             continue
         if any(gap.half_width is None for gap in gaps.values()):
-            rows.append([f"{arm}, K = {samples}", ONE_SEED, "–", "–", "–"])
+            rows.append([f"{arm}, K = {samples}", ONE_SEED, "–", "–", "–", "–"])
             continue
         best = min(gaps, key=lambda r: gaps[r].mean)
         downwards = [r for r in sorted(gaps, reverse=True) if r <= best]
         failing = next((i for i, r in enumerate(downwards) if gaps[r].high > 0), len(downwards))
         able = downwards[:failing]
         if not able:
-            rows.append([f"{arm}, K = {samples}", "none", "–", "–", "–"])
+            rows.append([f"{arm}, K = {samples}", "none", "–", "–", "–", "–"])
             continue
         least = able[-1]
         cells = [_megaflops(store, arm, samples, least, figure) for figure in ("flops_ideal", "flops_executed")]
+        cells.append(f"{times[samples, least]:.2f}" if (samples, least) in times else "–")
         rows.append([f"{arm}, K = {samples}", ratio_text(least), *cells, text_of(gaps[least], sign=True)])
     if not rows or not runs:
         return ""
     ideal = runs[0].cost["flops_ideal"] / 1e6
     head = (
         *("∞-MoE", "smallest keep ratio no worse than MoE", "ideal MFLOPs per token there", "executed"),
-        "loss minus MoE's, nats",
+        *("decoding there, ms per token", "loss minus MoE's, nats"),
     )
+    moe_ms = speeds(store).get("moe", {}).get("decode_ms")
+    decoding = "decoding not measured" if moe_ms is None else f"decoding {moe_ms:.2f} ms per token"
     return (
-        f"**Against MoE, 4 experts, top-2** ({ideal:.2f} MFLOPs per token, equal total parameters without W_z; "
-        f"95 % interval at or below 0)\n\n" + markdown_table(head, rows)
+        f"**Against MoE, 4 experts, top-2** ({ideal:.2f} MFLOPs per token, {decoding}; equal total parameters "
+        f"without W_z; 95 % interval at or below 0)\n\n" + markdown_table(head, rows)
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEConfig
@@ -20,6 +21,7 @@ from infmoe.layers import PerLayer, Routing, ffn_class
 from infmoe.train.config import ElasticConfig
 
 _OTHER_NOISE = 0x5DEECE66D  # what the seed of a second draw of the noise is combined with
+_MAX_ENTRIES = 2**24  # of a distribution at once, 64 MiB in float32
 _STREAM = 0xE1A57  # keeps these draws apart from others of the same seed and step
 
 
@@ -89,10 +91,23 @@ def divergence(teacher_BTV: Tensor, student_BTV: Tensor) -> Tensor:
     Args:
         teacher_BTV: logits, taken as they are: no gradient reaches them.
         student_BTV: logits.
+
+    Distributions are made for a few positions at a time, and again in the backward pass: at a vocabulary of 50,257 two
+    of them in float32 would take more memory than the rest of the step.
     """
-    target = teacher_BTV.detach()[:, :-1].flatten(0, 1).float().log_softmax(dim=-1)
-    learnt = student_BTV[:, :-1].flatten(0, 1).float().log_softmax(dim=-1)
-    return F.kl_div(learnt, target, log_target=True, reduction="batchmean")
+    teacher_NV = teacher_BTV.detach()[:, :-1].flatten(0, 1)
+    student_NV = student_BTV[:, :-1].flatten(0, 1)
+    positions = max(1, _MAX_ENTRIES // teacher_NV.shape[1])
+    parts = [
+        checkpoint(_summed_divergence, *pair, use_reentrant=False)
+        for pair in zip(teacher_NV.split(positions), student_NV.split(positions), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(teacher_NV)
+
+
+def _summed_divergence(teacher_PV: Tensor, student_PV: Tensor) -> Tensor:
+    target, learnt = (logits.float().log_softmax(dim=-1) for logits in (teacher_PV, student_PV))
+    return F.kl_div(learnt, target, log_target=True, reduction="sum")
 
 
 def check_elastic(config: ElasticConfig, model_config: InfMoEConfig) -> None:

@@ -1,0 +1,34 @@
+"""Measured times of the tiny arms, from `infmoe bench variants`."""
+
+from typing import Any
+
+from infmoe.reproduce.store import Store, read_json
+
+VARIANTS = "variants.json"
+
+
+def _rows(store: Store) -> list[dict[str, Any]]:
+    path = store.folder.parent.parent / VARIANTS
+    if store.scale.name != "tiny" or not path.is_file():
+        return []
+    return list(read_json(path).get("rows", []))
+
+
+def speeds(store: Store) -> dict[str, dict[str, Any]]:
+    """Arm -> µs per token of training in bfloat16, ms per token of decoding; empty where nothing was measured."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in _rows(store):
+        if row["unit"] == "tokens/s" and row.get("precision") == "bf16":
+            found.setdefault(row["arm"], {})["train_us"] = 1e6 / row["median"]
+        elif row["unit"] == "ms" and row.get("keep_ratio") is None:
+            found.setdefault(row["arm"], {})["decode_ms"] = row["median"]
+    return found
+
+
+def decode_over_dials(store: Store) -> dict[tuple[int, float], float]:
+    """(K, keep ratio) -> ms per token of decoding with ∞-MoE; empty where nothing was measured."""
+    return {
+        (row["num_samples"], row["keep_ratio"]): row["median"]
+        for row in _rows(store)
+        if row["unit"] == "ms" and row.get("keep_ratio") is not None
+    }
