@@ -122,6 +122,17 @@ def test_rows_with_their_own_dials_generate_what_each_does_alone():
         assert torch.equal(together[b, 7:], alone[0, n:])
 
 
+def test_rows_with_their_own_number_of_experts_generate_what_each_does_alone():
+    model, ids, lengths = tiny_model("moe", pad_token_id=0), tokens(4, 7), (7, 3, 5, 7)
+    experts = (1, 4, 2, 1)
+    padded, mask = left_padded(ids, lengths)
+    together = model.generate(padded, attention_mask=mask, num_experts_per_tok=experts, **GREEDY)
+    for b, n in enumerate(lengths):
+        prompt = ids[b : b + 1, 7 - n :]
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), num_experts_per_tok=experts[b], **GREEDY)
+        assert torch.equal(together[b, 7:], alone[0, n:])
+
+
 @pytest.mark.parametrize("how", ["beams", "sequences"])
 def test_per_row_dials_follow_the_rows_that_generation_repeats(how):
     model, ids = tiny_model(), tokens(2, 5)

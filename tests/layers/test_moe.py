@@ -163,19 +163,11 @@ def test_foreign_dials_are_refused(dial):
         layer.cost(Routing(**dial))
 
 
-@pytest.mark.parametrize(
-    ("k", "message"),
-    [
-        (5, "num_experts_per_tok 5 is more than the layer's 4"),
-        ((1, 2), "num_experts_per_tok takes one integer"),
-    ],
-)
-def test_bad_k_is_refused(k, message):
-    routing = Routing(num_experts_per_tok=k)
-    with pytest.raises(InfMoEError, match=message):
-        make_layer()(torch.randn(2, 3, 12), routing)
-    with pytest.raises(InfMoEError, match=message):
-        make_layer().cost(routing)
+def test_bad_k_is_refused():
+    routing = Routing(num_experts_per_tok=5)
+    for ask in (lambda: make_layer()(torch.randn(2, 3, 12), routing), lambda: make_layer().cost(routing)):
+        with pytest.raises(InfMoEError, match="num_experts_per_tok 5 is more than the layer's 4"):
+            ask()
 
 
 @pytest.mark.parametrize(
@@ -512,3 +504,36 @@ def test_rank_damping_weakens_the_experts_beyond_the_trained_number(damping, gat
 def test_bad_elastic_options_are_refused_by_name(options, named):
     with pytest.raises(InfMoEError, match=named):
         make_layer(**options)
+
+
+@pytest.mark.parametrize("expert_router", ["learned", "hash", "random"])
+def test_rows_with_their_own_k_give_what_each_does_alone(expert_router):
+    layer = make_layer(12, 42, num_experts=6, expert_router=expert_router).eval()
+    x_BTD, ids_BT = torch.randn(5, 7, 12), torch.randint(50, (5, 7))
+    k_B, streams = (2, 1, 6, 2, 3), [11, 12, 13, 14, 15]
+    out = layer(x_BTD, Routing(num_experts_per_tok=k_B, key=key_of(streams, 7), token_ids=ids_BT))
+    selected = torch.zeros(6)
+    for b, k in enumerate(k_B):
+        alone = Routing(num_experts_per_tok=k, key=key_of(streams[b : b + 1], 7), token_ids=ids_BT[b : b + 1])
+        found = layer(x_BTD[b : b + 1], alone)
+        torch.testing.assert_close(out.y_BTD[b : b + 1], found.y_BTD)
+        selected += found.stats.counts_U
+    assert torch.equal(out.stats.counts_U, selected)
+    assert out.stats.tokens == 35
+    one = layer(x_BTD, Routing(num_experts_per_tok=(2,), key=key_of(streams, 7), token_ids=ids_BT))
+    same = layer(x_BTD, Routing(num_experts_per_tok=2, key=key_of(streams, 7), token_ids=ids_BT))
+    assert torch.equal(one.y_BTD, same.y_BTD)
+
+
+def test_rows_with_their_own_k_are_refused_where_they_mean_nothing():
+    layer = make_layer()
+    x_BTD = torch.randn(3, 2, 12)
+    with pytest.raises(InfMoEError, match="are for inference"):
+        layer(x_BTD, Routing(num_experts_per_tok=(1, 2, 2)))
+    layer.eval()
+    with pytest.raises(InfMoEError, match="has 2 values for a batch of 3 rows"):
+        layer(x_BTD, Routing(num_experts_per_tok=(1, 2)))
+    with pytest.raises(InfMoEError, match="more than the layer's 4 experts"):
+        layer(x_BTD, Routing(num_experts_per_tok=(1, 2, 5)))
+    with pytest.raises(InfMoEError, match="ask for one at a time"):
+        layer.cost(Routing(num_experts_per_tok=(1, 2)))

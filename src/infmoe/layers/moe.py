@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
 from infmoe.layers.experts import Experts, balance_loss, check_weight, expert_stats, narrow_softmax, router_logits
+from infmoe.layers.metrics import RoutingStats
 from infmoe.layers.routing import DIALS, NoiseKey, Routing, check_num_experts_per_tok
 from infmoe.layers.samples import coordinates
 from infmoe.ops.noise import normal_noise
@@ -30,8 +31,8 @@ _HASH_SEED = 0x1F3D5B79
 class MoEFFN(ConditionalFFN):
     """y = sum over the top-k experts of g_i(x) E_i(x), g the softmax over the k selected logits (Eq. 2).
 
-    The dial is k, `Routing.num_experts_per_tok`; it may differ from layer to layer, not from row to row. What
-    the gates sum to at another k than the layer's own is `gate_norm`'s to say.
+    The dial is k, `Routing.num_experts_per_tok`; it may differ from layer to layer and, at inference, from row to
+    row. What the gates sum to at another k than the layer's own is `gate_norm`'s to say.
     Nothing is dropped, and a token's output depends on that token alone. The router computes in float32.
 
     Elastic MoE, which trains for more experts than it runs, is `ideal_experts_per_tok` and
@@ -144,6 +145,8 @@ class MoEFFN(ConditionalFFN):
 
     def forward(self, x_BTD: Tensor, routing: Routing | None = None) -> FFNOutput:
         routing = (routing or Routing()).at_layer(self.layer_index)
+        if isinstance(routing.num_experts_per_tok, tuple):
+            return self._by_rows(x_BTD, routing, routing.num_experts_per_tok)
         k = self._k(routing)
         x_TD = x_BTD.reshape(-1, self.hidden_size)
         if self.router is not None:
@@ -163,6 +166,27 @@ class MoEFFN(ConditionalFFN):
         stats = expert_stats(expert_Tk, self.num_experts, routing.max_stats_tokens)
         return FFNOutput(y_TD.view(x_BTD.shape), aux_loss, stats)
 
+    def _by_rows(self, x_BTD: Tensor, routing: Routing, k_B: tuple[int, ...]) -> FFNOutput:
+        """Rows of one k together, each as it would be alone."""
+        if len(k_B) == 1:
+            return self.forward(x_BTD, dataclasses.replace(routing, num_experts_per_tok=k_B[0]))
+        B = len(x_BTD)
+        if len(k_B) != B:
+            raise InfMoEError(f"num_experts_per_tok has {len(k_B)} values for a batch of {B} rows: give one per row")
+        if self.training:
+            raise InfMoEError("rows of different num_experts_per_tok are for inference: balance losses take one k")
+        y_BTD: Tensor | None = None
+        stats: RoutingStats | None = None
+        for k in sorted(set(k_B)):
+            rows = [b for b in range(B) if k_B[b] == k]
+            out = self.forward(x_BTD[rows], dataclasses.replace(routing.of_rows(rows), num_experts_per_tok=k))
+            y_BTD = out.y_BTD.new_empty(x_BTD.shape) if y_BTD is None else y_BTD
+            y_BTD[rows] = out.y_BTD
+            stats = out.stats if stats is None else stats + out.stats
+        assert y_BTD is not None
+        assert stats is not None
+        return FFNOutput(y_BTD, torch.zeros((), device=x_BTD.device), stats)
+
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
         k = self._k((routing or Routing()).at_layer(self.layer_index))
         return self.experts.cost(k, 0 if self.router is None else self.router.weight.numel())
@@ -173,9 +197,7 @@ class MoEFFN(ConditionalFFN):
         if k is None:
             return self.num_experts_per_tok
         if isinstance(k, tuple):
-            raise InfMoEError(
-                f"num_experts_per_tok takes one integer (or PerLayer) for the whole batch, not one per row: got {k}"
-            )
+            raise InfMoEError(f"rows of different num_experts_per_tok, {k}, cost differently: ask for one at a time")
         assert isinstance(k, int)  # `at_layer` took PerLayer apart
         return self._check_k(k)
 

@@ -5,9 +5,9 @@ B batch rows, T tokens.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ class Routing:
         score_cut: keep the neurons that score at least this, in place of a fixed share, so that tokens whose
             scores are larger run more of them (`infinity`). One float, or `PerLayer`. `infmoe.eval.adaptive` finds
             the cut that keeps a given share on average.
-        num_experts_per_tok: k, how many experts each token runs (`moe`). One int or `PerLayer`.
+        num_experts_per_tok: k, how many experts each token runs (`moe`). One int, in eval mode a tuple with one
+            int per row, or `PerLayer`.
         mode: "sample" draws z from the router; "mu" takes its mean once (deterministic, K has no meaning);
             "antithetic" draws pairs z = mu + sigma*eps, mu - sigma*eps; "qmc" spreads the K draws as a shifted
             Sobol sequence. None: the layer's default.
@@ -146,6 +147,20 @@ class Routing:
         key = NoiseKey.draw(batch_size, device) if training else NoiseKey(seed=seed)
         return dataclasses.replace(self, key=key)
 
+    def of_rows(self, rows: Sequence[int]) -> "Routing":
+        """The routing of some of the batch's rows; what holds for all rows stays."""
+
+        def pick(value):
+            if isinstance(value, PerLayer):
+                return PerLayer([pick(v) for v in value.values])
+            if isinstance(value, tuple) and len(value) > 1:
+                return tuple(value[b] for b in rows)
+            if isinstance(value, Tensor) and value.ndim > 0 and len(value) > 1:
+                return value[list(rows)]
+            return value
+
+        return self._each_row(pick)
+
     def expand_rows(self, repeats: int) -> "Routing":
         """Repeat every per-row value `repeats` times in place, as `generate` does with the batch's rows.
 
@@ -161,17 +176,21 @@ class Routing:
                 return value.repeat_interleave(repeats, dim=0)
             return value
 
+        return self._each_row(expand)
+
+    def _each_row(self, change: Callable[[Any], Any]) -> "Routing":
+        """The same with everything that may differ by row changed."""
         key = self.key
         if key is not None:
-            position = expand(key.position) if key.position is not None and key.position.ndim == 2 else key.position
-            key = dataclasses.replace(key, stream=expand(key.stream), position=position)
+            position = change(key.position) if key.position is not None and key.position.ndim == 2 else key.position
+            key = dataclasses.replace(key, stream=change(key.stream), position=position)
         return dataclasses.replace(
             self,
-            num_samples=expand(self.num_samples),
-            keep_ratio=expand(self.keep_ratio),
-            num_experts_per_tok=expand(self.num_experts_per_tok),
+            num_samples=change(self.num_samples),
+            keep_ratio=change(self.keep_ratio),
+            num_experts_per_tok=change(self.num_experts_per_tok),
             key=key,
-            token_ids=expand(self.token_ids),
+            token_ids=change(self.token_ids),
         )
 
 
