@@ -22,7 +22,7 @@ MINI = dataclasses.replace(
     side_seeds=2,
     windows=16,
     dial_windows=8,
-    task_items=4,
+    task_items=9,
     settings=(
         *("model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2"),
         *("model.max_position_embeddings=32", "batch_tokens=256", "micro_batch_size=8", "checkpoint.every=2"),

@@ -1,10 +1,13 @@
 """Score cuts: what they keep, and how one is found."""
 
+import statistics
+
 import pytest
 import torch
 from helpers import make_layer, tiny_model, tokens
 
 from infmoe.errors import InfMoEError
+from infmoe.eval import adaptive
 from infmoe.eval.adaptive import calibrate_cut
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.layers import PerLayer, Routing
@@ -94,6 +97,36 @@ def test_scores_of_any_size_can_be_cut(scale):
         model.transformer.h[0].mlp.w_z.weight.zero_()
     with pytest.raises(InfMoEError, match="many scores are alike"):
         calibrate_cut(model, WINDOWS, 0.2)
+
+
+@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize(("part", "factor"), [(0.9, 1e-3), (0.1, 100.0)])
+@pytest.mark.parametrize("share", [1 / 48, 1 / 16, 1 / 4, 0.9])
+def test_scores_of_two_sizes_can_be_cut(share, part, factor, per_layer, monkeypatch):
+    """A plateau lies between them, on which steps by quantiles stall."""
+    model = tiny_model(num_samples=2)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            rows = block.mlp.w_z.weight
+            rows[: int(part * len(rows))] *= factor
+    rounds = []
+    monkeypatch.setattr(
+        adaptive, "_kept", lambda *a, original=adaptive._kept: rounds.append(original(*a)) or rounds[-1]
+    )
+    calibrate_cut(model, WINDOWS, share, per_layer=per_layer)
+    kept = rounds[-1] if per_layer else [sum(rounds[-1]) / 2]
+    assert kept == pytest.approx([share] * len(kept), rel=0.01)
+    assert len(rounds) <= 25
+
+
+def test_a_rare_share_is_found():
+    search, normal = adaptive._Search(2e-4, 1.0), statistics.NormalDist()
+    for _ in range(20):
+        kept = 1.0 - normal.cdf(search.cut)
+        if abs(kept / 2e-4 - 1.0) < 0.005:
+            return
+        search.step(kept)
+    pytest.fail("no cut found")
 
 
 def test_generation_takes_a_cut_by_name_and_caches():

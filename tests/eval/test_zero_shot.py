@@ -1,5 +1,6 @@
 """Zero-shot scoring: against a plain scorer, against lm-eval's own model, over seeds and files."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -35,6 +36,7 @@ from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import Routing
 
 WINDOW = 32
+STREAM = 2736004131648271985
 
 
 FFNS = {"dense": {}, "infinity": {}, "moe": {"intermediate_size": 96}, "switch": {}}
@@ -62,6 +64,27 @@ def test_batch_and_order_change_nothing(ffn):
         shuffled = score(model, [asked[i] for i in order], batch_size=batch_size)
         for i, result in zip(order, shuffled, strict=True):
             assert result.log_likelihood == pytest.approx(expected[i], abs=tolerance)
+
+
+def test_an_items_stream_is_its_task_and_its_content():
+    """By number, so that a score of today is a score of tomorrow."""
+
+    def stream(task, doc, number=0):
+        return harness.stream_of(type("I", (), {"task_name": task, "doc": doc, "doc_id": number}))
+
+    assert stream("boolq", {"query": "q", "gold": 1}) == STREAM
+    assert stream("boolq_local", {"gold": 1, "query": "q"}, 7) == STREAM
+    others = [stream("arc_easy", {"query": "q", "gold": 1}), stream("boolq", {"query": "q", "gold": 0})]
+    assert len({STREAM, *others}) == 3
+
+
+def test_a_row_takes_no_more_branches_than_it_has_room_for():
+    many = [Request((1, 2), tuple(range(3, 3 + WINDOW)), 1) for _ in range(20)]
+    rows = scoring._rows(many, WINDOW)
+    assert sum(len(row.branches) for row in rows) == 20
+    assert 4 <= len(rows) <= 7
+    assert max(row.length for row in rows) <= scoring._MAX_WINDOWS * WINDOW
+    assert len({row.trunk for row in rows}) == 1
 
 
 @pytest.mark.parametrize("ffn", ["dense", "infinity"])
@@ -163,7 +186,7 @@ def check_against_plain(model, tiny_run, folder, limit, tolerance):
     lm = harness.InfMoELM(opened_with(model, tiny_run), batch_size=8)
     checked = 0
     for column in columns_named("paper", local=True):
-        result = harness.run_task(lm, harness.local_config(read_local(column, folder)), limit)
+        result = harness.run_task(lm, harness.load_task(harness.local_config(read_local(column, folder)), limit))
         raw = raw_items(column.task, folder / column.file)
         (samples,) = result["samples"].values()
         right = []
@@ -173,6 +196,7 @@ def check_against_plain(model, tiny_run, folder, limit, tolerance):
             expected = [plain_text_score(model, lm.tokenizer, *pair, stream) for pair in pairs]
             found = [response[0] for response in sample["filtered_resps"]]
             assert found == pytest.approx(expected, abs=tolerance), (column.name, sample["doc_id"])
+            assert items._item(sample, column).gold == gold
             right.append(max(range(len(found)), key=lambda i: found[i]) == gold)
             checked += 1
         (figures,) = result["results"].values()
@@ -205,7 +229,10 @@ def test_lm_evals_own_model_scores_gpt2_the_same(tiny_run, files):
     for column in columns_named("paper", local=True):
         config = harness.local_config(read_local(column, files))
         found, expected = (
-            [s["filtered_resps"] for s in next(iter(harness.run_task(lm, config, None)["samples"].values()))]
+            [
+                s["filtered_resps"]
+                for s in next(iter(harness.run_task(lm, harness.load_task(config))["samples"].values()))
+            ]
             for lm in (ours, theirs)
         )
         for mine, its in zip(found, expected, strict=True):
@@ -406,6 +433,21 @@ def test_results_so_far_are_shown_and_kept(with_out, tiny_run, files, tmp_path, 
             assert row["average"] == pytest.approx(mean)
 
 
+def test_a_picture_that_fails_does_not_hide_what_failed(tiny_run, files, monkeypatch):
+    monkeypatch.setattr(run, "score_items", lambda *rest, original=run.score_items: next(steps)(original, *rest))
+    steps = iter([lambda original, *rest: original(*rest), lambda *rest: raised(InfMoEError("the Hub is gone"))])
+
+    def raised(error):
+        raise error
+
+    with pytest.raises(InfMoEError, match="the Hub is gone"):
+        run.evaluate_tasks(
+            tiny_run.run,
+            run.Settings("arc_easy,boolq", files, 4),
+            show=lambda result: raised(OSError("no space left")),
+        )
+
+
 def test_a_failure_within_the_first_task_shows_the_points_before_it(tiny_run, files, tmp_path, monkeypatch, capsys):
     original = run.score_items
 
@@ -465,7 +507,7 @@ def test_a_switch_model_with_a_capacity_is_refused(tiny_run):
 def test_accuracy_per_character_is_lm_evals(tiny_run, files):
     lm = harness.InfMoELM(opened_with(model_of("dense"), tiny_run))
     for column in columns_named("arc_easy,hellaswag,openbookqa", local=True):
-        result = harness.run_task(lm, harness.local_config(read_local(column, files)), None)
+        result = harness.run_task(lm, harness.load_task(harness.local_config(read_local(column, files))))
         (figures,), (samples,) = result["results"].values(), result["samples"].values()
         scored = [items._item(sample, column) for sample in samples]
         assert sum(item.right for item in scored) / len(scored) == pytest.approx(figures["acc,none"])
@@ -547,6 +589,56 @@ def test_errors_take_a_passage_as_one_draw():
     assert items.mean_and_error(values * 3, range(180))[1] < 0.6 * error
 
 
+def test_too_few_items_have_no_error_and_an_answer_that_is_never_right_no_margin():
+    assert items.mean_and_error([1.0, 2.0, 3.0], [0, 0, 0]) == (2.0, None)
+    assert items.mean_and_error([1.0, 2.0, 3.0], [0, 1, 2], [0, 0, 1]) == (2.25, None)
+
+    def summary(golds, passages, shift=0.0):
+        made = [items.Item(i, (0.0, 1.0 + shift), (2, 3), g, p) for i, (g, p) in enumerate(zip(golds, passages))]  # noqa: B905
+        scored = items.Scored(made, 2.0, 0, {})
+        base = items.Scored([dataclasses.replace(i, log_likelihoods=(0.0, 1.0)) for i in made], 2.0, 0, {})
+        return items.summary(ALL["boolq"], [scored], base, "file", 1.0)
+
+    one_passage = summary([0, 1, 1], "aaa", shift=0.5)
+    assert one_passage["acc_se"] is one_passage["margin_se"] is one_passage["margin_within_noise"] is None
+    all_yes = summary([1, 1, 1, 1], "abcd", shift=0.5)
+    assert all_yes["acc_se"] == 0
+    assert all_yes["margin"] is all_yes["margin_change"] is all_yes["margin_within_noise"] is None
+    assert all_yes["margin_by_seed"] == []
+
+
+@pytest.mark.parametrize(("sizes", "shared"), [((10, 30), 1), ((3, 40), 1), ((20, 20), 4)])
+def test_the_errors_of_balanced_means_are_their_spread(sizes, shared):
+    """Classes of unequal size and spread, passages of several items: as drawn anew many times."""
+    draw = random.Random(1)
+    classes = [kind for kind, size in enumerate(sizes) for _ in range(size)]
+    draw.shuffle(classes)
+    passages = [i // shared for i in range(len(classes))]
+    means, variances = [], []
+    for _ in range(1500):
+        common = [draw.gauss(0, 1) if shared > 1 else 0.0 for _ in range(len(classes))]
+        values = [common[p] + draw.gauss(0, 1 + 2 * kind) for p, kind in zip(passages, classes, strict=True)]
+        mean, error = items.mean_and_error(values, passages, classes)
+        means.append(mean)
+        variances.append(error**2)
+    assert statistics.fmean(variances) ** 0.5 == pytest.approx(statistics.stdev(means), rel=0.1)
+
+
+def test_what_belongs_together():
+    shared = items._shared
+    question = "Cats purr.\nQuestion: do cats purr?\nAnswer:"
+    assert shared([question, question], "\nQuestion:") == ["Cats purr."]
+    assert shared([question, question], "\nQ:") == [question]  # no such mark: by itself
+    twins = [
+        shared([f"Ann left Eve because {name}" for name in ("Ann", "Eve")], None),
+        shared([f"Ann left Eve although {name}" for name in ("Eve", "Ann")], None),
+    ]
+    assert twins[0] == twins[1]
+    assert shared(["So Ann", "So Eve"], None) != shared(["So Joe", "So Eve"], None)
+    bakeries = [f"They chose it because the {name}" for name in ("bakery", "bank")]
+    assert shared(bakeries, None) == ["They", "chose", "bakery", "bank"]
+
+
 def test_a_blind_preference_for_an_answer_is_no_margin():
     """Where all items have the same answers, the mean is over the right answers' means."""
 
@@ -568,24 +660,15 @@ def test_a_blind_preference_for_an_answer_is_no_margin():
     changed = items.summary(ALL["boolq"], [other], scored, "file", 1.0)
     assert changed["margin_change"] == pytest.approx(0.25)
     assert not changed["margin_within_noise"]
-    # as drawn anew: the error is the spread of the mean
-    draw = random.Random(1)
-    means, errors = [], []
-    for _ in range(400):
-        noise = [draw.gauss(0, 1 + 2 * gold) for gold in golds]
-        mean, error = items.mean_and_error(noise, range(40), golds)
-        means.append(mean)
-        errors.append(error)
-    assert statistics.fmean(errors) == pytest.approx(statistics.stdev(means), rel=0.15)
 
 
 def test_per_character_figures_are_there_where_lm_eval_has_them(tiny_run, files):
     lm = harness.InfMoELM(opened_with(model_of("dense"), tiny_run))
     for column in columns_named("paper", local=True):
         config = harness.local_config(read_local(column, files))
-        scored = items.score_items(lm, column, config, None)
+        scored = items.score_items(lm, column, harness.load_task(config))
         figures = items.summary(column, [scored], scored, "file", 1.0)
-        has = "acc_norm,none" in next(iter(harness.run_task(lm, config, None)["results"].values()))
+        has = "acc_norm,none" in next(iter(harness.run_task(lm, harness.load_task(config))["results"].values()))
         assert has == column.per_char == (figures["acc_norm"] is not None) == (figures["margin_norm"] is not None)
 
 
@@ -599,13 +682,16 @@ def test_a_limit_takes_a_random_part_that_is_the_same_for_all(tiny_run, files, t
     assert {399 - i for i in harness.choose(docs[::-1], 100)} == set(chosen)
     assert set(harness.choose(docs, 10)) < set(chosen)
     assert harness.choose(docs, 999) == list(range(400))
+    for limit in (0, -1):
+        with pytest.raises(InfMoEError, match="one item of each task or more"):
+            harness.load_task("boolq", limit)
 
     lm = harness.InfMoELM(opened_with(model_of("dense"), tiny_run))
     (column,) = columns_named("arc_easy", local=True)
     task = read_local(column, files)
     config = harness.local_config(task)
-    every = {item.number: item for item in items.score_items(lm, column, config, None).items}
-    part = items.score_items(lm, column, config, 4).items
+    every = {item.number: item for item in items.score_items(lm, column, harness.load_task(config)).items}
+    part = items.score_items(lm, column, harness.load_task(config, 4)).items
     assert [item.number for item in part] == harness.choose(task.docs, 4)
     for item in part:  # each is the item of its number
         assert item.log_likelihoods == pytest.approx(every[item.number].log_likelihoods, abs=1e-5)
@@ -620,8 +706,13 @@ def test_items_longer_than_the_window_are_counted(tiny_run, files):
 
     from infmoe.eval.zero_shot.items import score_items
 
-    scored = score_items(lm, column, harness.local_config(task), None)
-    assert 0 <= scored.cut <= len(scored.items)
+    scored = score_items(lm, column, harness.load_task(harness.local_config(task)))
+    pairs = [[(doc["contexts"][0], answer) for answer in doc["continuations"]] for doc in task.docs]
+    lengths = [max(len(lm.tok_encode(context + answer)) for context, answer in item) for item in pairs]
+    assert scored.cut == sum(length > WINDOW + 1 for length in lengths) > 0
+    (column,) = columns_named("winogrande", local=True)
+    short = harness.load_task(harness.local_config(read_local(column, files)))
+    assert score_items(lm, column, short).cut == 0  # emptied for each task
 
     def cut(context):
         lm.cut_streams.clear()

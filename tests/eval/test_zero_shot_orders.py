@@ -48,7 +48,9 @@ def scored(lm, folder):
     found = {}
     for column in columns_named("paper", local=True):
         task = read_local(column, folder)
-        for doc, item in zip(task.docs, score_items(lm, column, harness.local_config(task), None).items, strict=True):
+        for doc, item in zip(
+            task.docs, score_items(lm, column, harness.load_task(harness.local_config(task))).items, strict=True
+        ):
             found[column.name, json.dumps(doc)] = item
     return found
 
@@ -106,7 +108,7 @@ def requests_of_tasks(lm, folder, monkeypatch, limit=None):
             harness, "score", lambda model, given, *r, **o: asked.append(given) or original(model, given, *r, **o)
         )
         for column in columns_named("paper", local=True):
-            score_items(lm, column, harness.local_config(read_local(column, folder)), limit)
+            score_items(lm, column, harness.load_task(harness.local_config(read_local(column, folder)), limit))
     return asked
 
 

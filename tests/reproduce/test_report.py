@@ -77,7 +77,7 @@ def test_accuracies_stand_beside_the_papers_and_sat_is_never_race(filled, mini):
     margins = [line for line in body.splitlines() if line.startswith("| moe |")][1]
     assert [cell.strip() for cell in margins.strip("|").split("|")][1] == "0.398 ± 0.003"
     assert margins.endswith("| +0.245 ± 0.001 |")
-    assert "4 items of each task, chosen by a hash" in body
+    assert "9 items of each task, chosen by a hash" in body
     assert "a standard error of 2.0 points" in body
     page = render_page(filled.folder.parent.parent)
     row = next(line for line in page.splitlines() if "∞-MoE against MoE in the right answer's margin" in line)

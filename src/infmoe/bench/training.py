@@ -139,6 +139,7 @@ def variant_speed(*, quick: bool = False) -> Measured:
 
     ∞-MoE decodes at several settings of its dials too; those rows name them.
     """
+    from infmoe.reproduce.measures import KEEP_RATIOS
     from infmoe.reproduce.plan import SCALES, TIER1, TIER2, RunSpec
 
     rounds = 3 if quick else 5
@@ -157,7 +158,7 @@ def variant_speed(*, quick: bool = False) -> Measured:
             arms.append(training_step(model, config, forward))
             labels.append((name, precision))
     seconds = interleave(arms, rounds=rounds, warmup=1)
-    dials = [(K, ratio) for K in (1, 2) for ratio in (1 / 16, 1 / 8, 1 / 4, 1 / 2)]
+    dials = [(K, ratio) for K in (1, 2) for ratio in KEEP_RATIOS]
     steps = [decode_step(model.eval(), None, prompt_length=DECODE_PROMPT) for model in models]
     infinity = models[names.index("infinity")]
     steps += [

@@ -5,6 +5,7 @@ all tokens drops the same small contributions everywhere, where a fixed share dr
 next one's crumbs.
 """
 
+import math
 import statistics
 from typing import Any
 
@@ -56,36 +57,66 @@ def calibrate_cut(
     width = [max(float(weight_UZ.norm(dim=1).mean()), 1e-30) for weight_UZ in weights]
     if not per_layer:
         width = [sum(width) / num_layers] * num_layers
-    cuts, before = [0.0] * num_layers, None
+    searches = [_Search(share, size) for size in width]
     for _ in range(_ROUNDS):
+        cuts = [search.cut for search in searches]
         routing = Routing(num_samples=num_samples, score_cut=PerLayer(cuts))
         kept = _kept(model, held_out, routing, seed, batch_size)
         if not per_layer:
             kept = [sum(kept) / num_layers] * num_layers
         if all(abs(k / share - 1.0) < _CLOSE for k in kept):
             return PerLayer(cuts) if per_layer else cuts[0]
-        # a layer's scores hang on what the layers below it keep, so no bracket holds: steps as on a normal's quantiles
-        at = [_quantile(k) for k in kept]
-        if before is not None:
-            width = [_width(*four) for four in zip(width, cuts, at, *before, strict=True)]
-        before = cuts, at
-        cuts = [cut + w * (a - _quantile(share)) for cut, w, a in zip(cuts, width, at, strict=True)]
+        for search, k in zip(searches, kept, strict=True):
+            search.step(k)
     worst = max(kept, key=lambda k: abs(k / share - 1.0))
     raise InfMoEError(
         f"no cut keeps {share:g} of the units: many scores are alike, and {worst:.3f} is as near as it gets"
     )
 
 
-def _quantile(share: float) -> float:
-    """Of the standard normal, ends drawn in."""
-    return _NORMAL.inv_cdf(min(max(share, 1e-3), 1 - 1e-3))
+class _Search:
+    """One layer's way to its cut: steps as on a normal's quantiles, within what is known to be too low and too high.
 
+    What a layer keeps hangs on what the layers below it keep, so a bound may turn out wrong while they move: where
+    both have met, they are forgotten.
+    """
 
-def _width(width: float, cut: float, at: float, cut_before: float, at_before: float) -> float:
-    """How far the cut must go for one step of the quantile, by the last two rounds; three times or a third at most."""
-    if at == at_before or (cut - cut_before) * (at - at_before) >= 0.0:
-        return width if at != at_before else 3.0 * width  # nothing moved yet: the scores are larger than thought
-    return min(max((cut - cut_before) / (at_before - at), width / 3.0), 3.0 * width)
+    def __init__(self, share: float, width: float):
+        self.share, self.width, self.cut = share, width, 0.0
+        self.low, self.high = -math.inf, math.inf
+        self._before: tuple[float, float] | None = None  # the last cut, and the quantile of what it kept
+        self._turns = 0
+
+    def step(self, kept: float) -> None:
+        """Move the cut, now that it is known what it keeps."""
+        edge = min(self.share, 1.0 - self.share) / 4  # what is kept may be all or nothing
+        at = _NORMAL.inv_cdf(min(max(kept, edge), 1.0 - edge))
+        self._learn(at)
+        if kept > self.share:
+            self.low = self.cut
+        else:
+            self.high = self.cut
+        if self.high - self.low <= 1e-7 * max(abs(self.low), abs(self.high)) or self.low >= self.high:
+            self.low, self.high = (self.cut, math.inf) if kept > self.share else (-math.inf, self.cut)
+        self._before = self.cut, at
+        self._turns += 1
+        cut = self.cut + self.width * (at - _NORMAL.inv_cdf(self.share))
+        # scores of several sizes have plateaus, on which such steps stall: every third one halves what is left
+        bounded = math.isfinite(self.low) and math.isfinite(self.high)
+        if bounded and (self._turns % 3 == 0 or not self.low < cut < self.high):
+            cut = (self.low + self.high) / 2
+        self.cut = cut
+
+    def _learn(self, at: float) -> None:
+        """How far the cut must go for one step of the quantile, by the last two rounds; four times as far at most."""
+        if self._before is None:
+            return
+        cut, before = self._before
+        moved = (self.cut - cut) * (before - at)
+        if at == before or moved <= 0.0:
+            self.width *= 2.0  # nothing moved: the scores are larger than thought
+        else:
+            self.width = min(max((self.cut - cut) / (before - at), self.width / 4.0), self.width * 4.0)
 
 
 def _kept(model: Any, held_out: HeldOut, routing: Routing, seed: int, batch_size: int) -> list[float]:

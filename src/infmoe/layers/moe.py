@@ -168,24 +168,31 @@ class MoEFFN(ConditionalFFN):
 
     def _by_rows(self, x_BTD: Tensor, routing: Routing, k_B: tuple[int, ...]) -> FFNOutput:
         """Rows of one k together, each as it would be alone."""
-        if len(k_B) == 1:
-            return self.forward(x_BTD, dataclasses.replace(routing, num_experts_per_tok=k_B[0]))
         B = len(x_BTD)
-        if len(k_B) != B:
-            raise InfMoEError(f"num_experts_per_tok has {len(k_B)} values for a batch of {B} rows: give one per row")
+        if len(k_B) == 1 or B == 0:
+            k = k_B[0] if len(k_B) == 1 else None
+            return self.forward(x_BTD, dataclasses.replace(routing, num_experts_per_tok=k))
+        if x_BTD.ndim != 3 or len(k_B) != B:
+            raise InfMoEError(
+                f"num_experts_per_tok has {len(k_B)} values for an input of shape {tuple(x_BTD.shape)}: give one per "
+                "row of (B, T, D)"
+            )
         if self.training:
             raise InfMoEError("rows of different num_experts_per_tok are for inference: balance losses take one k")
-        y_BTD: Tensor | None = None
+        y_BTD, aux_loss = x_BTD, torch.zeros((), device=x_BTD.device)
         stats: RoutingStats | None = None
         for k in sorted(set(k_B)):
             rows = [b for b in range(B) if k_B[b] == k]
-            out = self.forward(x_BTD[rows], dataclasses.replace(routing.of_rows(rows), num_experts_per_tok=k))
-            y_BTD = out.y_BTD.new_empty(x_BTD.shape) if y_BTD is None else y_BTD
+            given = routing.of_rows(rows, B)
+            if (looked := routing.max_stats_tokens) is not None:  # each part its share of them
+                given = dataclasses.replace(given, max_stats_tokens=max(1, round(looked * len(rows) / B)))
+            out = self.forward(x_BTD[rows], dataclasses.replace(given, num_experts_per_tok=k))
+            y_BTD = out.y_BTD.new_empty(x_BTD.shape) if y_BTD is x_BTD else y_BTD
             y_BTD[rows] = out.y_BTD
+            aux_loss = aux_loss + out.aux_loss * (len(rows) / B)
             stats = out.stats if stats is None else stats + out.stats
-        assert y_BTD is not None
         assert stats is not None
-        return FFNOutput(y_BTD, torch.zeros((), device=x_BTD.device), stats)
+        return FFNOutput(y_BTD, aux_loss, stats)
 
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
         k = self._k((routing or Routing()).at_layer(self.layer_index))

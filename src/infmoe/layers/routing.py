@@ -147,17 +147,22 @@ class Routing:
         key = NoiseKey.draw(batch_size, device) if training else NoiseKey(seed=seed)
         return dataclasses.replace(self, key=key)
 
-    def of_rows(self, rows: Sequence[int]) -> "Routing":
-        """The routing of some of the batch's rows; what holds for all rows stays."""
+    def of_rows(self, rows: Sequence[int], batch_size: int) -> "Routing":
+        """The routing of some of the batch's rows; what holds for all rows stays.
+
+        Raises:
+            InfMoEError: something with neither one value nor one for each row.
+        """
 
         def pick(value):
             if isinstance(value, PerLayer):
                 return PerLayer([pick(v) for v in value.values])
-            if isinstance(value, tuple) and len(value) > 1:
-                return tuple(value[b] for b in rows)
-            if isinstance(value, Tensor) and value.ndim > 0 and len(value) > 1:
-                return value[list(rows)]
-            return value
+            several = isinstance(value, tuple) or (isinstance(value, Tensor) and value.ndim > 0)
+            if not several or len(value) == 1:
+                return value
+            if len(value) != batch_size:
+                raise InfMoEError(f"{len(value)} values for a batch of {batch_size} rows: give one per row")
+            return value[list(rows)] if isinstance(value, Tensor) else tuple(value[b] for b in rows)
 
         return self._each_row(pick)
 

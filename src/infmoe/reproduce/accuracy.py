@@ -120,7 +120,8 @@ def table1_accuracy(store: Store, arms: Sequence[str]) -> str:
     parts.append(markdown_table(("margin of the right answer, nats", *TASKS, "mean", "∞-MoE minus it"), rows))
     parts.append(
         f"{_items(store.scale)}, seed 0 of the noise, each model at its own dials. The margin is the right answer's "
-        "log-likelihood minus the mean of the others'. “±” is over training seeds; the "
+        "log-likelihood minus the mean of the others', over each right answer alike where all items have the same "
+        "answers (BoolQ, SAT-en). “±” is over training seeds; the "
         f"items add a standard error of {_item_error(store, arms):.1f} points to each accuracy. {SAT.name} is no task "
         "of the paper's; RACE has no local file."
     )

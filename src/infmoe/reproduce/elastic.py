@@ -18,7 +18,7 @@ from infmoe.reproduce.dial_curves import (
     useful_ranges,
 )
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.measures import ADAPTIVE_ARMS, DAMPED_ARMS
+from infmoe.reproduce.measures import ADAPTIVE_ARMS, DAMPED_ARMS, SAMPLE_ARMS
 from infmoe.reproduce.plan import ELASTIC_EXPERTS, TWO_PASSES, tokens_text
 from infmoe.reproduce.section import (
     FAILS,
@@ -59,11 +59,13 @@ _EXPERTS = {
     "matryoshka-k8": "Matryoshka, k = 1 … 16",
     "moe16-fine-k16": "plain, k = 16 (direct, for k = 8)",
 }
-_SAMPLES = {
-    "infinity": "plain, K = 2",
-    "infinity-elastic-k": "K drawn from 1 … 4 for each layer",
-    "infinity-consistency": "K = 2, two draws made to agree",
-}
+_SAMPLES = dict(
+    zip(
+        SAMPLE_ARMS,
+        ("plain, K = 2", "K drawn from 1 … 4 for each layer", "K = 2, two draws made to agree"),
+        strict=True,
+    )
+)
 
 
 def elastic(store: Store, gallery: Gallery) -> Section:

@@ -37,7 +37,8 @@ ZERO_SHOT = "zero_shot"
 # the arms that the page shows a measure of
 ADAPTIVE_ARMS = ("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic")
 DAMPED_ARMS = ("moe16-fine-k4", "moe16-fine")
-_SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
+SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
+_SCORING = 2  # which zero-shot items are chosen, and what their figures mean; raised whenever that changes
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 
 
@@ -85,7 +86,7 @@ def dials(context: Context) -> Points:
         points = grid(config, num_experts_per_tok=[k for k in EXPERT_COUNTS if k <= config.num_experts])
         return context.evaluate(points, windows)
     points = grid(config, keep_ratios=KEEP_RATIOS)
-    if _draws(config) and context.spec.arm.name in _SAMPLE_ARMS:
+    if _draws(config) and context.spec.arm.name in SAMPLE_ARMS:
         points += grid(config, num_samples=SAMPLES) + grid(config, mode="mu")
     return context.evaluate(list(dict.fromkeys(points)), windows)
 
@@ -280,8 +281,7 @@ def task_settings(scale: Scale, files: Mapping[str, str]) -> dict[str, Any]:
     """
     return {
         "items": scale.task_items,
-        "chosen": "by hash",
-        "margin": "balanced",
+        "scoring": _SCORING,
         "samples": list(TASK_SAMPLES),
         "keep_ratios": list(TASK_KEEP_RATIOS),
         "files": dict(files),

@@ -9,12 +9,12 @@ from infmoe.data.shards import sha256
 from infmoe.errors import InfMoEError
 from infmoe.eval.loading import Opened
 from infmoe.eval.zero_shot.local import LocalTask, read_local
-from infmoe.eval.zero_shot.tasks import columns_named
+from infmoe.eval.zero_shot.tasks import Z, columns_named
 from infmoe.layers.point import Point
 
 try:
-    from infmoe.eval.zero_shot.harness import InfMoELM, local_config
-    from infmoe.eval.zero_shot.items import Z, score_items, summary
+    from infmoe.eval.zero_shot.harness import InfMoELM, load_task, local_config
+    from infmoe.eval.zero_shot.items import score_items, summary
 except ImportError as missing:
     raise InfMoEError("zero-shot tasks run through lm-eval: pip install 'infmoe[eval]'") from missing
 
@@ -60,13 +60,14 @@ def score_files(
     model.seed = seed
     rows = []
     for task in read_tasks(folder):
-        config = local_config(task)
+        loaded = load_task(local_config(task), limit)
         for point in points:
             model.point = point
-            scored = score_items(model, task.column, config, limit)
+            scored = score_items(model, task.column, loaded)
             figures = summary(task.column, [scored], scored, task.path.name, 1.0)
-            half = Z * figures["margin_se"]
-            interval = {"margin_low": figures["margin"] - half, "margin_high": figures["margin"] + half}
+            margin, error = figures["margin"], figures["margin_se"]
+            known = margin is not None and error is not None
+            interval = {"margin_low": margin - Z * error, "margin_high": margin + Z * error} if known else {}
             rows.append(
                 {"task": task.column.name, **asdict(point), **{name: figures[name] for name in _FIGURES}, **interval}
             )

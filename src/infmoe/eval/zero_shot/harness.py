@@ -7,6 +7,7 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -247,17 +248,33 @@ def _choices(doc: dict[str, Any]) -> list[str]:
     return doc["choices"]
 
 
-def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """lm-eval's own result of one task, samples included.
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task, read once for all points and seeds.
+
+    Attributes:
+        name: lm-eval's.
+        tasks: what lm-eval's task manager made of it.
+        chosen: the items to be scored, by number; None: all.
+    """
+
+    name: str
+    tasks: Any
+    chosen: list[int] | None
+
+
+def load_task(task: str | dict[str, Any], limit: int | None = None) -> LoadedTask:
+    """Read a task's items.
 
     Args:
-        model: that is scored.
         task: lm-eval's name, or a task of ours (see `local_config`).
         limit: so many items, the same ones for every model and setting; None: all.
 
     Raises:
-        InfMoEError: the task needs the Hub, and it can't be reached.
+        InfMoEError: the task needs the Hub, and it can't be reached; or a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise InfMoEError(f"a limit takes one item of each task or more, got {limit}")
     name = task if isinstance(task, str) else task["task"]
     with _quiet():
         try:
@@ -271,11 +288,17 @@ def run_task(model: InfMoELM, task: str | dict[str, Any], limit: int | None) -> 
                 f"({reason}): give --data-dir for local files, or leave it out of --tasks"
             ) from error
         (docs,) = (one.eval_docs for one in loaded["tasks"].values())
+        return LoadedTask(name, loaded, None if limit is None else choose(docs, limit))
+
+
+def run_task(model: InfMoELM, task: LoadedTask) -> dict[str, Any]:
+    """lm-eval's own result of one task, samples included."""
+    with _quiet():
         # not `simple_evaluate`, which asks pip and git about the machine at every call
         result = lm_eval.evaluate(
             lm=model,
-            task_dict=loaded,
-            samples=None if limit is None else {name: choose(docs, limit)},
+            task_dict=task.tasks,
+            samples=None if task.chosen is None else {task.name: task.chosen},
             log_samples=True,
             bootstrap_iters=0,  # standard errors are ours, from the items
             verbosity="ERROR",

@@ -1,7 +1,6 @@
 """One point's items of one task: log-likelihoods from lm-eval's samples, and the figures that follow from them."""
 
 import hashlib
-import itertools
 import json
 import math
 import statistics
@@ -10,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from infmoe.errors import InfMoEError
-from infmoe.eval.zero_shot.harness import InfMoELM, run_task
-from infmoe.eval.zero_shot.tasks import Column
-
-Z = 1.96  # of a 95 % interval over hundreds of items
+from infmoe.eval.zero_shot.harness import InfMoELM, LoadedTask, run_task
+from infmoe.eval.zero_shot.scoring import common_start
+from infmoe.eval.zero_shot.tasks import Column, Z
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Item:
         log_likelihoods: of each answer.
         num_chars: of each answer.
         gold: which one is right.
-        passage: names the text that it shares with others (a passage, WinoGrande's twin sentences), else its own.
+        passage: names what it may share with others: a passage, a context, WinoGrande's twin sentence.
     """
 
     number: int
@@ -81,17 +79,16 @@ class Scored:
     notes: dict[str, int]
 
 
-def score_items(model: InfMoELM, column: Column, task: Any, limit: int | None) -> Scored:
+def score_items(model: InfMoELM, column: Column, task: LoadedTask) -> Scored:
     """Every item of a task at the model's point and seed.
 
     Args:
         model: with its dials and seed set.
         column: what the task is.
-        task: lm-eval's name, or a task of ours (see `local_config`).
-        limit: so many items, chosen by a hash of what they say; None: all.
+        task: its items.
     """
     model.cut_streams.clear()
-    result = run_task(model, task, limit)
+    result = run_task(model, task)
     (samples,), (version,) = result["samples"].values(), result["versions"].values()
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     items = [_item(sample, column) for sample in samples]
@@ -111,16 +108,25 @@ def _item(sample: dict[str, Any], column: Column) -> Item:
         raise InfMoEError(f"{column.name}, item {sample['doc_id']}: label {gold} is none of the {len(values)} answers")
     pairs = _arguments(sample)
     lengths = tuple(len(str(continuation).removeprefix(" ")) for _, continuation in pairs)
-    shared = _common_start([str(context) for context, _ in pairs])
-    if column.after_passage is not None:
-        shared = shared.rpartition(column.after_passage)[0]
-    passage = hashlib.blake2b(shared.encode(), digest_size=6).hexdigest()
+    shared = _shared([str(context) for context, _ in pairs], column.after_passage)
+    passage = hashlib.blake2b(json.dumps(shared).encode(), digest_size=6).hexdigest()
     return Item(sample["doc_id"], values, lengths, gold, passage)
 
 
-def _common_start(texts: Sequence[str]) -> str:
-    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
-    return "".join(letters[0] for letters in same)
+def _shared(contexts: Sequence[str], after_passage: str | None) -> list[str]:
+    """What items that belong together have in common: a passage, or the context.
+
+    Where the answers stand in the contexts (WinoGrande), the pair of answers and the sentence's first two words: its
+    twins differ in a word that may stand before the answer or behind it.
+    """
+    passage, marker, _ = contexts[0].rpartition(after_passage or "\0")
+    if marker:
+        return [passage]
+    words = [context.split() for context in contexts]
+    start = common_start(words)
+    if len(start) == len(words[0]):
+        return [contexts[0]]
+    return [*start[:2], *sorted(" ".join(one[len(start) :]) for one in words)]
 
 
 def _notes(samples: Sequence[dict[str, Any]], items: Sequence[Item]) -> dict[str, int]:
@@ -158,10 +164,17 @@ def summary(column: Column, by_seed: Sequence[Scored], base: Scored, source: str
     items = scored.items
     passages = [item.passage for item in items]
     classes = [item.gold for item in items] if column.fixed_answers else None
+    # an answer that is never right: a blind preference for another would not cancel out
+    balanced = classes is None or set(classes) == set(range(len(items[0].log_likelihoods)))
+
+    def margin_of(values: Sequence[float]) -> tuple[float | None, float | None]:
+        return mean_and_error(values, passages, classes) if balanced else (None, None)
+
     acc, acc_se = mean_and_error([float(item.right) for item in items], passages)
-    margin, margin_se = mean_and_error([item.margin for item in items], passages, classes)
+    margin, margin_se = margin_of([item.margin for item in items])
     accuracies = [statistics.fmean(float(item.right) for item in one.items) for one in by_seed]
-    margins = [mean_and_error([item.margin for item in one.items], passages, classes)[0] for one in by_seed]
+    found = [margin_of([item.margin for item in one.items])[0] for one in by_seed]
+    margins = [value for value in found if value is not None]
     figures: dict[str, Any] = {
         "task": column.task,
         "version": scored.version,
@@ -194,33 +207,42 @@ def summary(column: Column, by_seed: Sequence[Scored], base: Scored, source: str
         mean, error = mean_and_error(hits, passages)
         p = _sign_test(hits, passages)
         figures |= {"acc_change": mean, "acc_change_se": error, "acc_change_p": p, "acc_within_noise": p > 0.05}
-        mean, error = mean_and_error([i.margin - b.margin for i, b in pairs], passages, classes)
-        figures |= {"margin_change": mean, "margin_change_se": error, "margin_within_noise": abs(mean) <= Z * error}
+        change, error = margin_of([i.margin - b.margin for i, b in pairs])
+        within = None if change is None or error is None else abs(change) <= Z * error
+        figures |= {"margin_change": change, "margin_change_se": error, "margin_within_noise": within}
     return figures
 
 
 def mean_and_error(
     values: Sequence[float], passages: Sequence[Hashable], classes: Sequence[Hashable] | None = None
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """The mean over items, and its standard error where items of one passage may go together.
 
     Args:
         values: of each item.
         passages: what each belongs to; all different: the usual standard error.
         classes: where given, the mean is over classes of the means over their items.
+
+    Returns:
+        The error is None where a class has one passage alone.
     """
     kinds = classes if classes is not None else [None] * len(values)
     members: dict[Hashable, list[float]] = {}
-    for value, kind in zip(values, kinds, strict=True):
+    groups: dict[Hashable, set[Hashable]] = {}
+    for value, kind, passage in zip(values, kinds, passages, strict=True):
         members.setdefault(kind, []).append(value)
+        groups.setdefault(kind, set()).add(passage)
     means = {kind: statistics.fmean(found) for kind, found in members.items()}
+    mean = statistics.fmean(means.values())
+    if min(map(len, groups.values())) < 2:
+        return mean, None
+    # each class's deviations are from its own mean, which takes a degree of freedom of its passages
+    size = {kind: math.sqrt(len(own) / (len(own) - 1)) for kind, own in groups.items()}
     sums: dict[Hashable, float] = {}
     for value, kind, passage in zip(values, kinds, passages, strict=True):
-        share = (value - means[kind]) / (len(means) * len(members[kind]))
+        share = size[kind] * (value - means[kind]) / (len(means) * len(members[kind]))
         sums[passage] = sums.get(passage, 0.0) + share
-    groups = len(sums)
-    variance = groups / (groups - 1) * math.fsum(total**2 for total in sums.values()) if groups > 1 else 0.0
-    return statistics.fmean(means.values()), math.sqrt(variance)
+    return mean, math.sqrt(math.fsum(total**2 for total in sums.values()))
 
 
 def _sign_test(changes: Sequence[float], passages: Sequence[Hashable]) -> float:

@@ -1,5 +1,6 @@
 """A checkpoint over tasks and dials: accuracy, margins, paired differences, as one JSON object."""
 
+import contextlib
 import json
 import statistics
 import time
@@ -13,7 +14,7 @@ from infmoe.errors import InfMoEError
 from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.loading import open_model
 from infmoe.eval.zero_shot.local import read_local
-from infmoe.eval.zero_shot.show import finished
+from infmoe.eval.zero_shot.show import finished, with_error
 from infmoe.eval.zero_shot.tasks import Column, columns_named
 from infmoe.hf.budget import fingerprint
 from infmoe.layers.point import Point
@@ -106,14 +107,15 @@ def evaluate_tasks(
             ) from error
     try:
         for column in columns:
-            task = harness.local_config(files[column.task]) if files else column.task
+            config = harness.local_config(files[column.task]) if files else column.task
+            task = harness.load_task(config, settings.limit)
             base: Scored | None = None
             for point, row in zip(points, result["points"], strict=True):
                 begin = time.perf_counter()
                 by_seed = []
                 for seed in settings.seeds:
                     model.point, model.seed = point, seed
-                    by_seed.append(score_items(model, column, task, settings.limit))
+                    by_seed.append(score_items(model, column, task))
                     if settings.per_item is not None:
                         _append(settings.per_item, by_seed[-1].items, column.name, point, seed)
                     if not draws(opened.model.config, point):
@@ -123,21 +125,30 @@ def evaluate_tasks(
                 figures = summary(column, by_seed, base, source, time.perf_counter() - begin)
                 row["tasks"][column.name] = figures
                 _note(result["notes"], column, base, local=bool(files))
-                say(f"{column.name:<11}{point.label():<20} accuracy {figures['acc']:.4f} ± {figures['acc_se']:.4f}")
+                accuracy = with_error(figures, "acc", 100, ".1f")
+                say(f"{column.name:<11}{point.label():<20} accuracy {accuracy} %")
                 if out is not None:
                     write_json(out / RESULTS, result)
             result["unfinished"].remove(column.name)
-    finally:
-        names = finished(result)
-        for row in result["points"] if names else ():
-            row["average"] = statistics.fmean(row["tasks"][name]["acc"] for name in names)
-            by_task = [row["tasks"][name]["acc_by_seed"] for name in names]
-            row["average_by_seed"] = [statistics.fmean(accuracies) for accuracies in zip(*by_task, strict=True)]
-        if any(row["tasks"] for row in result["points"]):
-            if out is not None:
-                write_json(out / RESULTS, result)
-            show(result)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what stopped it is what the caller must hear of
+            _conclude(result, out, show)
+        raise
+    _conclude(result, out, show)
     return result
+
+
+def _conclude(result: dict[str, Any], out: Path | None, show: Callable[[dict[str, Any]], None]) -> None:
+    """Means over the tasks that were scored at every point; then write and show what there is."""
+    names = finished(result)
+    for row in result["points"] if names else ():
+        row["average"] = statistics.fmean(row["tasks"][name]["acc"] for name in names)
+        by_task = [row["tasks"][name]["acc_by_seed"] for name in names]
+        row["average_by_seed"] = [statistics.fmean(accuracies) for accuracies in zip(*by_task, strict=True)]
+    if any(row["tasks"] for row in result["points"]):
+        if out is not None:
+            write_json(out / RESULTS, result)
+        show(result)
 
 
 def _note(notes: dict[str, dict[str, float]], column: Column, scored: Scored, *, local: bool) -> None:

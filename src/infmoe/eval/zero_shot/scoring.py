@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from infmoe.errors import InfMoEError
 from infmoe.layers import NoiseKey, Routing
 
 _MAX_LOGITS = 2**25  # at once, 128 MiB in float32: a real vocabulary times all positions would fill a GPU
+_MAX_WINDOWS = 4  # in one row
+X = TypeVar("X")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _rows(requests: Sequence[Request], window: int) -> list[_Row]:
             by_stream.setdefault(request.stream, {}).setdefault(kept, []).append(branch)
     rows = []
     for stream, by_context in by_stream.items():
-        trunk = _common_start(list(by_context))
+        trunk = common_start(list(by_context))
         if 2 * len(trunk) < max(map(len, by_context)):
             rows += [_Row(context, stream, branches) for context, branches in by_context.items()]
             continue
@@ -140,12 +142,24 @@ def _rows(requests: Sequence[Request], window: int) -> list[_Row]:
             for branch in own
         ]
         rows.append(_Row(trunk, stream, branches))
-    return rows
+    return [part for row in rows for part in _bounded(row, _MAX_WINDOWS * window)]
 
 
-def _common_start(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
-    return tuple(tokens[0] for tokens in same)
+def _bounded(row: _Row, limit: int) -> Iterator[_Row]:
+    """The row in parts of about `limit` tokens: a mask grows with the square of its length."""
+    part = _Row(row.trunk, row.stream, [])
+    for branch in row.branches:
+        if part.branches and part.length + len(branch.tokens) - 1 > limit:
+            yield part
+            part = _Row(row.trunk, row.stream, [])
+        part.branches.append(branch)
+    yield part
+
+
+def common_start(sequences: Sequence[Sequence[X]]) -> tuple[X, ...]:
+    """What all the sequences begin with."""
+    same = itertools.takewhile(lambda here: len(set(here)) == 1, zip(*sequences, strict=False))
+    return tuple(here[0] for here in same)
 
 
 def _pieces(request: Request, window: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infmoe import paper
-from infmoe.eval.zero_shot.tasks import ALL
+from infmoe.eval.zero_shot.tasks import ALL, Z
 from infmoe.layers.point import ratio_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PICTURE = "zero_shot.png"
-_Z = 1.96  # of a 95 % interval over hundreds of items
 # dial -> its symbol, and what its axis says
 _DIALS = {
     "num_samples": ("K", "samples per token, K"),
@@ -55,13 +54,17 @@ def table(result: dict[str, Any]) -> str:
 
     for row in rows:
         average = f"{100 * row['average']:.1f}" if "average" in row else "–"
-        add(row["label"], row, lambda t: f"{100 * t['acc']:.1f} ± {100 * t['acc_se']:.1f}", average)
-        add("  per character", row, _per_char)
-        add("  margin", row, lambda t: f"{t['margin']:+.3f} ± {_Z * t['margin_se']:.3f}")
+        add(row["label"], row, lambda t: with_error(t, "acc", 100, ".1f"), average)
+        add("  per character", row, lambda t: with_error(t, "acc_norm", 100, ".1f"))
+        add("  margin", row, lambda t: with_error(t, "margin", 1, "+.3f", Z))
         if len(row.get("average_by_seed", ())) > 1:
             mean = _spread([100 * value for value in row["average_by_seed"]], ".1f")
             add("  over seeds, accuracy", row, lambda t: _spread([100 * v for v in t["acc_by_seed"]], ".1f"), mean)
-            add("  over seeds, margin", row, lambda t: _spread(t["margin_by_seed"], "+.3f"))
+            add(
+                "  over seeds, margin",
+                row,
+                lambda t: _spread(t["margin_by_seed"], "+.3f") if t["margin_by_seed"] else "–",
+            )
         if row is not rows[0]:
             add("  change (acc / margin)", row, _change)
     lines.append(_line("chance", [f"{100 * known[name]['chance']:.0f}" for name in names], widths, ""))
@@ -90,6 +93,9 @@ def _notes(result: dict[str, Any], known: dict[str, dict[str, Any]]) -> list[str
     fixed = [name for name, t in known.items() if ALL[t["task"]].fixed_answers]
     if fixed:
         notes.append(f"margins of {', '.join(fixed)}: each right answer weighs the same, however often it is right")
+    small = [name for name, t in known.items() if t["acc_se"] is None or t["margin"] is None]
+    if small:
+        notes.append(f"too few items for an error, or for a margin over every right answer: {', '.join(small)}")
     if result["limit"] is not None:
         notes.append(f"{result['limit']} items of each task at most, chosen by a hash of what they say")
     names = finished(result)
@@ -104,16 +110,21 @@ def _notes(result: dict[str, Any], known: dict[str, dict[str, Any]]) -> list[str
     return notes
 
 
-def _per_char(figures: dict[str, Any]) -> str:
-    if figures["acc_norm"] is None:
+def with_error(figures: dict[str, Any], value: str, unit: float, form: str, errors: float = 1.0) -> str:
+    """A figure and so many of its standard errors; a dash for what is not known."""
+    if figures[value] is None:
         return "–"
-    return f"{100 * figures['acc_norm']:.1f} ± {100 * figures['acc_norm_se']:.1f}"
+    error = figures[f"{value}_se"]
+    size = "–" if error is None else f"{unit * errors * error:{form.lstrip('+')}}"
+    return f"{unit * figures[value]:{form}} ± {size}"
 
 
 def _change(figures: dict[str, Any]) -> str:
-    acc = "noise" if figures["acc_within_noise"] else f"{100 * figures['acc_change']:+.1f}"
-    margin = "noise" if figures["margin_within_noise"] else f"{figures['margin_change']:+.3f}"
-    return f"{acc} / {margin}"
+    parts = []
+    for value, unit, form in (("acc", 100, "+.1f"), ("margin", 1, "+.3f")):
+        noise = figures[f"{value}_within_noise"]
+        parts.append("–" if noise is None else "noise" if noise else f"{unit * figures[f'{value}_change']:{form}}")
+    return " / ".join(parts)
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -205,7 +216,7 @@ def _draw(
     ax.errorbar(places, means, errors, capsize=2, **style)
     factor = 100 if value == "acc" else 1
     for place, figures in zip(places, found, strict=True):
-        by_seed = figures.get(f"{value}_by_seed", ())
+        by_seed = figures.get(f"{value}_by_seed") or ()
         if len(by_seed) > 1:
             ends = [factor * min(by_seed), factor * max(by_seed)]
             ax.vlines(place, *ends, color=style["color"], alpha=0.3, linewidth=9, zorder=0)
@@ -240,14 +251,14 @@ def _scale(ax: "Axes", result: dict[str, Any], names: Sequence[str], value: str)
     if value == "acc":
         return
     found = [row["tasks"][name] for row in result["points"] for name in names]
-    widths = [_Z * t[f"{value}_se"] for t in found if t.get(f"{value}_se")]
+    widths = [Z * t[f"{value}_se"] for t in found if t.get(f"{value}_se")]
     ax.set_yscale("symlog", linthresh=max(min(widths, default=0.1), 1e-4))
 
 
 def _figures(figures: dict[str, Any], value: str) -> tuple[float, float]:
     """Mean and half of its 95 % interval, accuracy in percent; what is compared with itself has not changed."""
     factor = 100 if value == "acc" else 1
-    return factor * figures.get(value, 0.0), factor * _Z * figures.get(f"{value}_se", 0.0)
+    return factor * (figures.get(value) or 0.0), factor * Z * (figures.get(f"{value}_se") or 0.0)
 
 
 def _style(i: int) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from infmoe.errors import InfMoEError, unknown_name
 
+Z = 1.96  # of a 95 % interval over hundreds of items
+
 
 @dataclass(frozen=True)
 class Column:
@@ -20,7 +22,8 @@ class Column:
         file: the local file's name, or None where there is none.
         per_char: whether lm-eval reports "acc_norm" (per character of the answer) for it too.
         fixed_answers: whether all items have the same answers ("no", "yes"), one of which a model may prefer blindly.
-        after_passage: what follows a passage that several items may share; None where each item stands alone.
+        after_passage: what follows a passage that several items may share; None: items of one context (or, where
+            the answers stand in the contexts, of one pair of them) are taken to share it.
     """
 
     name: str
