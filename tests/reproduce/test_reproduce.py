@@ -120,7 +120,7 @@ def test_zero_shot_scores_are_taken_of_the_models_that_are_there(request_, in_pr
     for values in (infinity, moe):
         rows = values["measures"]["zero_shot"]
         assert {row["task"] for row in rows} == tasks
-        assert {row["items"] for row in rows} == {4}
+        assert {row["items"] for row in rows} == {9}
         assert values["measured_with"]["zero_shot"]["items"] == 9
         assert len(values["measured_with"]["zero_shot"]["files"]) == 7
         assert values["provenance"]["zero_shot"]["command"] == scoring.label
