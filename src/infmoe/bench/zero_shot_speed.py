@@ -39,7 +39,7 @@ def zero_shot_speed(*, quick: bool = False, data_dir: Path | None = None) -> Mea
         raise InfMoEError("this measurement needs lm-eval: pip install 'infmoe[eval]'") from error
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its model tells of every text that it cuts
-    rounds, count = (3, 32) if quick else (7, 128)
+    rounds, count = (3, 32) if quick else (5, 64)
     tasks = {"made up": _made_up(count)} if data_dir is None else _of_files(data_dir, count)
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=128, n_layer=4, n_head=4, n_positions=WINDOW)).eval()
