@@ -28,6 +28,7 @@ from zero_shot_helpers import (
 
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
+from infmoe.eval.zero_shot import figures as figures_of
 from infmoe.eval.zero_shot import harness, items, run, scoring
 from infmoe.eval.zero_shot.local import read_local
 from infmoe.eval.zero_shot.scoring import Request, score
@@ -563,7 +564,7 @@ def test_the_real_files_have_the_items_that_the_table_says(column):
 def test_the_sign_test_is_a_count_over_all_outcomes():
     import itertools
 
-    sign_test = items._sign_test
+    sign_test = figures_of._sign_test
     assert sign_test([0.0, 0.0], [0, 1]) == 1.0
     for better, worse in ((1, 0), (3, 1), (5, 0), (4, 4), (1, 6)):
         sides = [sum(outcome) for outcome in itertools.product((0, 1), repeat=better + worse)]
@@ -581,23 +582,23 @@ def test_the_sign_test_is_a_count_over_all_outcomes():
 def test_errors_take_a_passage_as_one_draw():
     draw = random.Random(0)
     values = [draw.gauss(1, 2) for _ in range(60)]
-    mean, error = items.mean_and_error(values, range(60))
+    mean, error = figures_of.mean_and_error(values, range(60))
     assert mean == pytest.approx(statistics.fmean(values))
     assert error == pytest.approx(statistics.stdev(values) / 60**0.5)
     # every value three times, on one passage: the same mean, the same error
-    assert items.mean_and_error(values * 3, [*range(60)] * 3) == pytest.approx((mean, error))
-    assert items.mean_and_error(values * 3, range(180))[1] < 0.6 * error
+    assert figures_of.mean_and_error(values * 3, [*range(60)] * 3) == pytest.approx((mean, error))
+    assert figures_of.mean_and_error(values * 3, range(180))[1] < 0.6 * error
 
 
 def test_too_few_items_have_no_error_and_an_answer_that_is_never_right_no_margin():
-    assert items.mean_and_error([1.0, 2.0, 3.0], [0, 0, 0]) == (2.0, None)
-    assert items.mean_and_error([1.0, 2.0, 3.0], [0, 1, 2], [0, 0, 1]) == (2.25, None)
+    assert figures_of.mean_and_error([1.0, 2.0, 3.0], [0, 0, 0]) == (2.0, None)
+    assert figures_of.mean_and_error([1.0, 2.0, 3.0], [0, 1, 2], [0, 0, 1]) == (2.25, None)
 
     def summary(golds, passages, shift=0.0):
         made = [items.Item(i, (0.0, 1.0 + shift), (2, 3), g, p) for i, (g, p) in enumerate(zip(golds, passages))]  # noqa: B905
         scored = items.Scored(made, 2.0, 0, {})
         base = items.Scored([dataclasses.replace(i, log_likelihoods=(0.0, 1.0)) for i in made], 2.0, 0, {})
-        return items.summary(ALL["boolq"], [scored], base, "file", 1.0)
+        return figures_of.summary(ALL["boolq"], [scored], base, "file", 1.0)
 
     one_passage = summary([0, 1, 1], "aaa", shift=0.5)
     assert one_passage["acc_se"] is one_passage["margin_se"] is one_passage["margin_within_noise"] is None
@@ -618,7 +619,7 @@ def test_the_errors_of_balanced_means_are_their_spread(sizes, shared):
     for _ in range(1500):
         common = [draw.gauss(0, 1) if shared > 1 else 0.0 for _ in range(len(classes))]
         values = [common[p] + draw.gauss(0, 1 + 2 * kind) for p, kind in zip(passages, classes, strict=True)]
-        mean, error = items.mean_and_error(values, passages, classes)
+        mean, error = figures_of.mean_and_error(values, passages, classes)
         means.append(mean)
         variances.append(error**2)
     assert statistics.fmean(variances) ** 0.5 == pytest.approx(statistics.stdev(means), rel=0.1)
@@ -651,13 +652,13 @@ def test_a_blind_preference_for_an_answer_is_no_margin():
 
     golds = [0] * 10 + [1] * 30
     scored = items.Scored(made(5.0, 0.25, golds), 2.0, 0, {})
-    figures = items.summary(ALL["boolq"], [scored], scored, "file", 1.0)
+    figures = figures_of.summary(ALL["boolq"], [scored], scored, "file", 1.0)
     assert figures["margin"] == pytest.approx(0.25)
     assert figures["margin_se"] == pytest.approx(0)
-    plain = items.summary(ALL["winogrande"], [scored], scored, "file", 1.0)
+    plain = figures_of.summary(ALL["winogrande"], [scored], scored, "file", 1.0)
     assert plain["margin"] == pytest.approx((10 * (0.25 - 5) + 30 * (0.25 + 5)) / 40)
     other = items.Scored(made(-3.0, 0.5, golds), 2.0, 0, {})
-    changed = items.summary(ALL["boolq"], [other], scored, "file", 1.0)
+    changed = figures_of.summary(ALL["boolq"], [other], scored, "file", 1.0)
     assert changed["margin_change"] == pytest.approx(0.25)
     assert not changed["margin_within_noise"]
 
@@ -667,7 +668,7 @@ def test_per_character_figures_are_there_where_lm_eval_has_them(tiny_run, files)
     for column in columns_named("paper", local=True):
         config = harness.local_config(read_local(column, files))
         scored = items.score_items(lm, column, harness.load_task(config))
-        figures = items.summary(column, [scored], scored, "file", 1.0)
+        figures = figures_of.summary(column, [scored], scored, "file", 1.0)
         has = "acc_norm,none" in next(iter(harness.run_task(lm, harness.load_task(config))["results"].values()))
         assert has == column.per_char == (figures["acc_norm"] is not None) == (figures["margin_norm"] is not None)
 

@@ -13,8 +13,9 @@ from infmoe.eval.zero_shot.tasks import Z, columns_named
 from infmoe.layers.point import Point
 
 try:
+    from infmoe.eval.zero_shot.figures import summary
     from infmoe.eval.zero_shot.harness import InfMoELM, load_task, local_config
-    from infmoe.eval.zero_shot.items import score_items, summary
+    from infmoe.eval.zero_shot.items import score_items
 except ImportError as missing:
     raise InfMoEError("zero-shot tasks run through lm-eval: pip install 'infmoe[eval]'") from missing
 

@@ -22,7 +22,8 @@ from infmoe.provenance import provenance, write_json
 
 try:
     from infmoe.eval.zero_shot import harness
-    from infmoe.eval.zero_shot.items import Item, Scored, score_items, summary
+    from infmoe.eval.zero_shot.figures import summary
+    from infmoe.eval.zero_shot.items import Item, Scored, score_items
 except ImportError as missing:
     raise InfMoEError("zero-shot tasks run through lm-eval: pip install 'infmoe[eval]'") from missing
 
