@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/infmoe demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(BIN)/pytest $(TEST_ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
