@@ -434,19 +434,24 @@ def test_results_so_far_are_shown_and_kept(with_out, tiny_run, files, tmp_path, 
             assert row["average"] == pytest.approx(mean)
 
 
-def test_a_picture_that_fails_does_not_hide_what_failed(tiny_run, files, monkeypatch):
+def test_a_picture_that_fails_does_not_hide_what_failed(tiny_run, files, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "score_items", lambda *rest, original=run.score_items: next(steps)(original, *rest))
     steps = iter([lambda original, *rest: original(*rest), lambda *rest: raised(InfMoEError("the Hub is gone"))])
 
     def raised(error):
         raise error
 
+    said = []
     with pytest.raises(InfMoEError, match="the Hub is gone"):
         run.evaluate_tasks(
             tiny_run.run,
             run.Settings("arc_easy,boolq", files, 4),
+            out=tmp_path,
+            say=said.append,
             show=lambda result: raised(OSError("no space left")),
         )
+    assert said[-1] == "the results so far could not be written or drawn: no space left"
+    assert json.loads((tmp_path / "zero_shot.json").read_text())["points"][0]["average"] >= 0
 
 
 def test_a_failure_within_the_first_task_shows_the_points_before_it(tiny_run, files, tmp_path, monkeypatch, capsys):
@@ -602,6 +607,7 @@ def test_too_few_items_have_no_error_and_an_answer_that_is_never_right_no_margin
 
     one_passage = summary([0, 1, 1], "aaa", shift=0.5)
     assert one_passage["acc_se"] is one_passage["margin_se"] is one_passage["margin_within_noise"] is None
+    assert one_passage["acc_within_noise"] is None
     all_yes = summary([1, 1, 1, 1], "abcd", shift=0.5)
     assert all_yes["acc_se"] == 0
     assert all_yes["margin"] is all_yes["margin_change"] is all_yes["margin_within_noise"] is None
@@ -636,6 +642,11 @@ def test_what_belongs_together():
     ]
     assert twins[0] == twins[1]
     assert shared(["So Ann", "So Eve"], None) != shared(["So Joe", "So Eve"], None)
+    longer = [
+        shared([f"It was clear that {name}" for name in pair], None)
+        for pair in (("Ann", "Ann Lee"), ("Ann Lee", "Ann"))
+    ]
+    assert longer[0] == longer[1]
     bakeries = [f"They chose it because the {name}" for name in ("bakery", "bank")]
     assert shared(bakeries, None) == ["They", "chose", "bakery", "bank"]
 
@@ -683,8 +694,8 @@ def test_a_limit_takes_a_random_part_that_is_the_same_for_all(tiny_run, files, t
     assert {399 - i for i in harness.choose(docs[::-1], 100)} == set(chosen)
     assert set(harness.choose(docs, 10)) < set(chosen)
     assert harness.choose(docs, 999) == list(range(400))
-    for limit in (0, -1):
-        with pytest.raises(InfMoEError, match="one item of each task or more"):
+    for limit in (1, 0, -1):
+        with pytest.raises(InfMoEError, match="two items of each task or more"):
             harness.load_task("boolq", limit)
 
     lm = harness.InfMoELM(opened_with(model_of("dense"), tiny_run))
@@ -711,6 +722,8 @@ def test_items_longer_than_the_window_are_counted(tiny_run, files):
     pairs = [[(doc["contexts"][0], answer) for answer in doc["continuations"]] for doc in task.docs]
     lengths = [max(len(lm.tok_encode(context + answer)) for context, answer in item) for item in pairs]
     assert scored.cut == sum(length > WINDOW + 1 for length in lengths) > 0
+    twice = dataclasses.replace(task, docs=[*task.docs, *task.docs])
+    assert score_items(lm, column, harness.load_task(harness.local_config(twice))).cut == 2 * scored.cut
     (column,) = columns_named("winogrande", local=True)
     short = harness.load_task(harness.local_config(read_local(column, files)))
     assert score_items(lm, column, short).cut == 0  # emptied for each task

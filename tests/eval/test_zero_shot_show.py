@@ -1,5 +1,7 @@
 """The table and the picture of zero-shot scores."""
 
+import math
+
 import pytest
 
 pytest.importorskip("lm_eval", reason="the `eval` extra is not installed")
@@ -189,3 +191,21 @@ def test_the_table_says_what_was_cut_left_out_and_compared():
     alone = show.table(result([{"num_samples": 1}], {"num_samples": 1}) | {"limit": None, "window": 128})
     assert "changes are against" not in alone
     assert "chosen by a hash" not in alone
+
+
+def test_what_is_not_known_is_a_dash_and_not_drawn(drawn):
+    scored = result([{"num_samples": 1}, {"num_samples": 2}], {"num_samples": 2})
+    unknown = {"margin": None, "margin_se": None, "margin_change": None, "margin_change_se": None, "acc_se": None}
+    for row in scored["points"]:
+        row["tasks"]["BoolQ"] |= {name: None for name in unknown if name in row["tasks"]["BoolQ"]}
+    scored["points"][1]["tasks"]["BoolQ"] |= {"acc_within_noise": None, "margin_within_noise": None}
+    lines = show.table(scored).splitlines()
+    assert [line.split()[2:5] for line in lines if line.startswith("point")] == [["30.0", "±", "–"], ["31.0", "±", "–"]]
+    assert [line.split()[1] for line in lines if line.startswith("  margin")] == ["–", "–"]
+    (change,) = [line for line in lines if line.startswith("  change")]
+    assert change.split()[4:7] == ["–", "/", "–"]
+    assert any("too few items for an error" in line and line.endswith("BoolQ") for line in lines)
+    assert any("of 2, about 0 pass" in line for line in lines)
+    for ax in drawn(scored).axes[1:]:
+        (boolq, *_) = lines_of(ax, "-")
+        assert all(math.isnan(y) for y in boolq[-1:])

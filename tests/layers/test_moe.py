@@ -521,7 +521,7 @@ def test_rows_with_their_own_k_give_what_each_does_alone(expert_router):
     assert torch.equal(out.stats.counts_U, selected)
     assert out.stats.tokens == 35
     few = layer(x_BTD, Routing(num_experts_per_tok=k_B, key=key_of(streams, 7), token_ids=ids_BT, max_stats_tokens=10))
-    assert few.stats.tokens <= 14  # the parts' shares, each rounded
+    assert few.stats.tokens == 10  # of each k its rows' share
     torch.testing.assert_close(few.y_BTD, out.y_BTD)
     per_layer = Routing(num_experts_per_tok=PerLayer([k_B, 1]), key=key_of(streams, 7), token_ids=ids_BT)
     torch.testing.assert_close(layer(x_BTD, per_layer).y_BTD, out.y_BTD)
@@ -544,6 +544,11 @@ def test_rows_with_their_own_k_are_refused_where_they_mean_nothing():
         with pytest.raises(InfMoEError, match="2 values for a batch of 3 rows"):
             layer(x_BTD, Routing(num_experts_per_tok=(1, 2, 2), **given))
     assert layer(x_BTD[:0], Routing(num_experts_per_tok=())).y_BTD.shape == (0, 2, 12)
+    with pytest.raises(InfMoEError, match="has 2 values"):
+        layer(x_BTD[:0], Routing(num_experts_per_tok=(1, 2)))
+    same = Routing(num_experts_per_tok=(2, 2, 2))
+    assert layer.cost(same) == layer.cost(Routing(num_experts_per_tok=2))
+    assert layer.train()(x_BTD, same).aux_loss == layer(x_BTD, Routing(num_experts_per_tok=2)).aux_loss
     with pytest.raises(InfMoEError, match="more than the layer's 4 experts"):
         layer(x_BTD, Routing(num_experts_per_tok=(1, 2, 5)))
     with pytest.raises(InfMoEError, match="ask for one at a time"):

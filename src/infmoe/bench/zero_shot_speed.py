@@ -13,6 +13,7 @@ from infmoe.data import load_tokenizer
 from infmoe.errors import InfMoEError
 from infmoe.eval.latency import interleave
 from infmoe.eval.loading import Opened
+from infmoe.eval.zero_shot.tasks import SAT
 from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
 
 CHOICES = 4
@@ -92,7 +93,9 @@ def zero_shot_speed(*, quick: bool = False, data_dir: Path | None = None) -> Mea
             if kind == "dense":  # sampled scores hang on the item's noise stream, which `hf` does not know
                 worst = max(abs(a - b) for a, b in zip(*found.values(), strict=True))
                 summary["difference_max"] = max(worst, summary.get("difference_max", 0.0))
-    summary["speed_ratio"] = min(summary[f"{kind}, {task}"] for kind in ("dense", "infinity") for task in tasks)
+    ratios = {task: min(summary[f"{kind}, {task}"] for kind in ("dense", "infinity")) for task in tasks}
+    summary["speed_ratio"] = min(ratio for task, ratio in ratios.items() if task != SAT.name)  # no task of the paper's
+    summary["speed_ratio_all"] = min(ratios.values())
     return rows, summary
 
 

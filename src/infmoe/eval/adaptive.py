@@ -13,7 +13,7 @@ from infmoe.errors import InfMoEError
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.layers import PerLayer, Routing
 
-_ROUNDS = 40
+_ROUNDS = 40  # for each cut that is looked for
 _NORMAL = statistics.NormalDist()
 _CLOSE = 0.005  # of the wanted share
 
@@ -55,19 +55,23 @@ def calibrate_cut(
     # the scores' size, by W_z's: where to begin
     weights = [block.mlp.w_z.weight.detach().float() for block in model.transformer.h]
     width = [max(float(weight_UZ.norm(dim=1).mean()), 1e-30) for weight_UZ in weights]
-    if not per_layer:
-        width = [sum(width) / num_layers] * num_layers
-    searches = [_Search(share, size) for size in width]
-    for _ in range(_ROUNDS):
-        cuts = [search.cut for search in searches]
-        routing = Routing(num_samples=num_samples, score_cut=PerLayer(cuts))
-        kept = _kept(model, held_out, routing, seed, batch_size)
+    searches = [_Search(share, size) for size in (width if per_layer else [sum(width) / num_layers])]
+    for _ in range(_ROUNDS * len(searches)):
+        cuts = [search.cut for search in searches] * (1 if per_layer else num_layers)
+        kept = _kept(model, held_out, Routing(num_samples=num_samples, score_cut=PerLayer(cuts)), seed, batch_size)
         if not per_layer:
-            kept = [sum(kept) / num_layers] * num_layers
+            kept = [sum(kept) / num_layers]
         if all(abs(k / share - 1.0) < _CLOSE for k in kept):
             return PerLayer(cuts) if per_layer else cuts[0]
+        # what a layer keeps hangs on its own cut and on those of the layers below it
+        moved = False
         for search, k in zip(searches, kept, strict=True):
-            search.step(k)
+            close = abs(k / share - 1.0) < _CLOSE
+            if not close:
+                search.step(k)
+            if moved:
+                search.forget()
+            moved = moved or not close
     worst = max(kept, key=lambda k: abs(k / share - 1.0))
     raise InfMoEError(
         f"no cut keeps {share:g} of the units: many scores are alike, and {worst:.3f} is as near as it gets"
@@ -75,17 +79,17 @@ def calibrate_cut(
 
 
 class _Search:
-    """One layer's way to its cut: steps as on a normal's quantiles, within what is known to be too low and too high.
-
-    What a layer keeps hangs on what the layers below it keep, so a bound may turn out wrong while they move: where
-    both have met, they are forgotten.
-    """
+    """The way to a cut: steps as on a normal's quantiles, within what is known to be too low and too high."""
 
     def __init__(self, share: float, width: float):
         self.share, self.width, self.cut = share, width, 0.0
-        self.low, self.high = -math.inf, math.inf
         self._before: tuple[float, float] | None = None  # the last cut, and the quantile of what it kept
         self._turns = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """What other cuts kept says nothing any more."""
+        self.low, self.high = -math.inf, math.inf
 
     def step(self, kept: float) -> None:
         """Move the cut, now that it is known what it keeps."""
@@ -96,8 +100,6 @@ class _Search:
             self.low = self.cut
         else:
             self.high = self.cut
-        if self.high - self.low <= 1e-7 * max(abs(self.low), abs(self.high)) or self.low >= self.high:
-            self.low, self.high = (self.cut, math.inf) if kept > self.share else (-math.inf, self.cut)
         self._before = self.cut, at
         self._turns += 1
         cut = self.cut + self.width * (at - _NORMAL.inv_cdf(self.share))

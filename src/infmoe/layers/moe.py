@@ -169,14 +169,15 @@ class MoEFFN(ConditionalFFN):
     def _by_rows(self, x_BTD: Tensor, routing: Routing, k_B: tuple[int, ...]) -> FFNOutput:
         """Rows of one k together, each as it would be alone."""
         B = len(x_BTD)
-        if len(k_B) == 1 or B == 0:
-            k = k_B[0] if len(k_B) == 1 else None
-            return self.forward(x_BTD, dataclasses.replace(routing, num_experts_per_tok=k))
-        if x_BTD.ndim != 3 or len(k_B) != B:
+        if len(k_B) not in (1, B) or x_BTD.ndim != 3:
             raise InfMoEError(
                 f"num_experts_per_tok has {len(k_B)} values for an input of shape {tuple(x_BTD.shape)}: give one per "
                 "row of (B, T, D)"
             )
+        for k in k_B:
+            self._check_k(k)
+        if len(set(k_B)) < 2:
+            return self.forward(x_BTD, dataclasses.replace(routing, num_experts_per_tok=k_B[0] if k_B else None))
         if self.training:
             raise InfMoEError("rows of different num_experts_per_tok are for inference: balance losses take one k")
         y_BTD, aux_loss = x_BTD, torch.zeros((), device=x_BTD.device)
@@ -203,6 +204,8 @@ class MoEFFN(ConditionalFFN):
         k = routing.num_experts_per_tok
         if k is None:
             return self.num_experts_per_tok
+        if isinstance(k, tuple) and len(set(k)) == 1:
+            k = k[0]
         if isinstance(k, tuple):
             raise InfMoEError(f"rows of different num_experts_per_tok, {k}, cost differently: ask for one at a time")
         assert isinstance(k, int)  # `at_layer` took PerLayer apart

@@ -92,7 +92,8 @@ class Routing:
         key: what the noise is a function of. None: drawn from torch's default generator in train mode, the
             layer's `noise_seed` in eval mode.
         token_ids: int64, shape (B, T); what hash routing hashes. The model fills it in.
-        max_stats_tokens: the routing statistics look at this many evenly spaced tokens at most; None: at all
+        max_stats_tokens: the routing statistics look at this many evenly spaced tokens at most (at one of each k
+            at least, where rows differ in it); None: at all
             of them, but a model in train mode at 512.
         backend: which kernels run (`infinity`): "auto", "eager", "fused", "sparse" or "triton"; None: the
             environment's INFMOE_BACKEND, else "auto". They agree but for rounding.

@@ -68,7 +68,12 @@ def summary(column: Column, by_seed: Sequence[Scored], base: Scored, source: str
         hits = [float(i.right) - float(b.right) for i, b in pairs]
         mean, error = mean_and_error(hits, passages)
         p = _sign_test(hits, passages)
-        figures |= {"acc_change": mean, "acc_change_se": error, "acc_change_p": p, "acc_within_noise": p > 0.05}
+        figures |= {
+            "acc_change": mean,
+            "acc_change_se": error,
+            "acc_change_p": p,
+            "acc_within_noise": None if error is None else p > 0.05,
+        }
         change, error = margin_of([i.margin - b.margin for i, b in pairs])
         within = None if change is None or error is None else abs(change) <= Z * error
         figures |= {"margin_change": change, "margin_change_se": error, "margin_within_noise": within}

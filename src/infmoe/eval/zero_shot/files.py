@@ -56,6 +56,9 @@ def score_files(
     Returns:
         One row a point and task: the dials, the task's column, items, accuracies and the margin (in nats, with its
         95 % interval over items).
+
+    Raises:
+        InfMoEError: a file is missing or damaged, or a task has too few items for its errors.
     """
     model = InfMoELM(opened, batch_size=batch_size)
     model.seed = seed
@@ -67,8 +70,11 @@ def score_files(
             scored = score_items(model, task.column, loaded)
             figures = summary(task.column, [scored], scored, task.path.name, 1.0)
             margin, error = figures["margin"], figures["margin_se"]
-            known = margin is not None and error is not None
-            interval = {"margin_low": margin - Z * error, "margin_high": margin + Z * error} if known else {}
+            if margin is None or error is None or figures["acc_se"] is None:
+                raise InfMoEError(
+                    f"{len(scored.items)} items of {task.column.name} are too few for an error: raise the limit"
+                )
+            interval = {"margin_low": margin - Z * error, "margin_high": margin + Z * error}
             rows.append(
                 {"task": task.column.name, **asdict(point), **{name: figures[name] for name in _FIGURES}, **interval}
             )

@@ -198,10 +198,12 @@ class InfMoELM(TemplateLM):
 def stream_of(instance: Instance) -> int:
     """An item's noise stream: its task and what it says, wherever in its file it stands and whatever is beside it."""
     content: Any = instance.doc or instance.doc_id
-    if content is None:
-        content = list(instance.args)
-    task = (instance.task_name or "").removesuffix(_LOCAL)
-    text = json.dumps([task, content], sort_keys=True, default=repr)
+    return item_stream(instance.task_name or "", list(instance.args) if content is None else content)
+
+
+def item_stream(task: str, content: Any) -> int:
+    """The noise stream of an item of lm-eval's task `task`, or of ours of that name, by its document."""
+    text = json.dumps([task.removesuffix(_LOCAL), content], sort_keys=True, default=repr)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -263,6 +265,12 @@ class LoadedTask:
     chosen: list[int] | None
 
 
+def check_limit(limit: int | None) -> None:
+    """Raise unless `limit` leaves items enough for a standard error."""
+    if limit is not None and limit < 2:
+        raise InfMoEError(f"a limit takes two items of each task or more, got {limit}")
+
+
 def load_task(task: str | dict[str, Any], limit: int | None = None) -> LoadedTask:
     """Read a task's items.
 
@@ -271,10 +279,9 @@ def load_task(task: str | dict[str, Any], limit: int | None = None) -> LoadedTas
         limit: so many items, the same ones for every model and setting; None: all.
 
     Raises:
-        InfMoEError: the task needs the Hub, and it can't be reached; or a limit below 1.
+        InfMoEError: the task needs the Hub, and it can't be reached; or a limit below 2.
     """
-    if limit is not None and limit < 1:
-        raise InfMoEError(f"a limit takes one item of each task or more, got {limit}")
+    check_limit(limit)
     name = task if isinstance(task, str) else task["task"]
     with _quiet():
         try:

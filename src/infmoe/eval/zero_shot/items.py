@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infmoe.errors import InfMoEError
-from infmoe.eval.zero_shot.harness import InfMoELM, LoadedTask, run_task
+from infmoe.eval.zero_shot.harness import InfMoELM, LoadedTask, item_stream, run_task
 from infmoe.eval.zero_shot.scoring import common_start
 from infmoe.eval.zero_shot.tasks import Column
 
@@ -91,7 +91,8 @@ def score_items(model: InfMoELM, column: Column, task: LoadedTask) -> Scored:
     (samples,), (version,) = result["samples"].values(), result["versions"].values()
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     items = [_item(sample, column) for sample in samples]
-    return Scored(items, float(version), len(model.cut_streams), _notes(samples, items))
+    cut = sum(item_stream(task.name, sample["doc"]) in model.cut_streams for sample in samples)
+    return Scored(items, float(version), cut, _notes(samples, items))
 
 
 def _item(sample: dict[str, Any], column: Column) -> Item:
@@ -123,7 +124,7 @@ def _shared(contexts: Sequence[str], after_passage: str | None) -> list[str]:
         return [passage]
     words = [context.split() for context in contexts]
     start = common_start(words)
-    if len(start) == len(words[0]):
+    if len(set(contexts)) == 1:
         return [contexts[0]]
     return [*start[:2], *sorted(" ".join(one[len(start) :]) for one in words)]
 

@@ -1,6 +1,5 @@
 """A checkpoint over tasks and dials: accuracy, margins, paired differences, as one JSON object."""
 
-import contextlib
 import json
 import statistics
 import time
@@ -78,6 +77,7 @@ def evaluate_tasks(
         InfMoEError: nothing to open, an unknown task, a missing or damaged file (all files are read before the
             first is scored), a Hub that can't be reached.
     """
+    harness.check_limit(settings.limit)
     columns = columns_named(settings.tasks, local=settings.data_dir is not None)
     files = {c.task: read_local(c, settings.data_dir) for c in columns} if settings.data_dir is not None else {}
     opened = open_model(model_dir)
@@ -132,8 +132,10 @@ def evaluate_tasks(
                     write_json(out / RESULTS, result)
             result["unfinished"].remove(column.name)
     except BaseException:
-        with contextlib.suppress(Exception):  # what stopped it is what the caller must hear of
+        try:
             _conclude(result, out, show)
+        except Exception as error:  # what stopped the scoring is what the caller must hear of
+            say(f"the results so far could not be written or drawn: {error}")
         raise
     _conclude(result, out, show)
     return result
@@ -147,9 +149,11 @@ def _conclude(result: dict[str, Any], out: Path | None, show: Callable[[dict[str
         by_task = [row["tasks"][name]["acc_by_seed"] for name in names]
         row["average_by_seed"] = [statistics.fmean(accuracies) for accuracies in zip(*by_task, strict=True)]
     if any(row["tasks"] for row in result["points"]):
-        if out is not None:
-            write_json(out / RESULTS, result)
-        show(result)
+        try:
+            show(result)
+        finally:
+            if out is not None:
+                write_json(out / RESULTS, result)
 
 
 def _note(notes: dict[str, dict[str, float]], column: Column, scored: Scored, *, local: bool) -> None:

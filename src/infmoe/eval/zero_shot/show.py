@@ -1,5 +1,6 @@
 """What scoring found, for readers: a table beside the paper's rows, and a picture over the dials."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ _DIALS = {
 }
 _LINES: dict[str, Any] = {"sample": "-", "mu": "--", "antithetic": "-.", "qmc": (0, (5, 1, 1, 1, 1, 1))}
 _MODE_NAMES = {"mu": "dashed: z = μ", "antithetic": "dash-dotted: antithetic", "qmc": "dash-dot-dotted: qmc"}
+_JUDGED = ("acc", "margin")  # what is compared from point to point
 _GREY = "#777777"
 
 
@@ -93,14 +95,14 @@ def _notes(result: dict[str, Any], known: dict[str, dict[str, Any]]) -> list[str
     fixed = [name for name, t in known.items() if ALL[t["task"]].fixed_answers]
     if fixed:
         notes.append(f"margins of {', '.join(fixed)}: each right answer weighs the same, however often it is right")
-    small = [name for name, t in known.items() if t["acc_se"] is None or t["margin"] is None]
+    small = [name for name, t in known.items() if None in (t["acc_se"], t["margin"], t["margin_se"])]
     if small:
         notes.append(f"too few items for an error, or for a margin over every right answer: {', '.join(small)}")
     if result["limit"] is not None:
         notes.append(f"{result['limit']} items of each task at most, chosen by a hash of what they say")
     names = finished(result)
-    if len(rows) > 1 and names:
-        count = 2 * len(names) * (len(rows) - 1)
+    judged = [row["tasks"][name][f"{value}_within_noise"] for row in rows[1:] for name in names for value in _JUDGED]
+    if count := sum(one is not None for one in judged):
         notes.append(
             f"changes are against {rows[0]['label']}, each judged alone at 95 %: of {count}, about "
             f"{round(0.05 * count)} pass for more than noise by chance"
@@ -256,9 +258,12 @@ def _scale(ax: "Axes", result: dict[str, Any], names: Sequence[str], value: str)
 
 
 def _figures(figures: dict[str, Any], value: str) -> tuple[float, float]:
-    """Mean and half of its 95 % interval, accuracy in percent; what is compared with itself has not changed."""
+    """Mean and half of its 95 % interval, accuracy in percent; NaN, which is not drawn, for what is not known."""
     factor = 100 if value == "acc" else 1
-    return factor * (figures.get(value) or 0.0), factor * Z * (figures.get(f"{value}_se") or 0.0)
+    # the point that others are compared with has no change, and it has not changed
+    found = [figures.get(name, 0.0) for name in (value, f"{value}_se")]
+    mean, error = (math.nan if figure is None else figure for figure in found)
+    return factor * mean, factor * Z * error
 
 
 def _style(i: int) -> dict[str, Any]:

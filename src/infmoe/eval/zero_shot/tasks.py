@@ -22,8 +22,8 @@ class Column:
         file: the local file's name, or None where there is none.
         per_char: whether lm-eval reports "acc_norm" (per character of the answer) for it too.
         fixed_answers: whether all items have the same answers ("no", "yes"), one of which a model may prefer blindly.
-        after_passage: what follows a passage that several items may share; None: items of one context (or, where
-            the answers stand in the contexts, of one pair of them) are taken to share it.
+        after_passage: what follows a passage that several items may share; None: items of one context are taken
+            to share it; where the answers stand in the contexts, those of one pair of answers after the same two words.
     """
 
     name: str
