@@ -97,6 +97,15 @@ def test_numbers_in_the_readme_come_from_results():
             assert any(f"{abs(value):.{decimals}f}" == number for value in flat), f"{number} is not in {file}"
 
 
+def test_findings_in_the_readme_stand_in_the_evidence():
+    section = README.split("## Findings so far")[1].split("\n## ")[0]
+    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    found = re.findall(r"[-+]\d+\.\d+ ± \d+\.\d+", section)
+    assert len(found) >= 5
+    for number in found:
+        assert number in evidence, f"{number} is not in docs/evidence.md"
+
+
 def _numbers(value) -> list[float]:
     if isinstance(value, dict):
         return [n for v in value.values() for n in _numbers(v)]
