@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import random
 import shutil
 import statistics
@@ -392,6 +393,8 @@ def test_a_task_of_the_hub_that_can_t_be_reached_is_one_line(tiny_run, capsys, m
     import datasets
 
     def unreachable(*args, **kwargs):
+        for name in ("lm_eval", "datasets", "huggingface_hub.utils._http"):  # each would print a line of its own
+            assert not logging.getLogger(name).isEnabledFor(logging.WARNING), name
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)

@@ -329,8 +329,8 @@ def _task_manager(*, own: bool) -> TaskManager:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval logs what it is about to do, and draws bars."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    """lm-eval logs what it is about to do, and draws bars; the Hub's client logs every attempt that fails."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
