@@ -40,7 +40,8 @@ def table(result: dict[str, Any]) -> str:
     rows = result["points"]
     known: dict[str, dict[str, Any]] = {}
     for row in rows:
-        known = {**known, **{name: row["tasks"][name] for name in row["tasks"] if name not in known}}
+        for name, figures in row["tasks"].items():
+            known.setdefault(name, figures)
     names = list(known)
     several = len(result["seeds"]) > 1
     widths = [max(18 if several else 16, len(name)) for name in names]
