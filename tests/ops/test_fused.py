@@ -526,6 +526,20 @@ def longs(*values):
 
 
 NONE = (None, None, None)
+
+
+def and_transposed(w2):
+    return w2, w2.T.contiguous()
+
+
+def routed():
+    return (
+        *(random(2, 8), random(3, 8), None, random(3, 8), random(3), 0, 0.01, 3.0),
+        *(longs(1)[0], longs(2)[0], 3, longs(4, 5), longs(6, 7).view(2, 1), 4),
+        *(random(20, 3), None, False, [5], None, 1, False, False),
+    )
+
+
 LAWFUL = {
     "top_mask": lambda new: (new(5, 2, 8), new(20, 8), new(20), False, [5], torch.ones(5, 2), 2, *(False, False, True)),
     "top_mask many": lambda new: (new(9, 2, 8), new(20, 8), None, True, [5] * 3, torch.ones(9, 2), 1, *(True,) * 3),
@@ -545,14 +559,11 @@ LAWFUL_WITHOUT_GRADIENTS = {
     "spread_backward": lambda: (random(4, 2, 8), None, random(4, 8), random(4, 8), random(4, 2, 8), 1, 0.01, 3.0),
     "spread_stats": lambda: (random(4, 8), random(4, 8).abs(), 2),
     "few_rows_linear": lambda: (random(2, 8), random(5, 8), random(5)),
-    "sparse_ffn": lambda: (random(2, 8), random(2, 20), random(20, 8), *NONE, random(20, 8), None, 1),
+    "sparse_ffn": lambda: (random(2, 8), random(2, 20), random(20, 8), *NONE, *and_transposed(random(8, 20)), None, 1),
     "sparse_ffn_by_rows": lambda: (random(2, 8), random(2, 20), random(20, 8), *NONE, random(8, 20), None, 1),
     "normal_noise": lambda: (longs(1)[0], longs(2)[0], 3, longs(4, 5), longs(6, 7).view(2, 1), 2, 5),
-    "route": lambda: (
-        *(random(2, 8), random(3, 8), None, random(3, 8), random(3), 0, 0.01, 3.0),
-        *(longs(1)[0], longs(2)[0], 3, longs(4, 5), longs(6, 7).view(2, 1), 4),
-        *(random(20, 3), None, False, [5], None, 1, False, False),
-    ),
+    "route": lambda: (*routed(), *NONE, *NONE, None, 0),
+    "route to y": lambda: (*routed(), random(20, 8), *NONE, *and_transposed(random(8, 20)), None, 1),
 }
 
 
@@ -564,7 +575,7 @@ def test_operators_with_gradients_are_lawful(name):
 
 @pytest.mark.parametrize("name", LAWFUL_WITHOUT_GRADIENTS)
 def test_operators_without_gradients_are_lawful(name):
-    torch.library.opcheck(getattr(OPS, name).default, LAWFUL_WITHOUT_GRADIENTS[name]())
+    torch.library.opcheck(getattr(OPS, name.split()[0]).default, LAWFUL_WITHOUT_GRADIENTS[name]())
 
 
 def test_every_operator_of_the_kernels_is_checked():
@@ -690,7 +701,7 @@ def work(isa):
         x, w = rand(3, 37).to(dtype), rand(21, 37).to(dtype)
         out[f"linear {dtype}"] = [ops.few_rows_linear(x, w, None)]
         half = rand(3, 21) * (rand(3, 21) > 0)
-        out[f"sparse {dtype}"] = [ops.sparse_ffn(x, half, w, None, None, None, w, None, 1)]
+        out[f"sparse {dtype}"] = [ops.sparse_ffn(x, half, w, None, None, None, w.T, w, None, 1)]
     out["spread"] = ops.spread(rand(4, 33), rand(4, 33), rand(4, 2, 33), 0, 0.01, 3.0)
     out["noise"] = [ops.normal_noise(torch.tensor(1), torch.tensor(2), 3, torch.arange(2),
                                      torch.arange(40).view(2, 20), 2, 33)]

@@ -85,8 +85,7 @@ def _point(layers: list[InfinityFFN], N: int, K: int, ratio: float, rounds: int,
     arms = {name: arm(name) for name in _able(layers[0], N, K)}
     first = {name: min(call() for _ in range(3 if N <= 64 else 1)) for name, call in arms.items()}
     arms = {name: call for name, call in arms.items() if first[name] < _LOST * min(first.values())}
-    dials = layers[0]._dials(Routing(num_samples=K, keep_ratio=ratio), batch_size=1)
-    chosen = layers[0]._backend(x_1ND, Routing(), dials)
+    chosen = layers[0].chosen_backend(x_1ND, Routing(num_samples=K, keep_ratio=ratio))
     arms["auto"] = arm("auto")
     times: dict[str, list[float]] = {name: [] for name in arms}
     deadline = time.perf_counter() + seconds

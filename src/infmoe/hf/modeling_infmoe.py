@@ -80,6 +80,11 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
+def _drop(dropout: nn.Module, x: Tensor) -> Tensor:
+    """`dropout(x)`; outside training without the call, which a decoded token would make twice a layer."""
+    return dropout(x) if dropout.training else x
+
+
 class InfMoEAttention(nn.Module):
     """GPT-2's causal self-attention."""
 
@@ -120,7 +125,7 @@ class InfMoEAttention(nn.Module):
             **kwargs,
         )
         output = self.c_proj(output.reshape(B, T, D).contiguous())
-        return self.resid_dropout(output), weights
+        return _drop(self.resid_dropout, output), weights
 
 
 class InfMoEBlock(GradientCheckpointingLayer):
@@ -145,7 +150,7 @@ class InfMoEBlock(GradientCheckpointingLayer):
         attended, _ = self.attn(self.ln_1(hidden_states), past_key_values, attention_mask, **kwargs)
         hidden_states = hidden_states + attended
         ffn: FFNOutput = self.mlp(self.ln_2(hidden_states), routing)
-        return hidden_states + self.resid_dropout(ffn.y_BTD), ffn.aux_loss, ffn.stats
+        return hidden_states + _drop(self.resid_dropout, ffn.y_BTD), ffn.aux_loss, ffn.stats
 
 
 class InfMoEPreTrainedModel(PreTrainedModel):
@@ -321,9 +326,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         seed = self.config.noise_seed or 0
         routing = routing.with_key(seed=seed, training=self.training, batch_size=batch_size, device=device)
         key: NoiseKey = routing.key  # type: ignore[assignment]
-        if key.position is None:
-            routing = dataclasses.replace(routing, key=dataclasses.replace(key, position=position_ids))
-        return routing
+        return dataclasses.replace(routing, key=key.at(position_ids, batch_size))
 
 
 class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):

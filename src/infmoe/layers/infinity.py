@@ -175,14 +175,15 @@ class InfinityFFN(ConditionalFFN):
         routing = (routing or Routing()).at_layer(self.layer_index)
         dials = self._dials(routing, batch_size=x_BTD.shape[0])
 
-        backend = self._backend(x_BTD, routing, dials)
+        ffn, router_state = self._plain_weights(), self._router_state()
+        backend = self._backend(x_BTD, routing, dials, ffn, self._density(dials, router_state))
         num_tokens = x_BTD.shape[0] * x_BTD.shape[1]
         count_every = stats_stride(num_tokens, routing.max_stats_tokens)
-        if self._routes_at_once(x_BTD, backend, dials):
-            dtype = torch.float32 if backend == "sparse" else x_BTD.dtype
-            mask, sigma, sigma_to_mu = self._route(x_BTD, routing, dials, count_every, dtype)
-            masked = self._masked_sparse if backend == "sparse" else self._masked_dense
-            y_BTD, mask_stats = masked(x_BTD, mask.mask_BTU), mask.stats
+        maps = self._few_token_maps(x_BTD, backend, dials, ffn)
+        if maps is not None:
+            sparse = ffn if backend == "sparse" else None
+            out_BTX, mask_stats, sigma, sigma_to_mu = self._route(x_BTD, routing, dials, count_every, maps, sparse)
+            y_BTD = out_BTX if sparse is not None else self._gated(self._products(x_BTD), out_BTX)
         else:
             indices = self._draw(x_BTD, routing, dials)
             run = {"eager": self._eager, "fused": self._fused, "sparse": self._sparse, "triton": self._triton}[backend]
@@ -190,30 +191,45 @@ class InfinityFFN(ConditionalFFN):
             sigma, sigma_to_mu = self._spread_stats(indices, count_every)
         looked = -(-num_tokens // count_every)
         if not torch.is_grad_enabled():
-            self._measure_density(mask_stats, dials, looked)
+            self._measure_density(mask_stats, dials, router_state, looked)
         zero = torch.zeros((), device=x_BTD.device)
         tokens = torch.full((), float(looked), device=x_BTD.device)
         stats = RoutingStats(tokens, *mask_stats, sigma, sigma_to_mu, dropped=zero)
         return FFNOutput(y_BTD, zero, stats)
 
-    def _routes_at_once(self, x_BTD: Tensor, backend: str, dials: Dials) -> bool:
-        """Whether one operator goes from x to the mask: the usual router, few tokens, nothing hooked into."""
+    def chosen_backend(self, x_BTD: Tensor, routing: Routing | None = None) -> str:
+        """The backend that a call would run on (see `infmoe.ops.dispatch`)."""
+        routing = (routing or Routing()).at_layer(self.layer_index)
+        dials = self._dials(routing, batch_size=x_BTD.shape[0])
+        return self._backend(x_BTD, routing, dials, self._plain_weights(), self._density(dials, self._router_state()))
+
+    def _plain_weights(self) -> few_tokens.FFN | None:
+        """W1, W3 and W2 with their biases, where all are plain linear maps."""
+        w1, w2 = _affine(self.w1), _affine(self.w2)
+        w3: tuple[Tensor | None, Tensor | None] | None = (None, None) if self.w3 is None else _affine(self.w3)
+        if w1 is None or w2 is None or w3 is None:
+            return None
+        return few_tokens.FFN(*w1, *w3, *w2)
+
+    def _few_token_maps(
+        self, x_BTD: Tensor, backend: str, dials: Dials, ffn: few_tokens.FFN | None
+    ) -> few_tokens.RouterMaps | None:
+        """What one operator needs to go from x to the mask: of the usual router, for few tokens, else None."""
+        if (
+            backend not in ("fused", "sparse")
+            or dials.mode != "sample"
+            or dials.score_cut is not None
+            or torch.compiler.is_compiling()
+            or ffn is None
+        ):
+            return None
         router = self.router
-        maps = (router.mu, router.sigma, self.w_z)
-        return (
-            backend in ("fused", "sparse")
-            and dials.mode == "sample"
-            and dials.score_cut is None
-            and not torch.compiler.is_compiling()
-            and few_tokens.few_rows(x_BTD, router.mu.weight)
-            and router.hidden is None
-            and all(_is_plain(linear) for linear in (*maps, self.w1, self.w2))
-            and router.sigma is not None
-            and router.sigma.weight.dtype == x_BTD.dtype
-            and router.sigma.weight.is_contiguous()
-            and not _is_hooked(router)
-            and not self._scale_needs_scores(dials)
-        )
+        mu, sigma, w_z = _affine(router.mu), _affine(router.sigma), _affine(self.w_z)
+        if mu is None or sigma is None or w_z is None or router.hidden is not None or _is_hooked(router):
+            return None
+        if not (few_tokens.few_rows(x_BTD, mu[0]) and sigma[0].dtype == x_BTD.dtype and sigma[0].is_contiguous()):
+            return None
+        return None if self._scale_needs_scores(dials) else few_tokens.RouterMaps(*mu, *sigma, *w_z)
 
     def _route(
         self,
@@ -221,27 +237,25 @@ class InfinityFFN(ConditionalFFN):
         routing: Routing,
         dials: Dials,
         count_every: int,
-        dtype: torch.dtype,
-    ) -> tuple[MeanMask, Tensor, Tensor]:
-        """The mean mask of few tokens, and the sums that describe the router's spread."""
+        maps: few_tokens.RouterMaps,
+        sparse: few_tokens.FFN | None,
+    ) -> tuple[Tensor, MaskStats, Tensor, Tensor]:
+        """The mean mask of few tokens, or the layer's output; statistics, and the sums that describe the spread."""
         router = self.router
-        assert router.sigma is not None
-        K = max(dials.num_samples)
         even = len(dials.num_samples) == 1 and (self.mask_scale == "none" or dials.keep_ratios == (self.keep_ratio,))
         return few_tokens.route(
             x_BTD,
-            (router.mu.weight, router.mu.bias),
-            (router.sigma.weight, router.sigma.bias),
+            maps,
             (router.sigma_activation, router.min_sigma, router.max_sigma),
             noise_key(**self._noise_coordinates(x_BTD, routing)),
-            K,
-            (self.w_z.weight, self.w_z.bias),
+            max(dials.num_samples),
             num_kept(dials.keep_ratios, self.num_units),
             None if even else self._weights(x_BTD.device, None, dials),
             count_every=count_every,
             selection=self.selection,
             score_dtype=self._rounded_to,
-            mask_dtype=dtype,
+            mask_dtype=x_BTD.dtype,
+            sparse=None if sparse is None else (sparse, self.hidden_act),
         )
 
     # What the backends take: input, indices, dials, and the stride of the tokens that the statistics look at.
@@ -264,9 +278,6 @@ class InfinityFFN(ConditionalFFN):
         mask = self._fused_mask(z_BTKZ, dials, count_every, products[0].dtype)
         return self._gated(products, mask.mask_BTU), mask.stats
 
-    def _masked_dense(self, x_BTD: Tensor, mask_BTU: Tensor) -> Tensor:
-        return self._gated(self._products(x_BTD), mask_BTU)
-
     def _products(self, x_BTD: Tensor) -> Products:
         """W1 x and W3 x, each with the bias that is still to be added."""
         pre_BTF, b1_F = _product(self.w1, x_BTD)
@@ -284,13 +295,10 @@ class InfinityFFN(ConditionalFFN):
 
     def _sparse(self, x_BTD: Tensor, z_BTKZ: Tensor, dials: Dials, count_every: int) -> tuple[Tensor, MaskStats]:
         """The mask first, then only the neurons that it keeps."""
+        ffn = self._plain_weights()
+        assert ffn is not None  # else the dispatcher would have refused
         mask = self._fused_mask(z_BTKZ, dials, count_every, torch.float32)
-        return self._masked_sparse(x_BTD, mask.mask_BTU), mask.stats
-
-    def _masked_sparse(self, x_BTD: Tensor, mask_BTU: Tensor) -> Tensor:
-        w3, b3 = (self.w3.weight, self.w3.bias) if self.w3 is not None else (None, None)
-        w1, b1, w2, b2 = self.w1.weight, self.w1.bias, self.w2.weight, self.w2.bias
-        return few_tokens.sparse_ffn(x_BTD, mask_BTU, w1, b1, w3, b3, w2, b2, self.hidden_act)
+        return few_tokens.sparse_ffn(x_BTD, mask.mask_BTU, *ffn, self.hidden_act), mask.stats
 
     def _triton(self, x_BTD: Tensor, z_BTKZ: Tensor, dials: Dials, count_every: int) -> tuple[Tensor, MaskStats]:
         """Selection and gating fused on the GPU, between products that skip nothing."""
@@ -348,22 +356,26 @@ class InfinityFFN(ConditionalFFN):
             scores_BTKU, kept, weight_BTK, count_every=count_every, selection=self.selection, mask_dtype=dtype
         )
 
-    def _backend(self, x_BTD: Tensor, routing: Routing, dials: Dials) -> str:
+    def _backend(
+        self, x_BTD: Tensor, routing: Routing, dials: Dials, ffn: few_tokens.FFN | None, density: float
+    ) -> str:
         device = x_BTD.device.type
         autocast = torch.is_autocast_enabled(device) and x_BTD.dtype != torch.float64  # which it leaves alone
-        linears = [linear for linear in (self.w1, self.w2, self.w3) if linear is not None]
         dtype = torch.get_autocast_dtype(device) if autocast else x_BTD.dtype
         backend = dispatch.resolve(
             routing.backend,
             device=device,
             dtype=dtype,
             gradients=torch.is_grad_enabled(),
-            plain=not autocast and all(_is_plain(linear) and linear.weight.dtype == dtype for linear in linears),
+            plain=not autocast
+            and ffn is not None
+            and ffn.w1_FD.dtype == ffn.w2_DF.dtype == dtype
+            and (ffn.w3_FD is None or ffn.w3_FD.dtype == dtype),
             tokens=x_BTD.shape[0] * x_BTD.shape[1],
-            density=1.0 if torch.compiler.is_compiling() else self._density(dials),
+            density=density,
             hidden_size=self.hidden_size,
             width=self.width,
-            matrices=len(linears),
+            matrices=2 if self.w3 is None else 3,
         )
         if backend != "triton" or dials.score_cut is None:
             return backend
@@ -371,29 +383,35 @@ class InfinityFFN(ConditionalFFN):
             raise InfMoEError("backend 'triton' has no score_cut: use backend 'eager', or keep_ratio")
         return "eager"
 
-    def _setting(self, dials: Dials, num_samples: int, keep_ratio: float) -> tuple:
-        """What a measured density holds for: the dials of one row, and the router as it is."""
+    def _router_state(self) -> tuple[int, ...]:
+        """What changes with the router's weights; a measured density holds for as long as it stays."""
+        if torch.compiler.is_compiling():
+            return ()
         weights = (self.router.mu.weight, self.w_z.weight)
-        versions = (w._version if isinstance(w, Tensor) and not w.is_inference() else 0 for w in weights)
-        return num_samples, keep_ratio, dials.score_cut, *versions
+        return tuple([w._version if isinstance(w, Tensor) and not w.is_inference() else 0 for w in weights])
 
-    def _density(self, dials: Dials) -> float:
+    def _density(self, dials: Dials, router_state: tuple[int, ...]) -> float:
         """Expected share of units in the union of a token's masks, of the row with most of them.
 
         As measured, else for independent masks; before a score cut is measured, as if it kept `keep_ratio`.
         """
+        if torch.compiler.is_compiling():
+            return 1.0
+        known = self._measured_density
         return max(
-            self._measured_density.get(self._setting(dials, k, ratio), 1.0 - (1.0 - ratio) ** k)
-            for ratio in dials.keep_ratios
-            for k in dials.num_samples
+            [
+                known.get((k, ratio, dials.score_cut, router_state), 1.0 - (1.0 - ratio) ** k)
+                for ratio in dials.keep_ratios
+                for k in dials.num_samples
+            ]
         )
 
-    def _measure_density(self, mask: MaskStats, dials: Dials, num_tokens: int) -> None:
+    def _measure_density(self, mask: MaskStats, dials: Dials, router_state: tuple[int, ...], num_tokens: int) -> None:
         """Remember the share that a setting's first call without gradients found, for the dispatcher."""
         one_setting = len(dials.num_samples) == len(dials.keep_ratios) == 1
         if not one_setting or num_tokens == 0 or torch.compiler.is_compiling():
             return
-        setting = self._setting(dials, dials.num_samples[0], dials.keep_ratios[0])
+        setting = (dials.num_samples[0], dials.keep_ratios[0], dials.score_cut, router_state)
         if setting not in self._measured_density and mask.union.device.type == "cpu":
             share = float(mask.union) / num_tokens
             if 0.0 < share <= 1.0:
@@ -533,9 +551,16 @@ def _product(linear: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
     return few_tokens.linear(x_BTD, linear.weight, None), linear.bias
 
 
+def _affine(linear: nn.Module | None) -> few_tokens.Affine | None:
+    """Weight and bias of a linear map that is just that: not wrapped (LoRA), quantised, or hooked into; else None."""
+    if type(linear) is not Linear or _is_hooked(linear):
+        return None
+    weight = linear.weight
+    return (weight, linear.bias) if weight.dtype in compiled.DTYPES else None
+
+
 def _is_plain(linear: nn.Module | None) -> bool:
-    """Whether a linear map is just that: not wrapped (LoRA), quantised, or hooked into."""
-    return type(linear) is Linear and linear.weight.dtype in compiled.DTYPES and not _is_hooked(linear)
+    return _affine(linear) is not None
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -62,6 +62,24 @@ class NoiseKey:
         if isinstance(self.seed, int) and not 0 <= self.seed < 2**63:
             raise InfMoEError(f"the noise seed must lie in [0, 2**63), got {self.seed}")
 
+    def at(self, position_BT: Tensor, batch_size: int) -> "NoiseKey":
+        """The same as tensors on the positions' device, so that a model's layers need not make them one by one.
+
+        Args:
+            position_BT: what the positions are where the key has none.
+            batch_size: B.
+        """
+        device = position_BT.device
+
+        def number(value: int | Tensor) -> Tensor:
+            if isinstance(value, int):
+                return torch.full((), value, dtype=torch.int64, device=device)
+            return value.to(device, torch.int64)
+
+        stream = torch.zeros(batch_size, dtype=torch.int64, device=device) if self.stream is None else self.stream
+        position = position_BT if self.position is None else self.position
+        return NoiseKey(number(self.seed), number(self.step), stream.to(device), position.to(device))
+
     @staticmethod
     def draw(batch_size: int, device: torch.device) -> "NoiseKey":
         """A fresh key from torch's default generator, another stream for each row (train mode's default)."""

@@ -44,12 +44,16 @@ def coordinates(
             f"{positions} of shape {tuple(position_BT.shape)} do not fit a batch of {batch_size} rows of "
             f"{num_tokens} tokens: give one per token"
         )
+    if stream_B.shape != (batch_size,):
+        stream_B = stream_B.reshape(-1).expand(batch_size)
+    if position_BT.shape != (batch_size, num_tokens):
+        position_BT = position_BT.expand(batch_size, num_tokens)
     return {
         "seed": key.seed,
         "step": key.step,
         "layer": layer_index,
-        "stream_B": stream_B.reshape(-1).expand(batch_size),
-        "position_BT": position_BT.expand(batch_size, num_tokens),
+        "stream_B": stream_B,
+        "position_BT": position_BT,
     }
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -160,22 +160,20 @@ def _able(
     name = requested(argument)
     if name == "eager":
         return name
-    reasons = {
-        "eager": None,
-        "fused": _fused_reason(device, dtype),
-        "sparse": _sparse_reason(device, dtype, gradients, plain),
-        "triton": _triton_reason(device, dtype, num_units),
-    }
-    if name != "auto":
-        if reasons[name] is not None:
-            able = [other for other, reason in reasons.items() if reason is None]
-            raise InfMoEError(
-                f"backend {name!r} can't run this call: {reasons[name]}; those that can: {', '.join(able)}"
-            )
-        return name
-    if reasons["triton"] is None:
-        return "triton"
-    return "fused" if reasons["fused"] is None else "eager"
+
+    def reason(name: str) -> str | None:
+        if name == "triton":
+            return _triton_reason(device, dtype, num_units)
+        return _sparse_reason(device, dtype, gradients, plain) if name == "sparse" else _fused_reason(device, dtype)
+
+    if name == "auto":
+        if reason("triton") is None:
+            return "triton"
+        return "fused" if reason("fused") is None else "eager"
+    if (why := reason(name)) is not None:
+        able = ["eager", *(other for other in ("fused", "sparse", "triton") if reason(other) is None)]
+        raise InfMoEError(f"backend {name!r} can't run this call: {why}; those that can: {', '.join(able)}")
+    return name
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -232,11 +230,18 @@ class Calibration:
 
     def ratio(self, tokens: int, density: float) -> float:
         """Interpolated in log tokens and log density; beyond the grid its edge holds."""
-        i, s = _between([math.log(t) for t in self.tokens], math.log(tokens))
-        j, t = _between([math.log(d) for d in self.densities], math.log(max(density, 1e-6)))
-        low = (1 - t) * math.log(self.ratios[i][j]) + t * math.log(self.ratios[i][j + 1])
-        high = (1 - t) * math.log(self.ratios[i + 1][j]) + t * math.log(self.ratios[i + 1][j + 1])
+        log_tokens, log_densities, log_ratios = self._logs
+        i, s = _between(log_tokens, math.log(tokens))
+        j, t = _between(log_densities, math.log(max(density, 1e-6)))
+        low = (1 - t) * log_ratios[i][j] + t * log_ratios[i][j + 1]
+        high = (1 - t) * log_ratios[i + 1][j] + t * log_ratios[i + 1][j + 1]
         return math.exp((1 - s) * low + s * high)
+
+    @cached_property
+    def _logs(self) -> tuple[list[float], list[float], list[list[float]]]:
+        """Of the grid and of what was measured on it."""
+        ratios = [[math.log(r) for r in row] for row in self.ratios]
+        return [math.log(n) for n in self.tokens], [math.log(d) for d in self.densities], ratios
 
 
 def _between(grid: list[float], x: float) -> tuple[int, float]:

@@ -96,14 +96,16 @@ def _register_shapes() -> None:
         return x.new_empty(x.shape[0], weight.shape[0])
 
     @library.register_fake("infmoe::sparse_ffn")
-    def _(x, mask, w1, b1, w3, b3, w2t, b2, act):
+    def _(x, mask, w1, b1, w3, b3, w2, w2t, b2, act):
         return torch.empty_like(x)
 
     @library.register_fake("infmoe::route")
     def _(x, w_mu, b_mu, w_sigma, b_sigma, sigma_act, min_sigma, max_sigma, seed, step, layer, stream, position,
-          num_samples, w_z, b_z, round_bf16, num_kept, weight, count_every, statistical, mask_bf16):  # fmt: skip
+          num_samples, w_z, b_z, round_bf16, num_kept, weight, count_every, statistical, mask_bf16,
+          w1, *rest):  # fmt: skip
         mask = x.new_empty(x.shape[0], w_z.shape[0], dtype=torch.bfloat16 if mask_bf16 else torch.float32)
-        return mask, mask.new_empty(w_z.shape[0], dtype=torch.float32), mask.new_empty(4, dtype=torch.float32)
+        result = mask if w1 is None else torch.empty_like(x)
+        return result, mask.new_empty(w_z.shape[0], dtype=torch.float32), mask.new_empty(4, dtype=torch.float32)
 
     @library.register_fake("infmoe::normal_noise")
     def _(seed, step, layer, stream, position, num_samples, dim):

@@ -3,6 +3,8 @@
 B batch rows, T tokens, N tokens of all rows, K samples, Z index dimensions, U units, F neurons, D model width.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from infmoe.ops.masked_ffn import compiled
 from infmoe.ops.masked_ffn.compiled import ACTIVATIONS, SIGMA_ACTIVATIONS, rows
-from infmoe.ops.masked_ffn.result import MeanMask, Selection
+from infmoe.ops.masked_ffn.result import MaskStats, Selection
 from infmoe.ops.tracing import plain_wanted
 
 # Up to so many rows the kernels' own product is as fast as torch's, or faster; found by hand, no bench records it.
@@ -41,14 +43,39 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
 Affine = tuple[Tensor, Tensor | None]  # weight (O, I) and bias (O)
 
 
+class RouterMaps(NamedTuple):
+    """The linear maps that lead to the scores, all of x's dtype but W_z (float32 or bfloat16); biases may be None."""
+
+    mu_ZD: Tensor
+    b_mu_Z: Tensor | None
+    sigma_ZD: Tensor
+    b_sigma_Z: Tensor | None
+    w_z_UZ: Tensor
+    b_z_U: Tensor | None
+
+
+class FFN(NamedTuple):
+    """A feed-forward layer's weights; no W3 without a gated activation.
+
+    Attributes:
+        w1_FD, w3_FD, w2_DF: float32 or bfloat16, of one dtype.
+        b1_F, b3_F, b2_D: the biases, or None.
+    """
+
+    w1_FD: Tensor
+    b1_F: Tensor | None
+    w3_FD: Tensor | None
+    b3_F: Tensor | None
+    w2_DF: Tensor
+    b2_D: Tensor | None
+
+
 def route(
     x_BTD: Tensor,
-    mu: Affine,
-    sigma: Affine,
+    maps: RouterMaps,
     sigma_form: tuple[str, float, float],
     noise_key: tuple[Tensor, Tensor, int, Tensor, Tensor],
     num_samples: int,
-    w_z: Affine,
     num_kept: tuple[int, ...],
     weight_BTK: Tensor | None,
     *,
@@ -56,49 +83,54 @@ def route(
     selection: Selection = "exact",
     score_dtype: torch.dtype = torch.float32,
     mask_dtype: torch.dtype = torch.float32,
-) -> tuple[MeanMask, Tensor, Tensor]:
+    sparse: tuple[FFN, str] | None = None,
+) -> tuple[Tensor, MaskStats, Tensor, Tensor]:
     """From few tokens to their mean mask in one call: linear router, noise, z, W_z z and selection (Eq. 5 and 6).
 
-    What `few_rows` allows. The same numbers as `linear`, `noise.normal_noise`, `fused.spread` and
-    `fused.top_mask` one after the other.
+    What `few_rows` allows. The same numbers as `linear`, `noise.normal_noise`, `fused.spread`, `fused.top_mask` and
+    `sparse_ffn` one after the other.
 
     Args:
         x_BTD: float32 or bfloat16.
-        mu, sigma: the router's maps, of x's dtype.
+        maps: the router's and W_z.
         sigma_form: "softplus" or "exp", and what sigma is clamped to.
         noise_key: see `noise.noise_key`.
         num_samples: K.
-        w_z: float32 or bfloat16.
         weight_BTK: see `fused.top_mask`; None: 1 / K each.
         num_kept, count_every, selection, score_dtype, mask_dtype: see `fused.top_mask`.
+        sparse: weights and activation of the FFN, of which only the kept neurons are read (see `sparse_ffn`): the
+            same call goes on to its output.
 
     Returns:
-        The mask, and the two sums of `fused.spread_stats`.
+        The mask (B, T, U), or the output (B, T, D); the mask's statistics; the two sums of `fused.spread_stats`.
     """
     B, T, _ = x_BTD.shape
     if weight_BTK is not None:
         weight_BTK = weight_BTK.expand(B, T, num_samples).reshape(B * T, num_samples).contiguous()
     activation, min_sigma, max_sigma = sigma_form
-    mask_NU, counts_U, sums = torch.ops.infmoe.route(
+    neurons: tuple = (None,) * 7 + (0,)
+    if sparse is not None:
+        neurons = (*_operands(*sparse[0]), ACTIVATIONS[sparse[1]])
+    result_NX, counts_U, sums = torch.ops.infmoe.route(
         rows(x_BTD),
-        *mu,
-        *sigma,
+        *maps[:4],
         SIGMA_ACTIVATIONS[activation],
         min_sigma,
         max_sigma,
         *noise_key,
         num_samples,
-        w_z[0].contiguous(),
-        w_z[1],
+        maps.w_z_UZ.contiguous(),
+        maps.b_z_U,
         score_dtype == torch.bfloat16,
-        list(num_kept),
+        num_kept,
         weight_BTK,
         count_every,
         selection == "statistical",
         mask_dtype == torch.bfloat16,
+        *neurons,
     )
     union, overlap, mean_sigma, sigma_to_mu = sums.unbind()
-    return MeanMask(mask_NU.view(B, T, -1), counts_U, union, overlap), mean_sigma, sigma_to_mu
+    return result_NX.view(B, T, -1), MaskStats(counts_U, union, overlap), mean_sigma, sigma_to_mu
 
 
 def sparse_ffn(
@@ -123,34 +155,33 @@ def sparse_ffn(
     """
     # what torch.compile records is an operator of its own; without it the call costs half as much
     run = torch.ops.infmoe.sparse_ffn_by_rows if torch.compiler.is_compiling() else _sparse_by_rows
-    w1_FD, w3_FD = w1_FD.contiguous(), None if w3_FD is None else w3_FD.contiguous()
-    y_ND = run(rows(x_BTD), rows(mask_BTU), w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D, ACTIVATIONS[activation])
-    return y_ND.view(x_BTD.shape)
+    weights = (w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D)
+    return run(rows(x_BTD), rows(mask_BTU), *weights, ACTIVATIONS[activation]).view(x_BTD.shape)
+
+
+def _operands(w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D) -> tuple[Tensor | None, ...]:
+    """The weights as the kernels take them, W2 followed by its transposed copy."""
+    w3_FD = None if w3_FD is None else w3_FD.contiguous()
+    return w1_FD.contiguous(), b1_F, w3_FD, b3_F, w2_DF, _columns(w2_DF), b2_D
 
 
 # W2's rows are its outputs; skipping neurons needs their columns in one piece. weight -> (its state, the copy)
 _transposed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_PROBES = 64  # entries compared at every call: a write through `.data` changes neither version nor address
 
 
 def _columns(weight_DF: Tensor) -> Tensor:
-    """W2 transposed, from the last call if W2 is still what it was."""
+    """W2 transposed, from the last call if W2 is still what it was.
+
+    A write through `.data` changes neither version nor address: the kernels compare a few entries at every call, and
+    make the copy anew where they differ.
+    """
     version = None if weight_DF.is_inference() else weight_DF._version
     state = (version, weight_DF.data_ptr(), weight_DF.dtype, weight_DF.stride())
     known = _transposed.get(weight_DF)
-    if known is None or known[0] != state or not torch.equal(_probe(weight_DF), _probe(known[1].T)):
+    if known is None or known[0] != state:
         known = (state, weight_DF.detach().T.contiguous())
         _transposed[weight_DF] = known
     return known[1]
-
-
-def _probe(weight_DF: Tensor) -> Tensor:
-    """A few entries along a diagonal, without an index tensor."""
-    D, width = weight_DF.shape
-    count = min(_PROBES, D, width)
-    down, across = weight_DF.stride()
-    step = (D // count) * down + (width // count) * across
-    return weight_DF.detach().as_strided((count,), (step,), weight_DF.storage_offset())
 
 
 @torch.library.custom_op("infmoe::sparse_ffn_by_rows", mutates_args=())
@@ -169,7 +200,7 @@ def _sparse_ffn(
 
 
 def _sparse_by_rows(x_ND, mask_NU, w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D, act) -> Tensor:
-    return torch.ops.infmoe.sparse_ffn(x_ND, mask_NU, w1_FD, b1_F, w3_FD, b3_F, _columns(w2_DF), b2_D, act)
+    return torch.ops.infmoe.sparse_ffn(x_ND, mask_NU, *_operands(w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D), act)
 
 
 @_sparse_ffn.register_fake

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -77,6 +78,13 @@ Tensor make(const Tensor& like, std::vector<int64_t> sizes, bool bf16) {
   return make(like, std::move(sizes), bf16 ? ScalarType::BFloat16 : ScalarType::Float);
 }
 
+Tensor zeros(const Tensor& like, int64_t size) {
+  Tensor result = make(like, {size}, false);
+  auto* to = static_cast<float*>(result.mutable_data_ptr());
+  std::fill(to, to + size, 0.f);
+  return result;
+}
+
 bool is_bf16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
 
 void check(const Tensor& t, const char* name) {
@@ -90,6 +98,7 @@ Data data(const Tensor& t, const char* name) {
 }
 Data data(const std::optional<Tensor>& t, const char* name) { return t ? data(*t, name) : Data{}; }
 MutableData out(const Tensor& t) { return {t.mutable_data_ptr(), is_bf16(t)}; }
+float* to_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 const float* floats(const Tensor& t, const char* name) {
   check(t, name);
   STD_TORCH_CHECK(!is_bf16(t), name, " must be float32");
@@ -113,6 +122,12 @@ class Floats {
   const float* at_;
 };
 
+void round_to_bf16(float* x, int64_t count) {
+  std::unique_ptr<uint16_t[]> bits(new uint16_t[count]);
+  machine().kernels->from_float(x, count, {bits.get(), true});
+  machine().kernels->to_float({bits.get(), true}, count, x);
+}
+
 // Standard normal quantile, by Newton on the tail.
 double quantile(double upper_tail) {
   double x = 0;
@@ -129,19 +144,15 @@ double quantile(double upper_tail) {
 
 using TopMask = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-struct Outputs {
-  Tensor mask, packed, weight, counts, totals;
-};
-
-TopMask run_top_mask(TopMaskArgs& a, const Tensor& like, const std::vector<int64_t>& num_kept, const Tensor& weight,
-                     int64_t count_every, bool statistical, bool mask_bf16, bool want_packed) {
+// Selects, writes mask, weights and packed bits where the arguments say, and adds to the counts (U); totals: the sums
+// over the looked-at tokens of their union and overlap.
+void select(TopMaskArgs& a, const std::vector<int64_t>& num_kept, int64_t count_every, bool statistical, float* counts,
+            float totals[2]) {
   STD_TORCH_CHECK(a.K >= 1, "at least one sample");
   STD_TORCH_CHECK(count_every >= 1, "count_every must be at least 1");
   const int64_t entries = static_cast<int64_t>(num_kept.size());
   STD_TORCH_CHECK(entries >= 1 && a.N % entries == 0, "num_kept has ", entries, " entries for ", a.N, " tokens");
   for (int64_t n : num_kept) STD_TORCH_CHECK(n >= 1 && n <= a.U, "num_kept must lie in [1, ", a.U, "], got ", n);
-  a.weight = floats(weight, "weight");
-  STD_TORCH_CHECK(static_cast<int64_t>(weight.numel()) == a.N * a.K, "weight must have one entry per token and sample");
   a.num_kept = num_kept.data();
   a.num_entries = entries;
   a.count_every = count_every;
@@ -151,36 +162,42 @@ TopMask run_top_mask(TopMaskArgs& a, const Tensor& like, const std::vector<int64
     a.quantile = quantiles.data();
   }
   const int64_t looked = (a.N + count_every - 1) / count_every;
-  Tensor mask = make(like, {a.N, a.U}, mask_bf16);
-  Tensor packed = make(like, {want_packed ? a.N : 0, a.K, (a.U + 7) / 8}, ScalarType::Byte);
-  Tensor weight_out = make(like, {a.N, a.K}, false);
-  Tensor counts = torch::stable::new_zeros(like, {a.U}, ScalarType::Float);
-  Tensor totals = torch::stable::new_zeros(like, {2}, ScalarType::Float);
   std::vector<float> per_token(2 * looked);
-  a.mask = out(mask);
-  a.packed = want_packed ? static_cast<uint8_t*>(packed.mutable_data_ptr()) : nullptr;
-  a.weight_out = static_cast<float*>(weight_out.mutable_data_ptr());
   a.per_token = per_token.data();
-  if (a.N == 0) return {mask, packed, weight_out, counts, totals};
+  totals[0] = totals[1] = 0;
+  if (a.N == 0) return;
 
   // Parts of whole tiles, one per thread; every part counts on its own, and the sums are taken in order.
   const Kernels& kernels = *machine().kernels;
   const int64_t parts = std::min<int64_t>(get_num_threads(), a.N);
   const int64_t share = (a.N + parts - 1) / parts;
   std::vector<float> part_counts(parts > 1 ? (parts - 1) * a.U : 0, 0.f);
-  auto* total_counts = static_cast<float*>(counts.mutable_data_ptr());
   parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p)
       if (p * share < a.N)
         kernels.top_mask(a, p * share, std::min(a.N, (p + 1) * share),
-                         p == 0 ? total_counts : part_counts.data() + (p - 1) * a.U);
+                         p == 0 ? counts : part_counts.data() + (p - 1) * a.U);
   });
   for (int64_t p = 1; p < parts; ++p)
-    for (int64_t u = 0; u < a.U; ++u) total_counts[u] += part_counts[(p - 1) * a.U + u];
+    for (int64_t u = 0; u < a.U; ++u) counts[u] += part_counts[(p - 1) * a.U + u];
   double sums[2] = {0, 0};
   for (int64_t i = 0; i < looked; ++i) sums[0] += per_token[2 * i], sums[1] += per_token[2 * i + 1];
-  auto* to = static_cast<float*>(totals.mutable_data_ptr());
-  to[0] = static_cast<float>(sums[0]), to[1] = static_cast<float>(sums[1]);
+  totals[0] = static_cast<float>(sums[0]), totals[1] = static_cast<float>(sums[1]);
+}
+
+// Selects by the scores that `run` takes care of, into new tensors.
+template <class Run>
+TopMask into_tensors(TopMaskArgs& a, const Tensor& like, const Tensor& weight, bool mask_bf16, bool want_packed, Run run) {
+  a.weight = floats(weight, "weight");
+  STD_TORCH_CHECK(static_cast<int64_t>(weight.numel()) == a.N * a.K, "weight must have one entry per token and sample");
+  Tensor mask = make(like, {a.N, a.U}, mask_bf16);
+  Tensor packed = make(like, {want_packed ? a.N : 0, a.K, (a.U + 7) / 8}, ScalarType::Byte);
+  Tensor weight_out = make(like, {a.N, a.K}, false);
+  Tensor counts = zeros(like, a.U), totals = make(like, {2}, false);
+  a.mask = out(mask);
+  a.packed = want_packed ? static_cast<uint8_t*>(packed.mutable_data_ptr()) : nullptr;
+  a.weight_out = to_floats(weight_out);
+  run(to_floats(counts), to_floats(totals));
   return {mask, packed, weight_out, counts, totals};
 }
 
@@ -190,60 +207,75 @@ TopMask top_mask_of_scores(Tensor scores, std::vector<int64_t> num_kept, Tensor 
   TopMaskArgs a;
   a.N = scores.size(0), a.K = scores.size(1), a.U = scores.size(2), a.Z = 0;
   a.scores = data(scores, "scores");
-  return run_top_mask(a, scores, num_kept, weight, count_every, statistical, mask_bf16, want_packed);
+  return into_tensors(a, scores, weight, mask_bf16, want_packed, [&](float* counts, float* totals) {
+    select(a, num_kept, count_every, statistical, counts, totals);
+  });
 }
 
-TopMask top_mask(Tensor z, Tensor w_z, std::optional<Tensor> bias, bool round_bf16, std::vector<int64_t> num_kept,
-                 Tensor weight, int64_t count_every, bool statistical, bool mask_bf16, bool want_packed) {
-  STD_TORCH_CHECK(z.dim() == 3 && w_z.dim() == 2 && w_z.size(1) == z.size(2),
-                  "z must be (tokens, samples, dimensions) and W_z (units, dimensions)");
+// z W_z^T + b of few rows, (rows, U); W_z as it lies, rearranging it would cost more than it saves.
+void few_scores(const float* z, int64_t rows, int64_t Z, const Data& w_z, const float* bias, int64_t U, bool round_bf16,
+                float* scores) {
   const Kernels& kernels = *machine().kernels;
-  TopMaskArgs a;
-  a.N = z.size(0), a.K = z.size(1), a.Z = z.size(2), a.U = w_z.size(0);
-  a.z = floats(z, "z");
-  const Data weights = data(w_z, "w_z");
-  Floats biases(data(bias, "bias"), a.U);
+  std::unique_ptr<float[]> rounded;
+  std::unique_ptr<uint16_t[]> rounded_weights;
+  if (round_bf16) {
+    rounded.reset(new float[rows * Z]);
+    std::copy(z, z + rows * Z, rounded.get());
+    round_to_bf16(rounded.get(), rows * Z);
+    z = rounded.get();
+    if (!w_z.bf16) rounded_weights.reset(new uint16_t[U * Z]);
+  }
+  parallel_for(0, U, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, Z)), [&](int64_t begin, int64_t end) {
+    if (rounded_weights) {
+      uint16_t* to = rounded_weights.get() + begin * Z;
+      kernels.from_float(static_cast<const float*>(w_z.at) + begin * Z, (end - begin) * Z, {to, true});
+      kernels.linear(z, rows, Z, {rounded_weights.get(), true}, bias, U, begin, end, scores);
+    } else {
+      kernels.linear(z, rows, Z, w_z, bias, U, begin, end, scores);
+    }
+  });
+}
+
+// Scores a.z against W_z and selects (see `select`).
+void score_and_select(TopMaskArgs& a, const Data& w_z, const float* bias, bool round_bf16,
+                      const std::vector<int64_t>& num_kept, int64_t count_every, bool statistical, float* counts,
+                      float totals[2]) {
+  const Kernels& kernels = *machine().kernels;
   const int64_t rows = a.N * a.K;
-  constexpr int64_t kFewRows = 8;  // below, rearranging W_z costs more than it saves
+  constexpr int64_t kFewRows = 8;
   if (rows <= kFewRows) {
     std::unique_ptr<float[]> scores(new float[rows * a.U]);
-    std::unique_ptr<float[]> rounded;
-    const float* left = a.z;
-    std::unique_ptr<uint16_t[]> rounded_weights;
-    if (round_bf16) {
-      std::unique_ptr<uint16_t[]> bits(new uint16_t[rows * a.Z]);
-      rounded.reset(new float[rows * a.Z]);
-      kernels.from_float(a.z, rows * a.Z, {bits.get(), true});
-      kernels.to_float({bits.get(), true}, rows * a.Z, rounded.get());
-      left = rounded.get();
-      if (!weights.bf16) rounded_weights.reset(new uint16_t[a.U * a.Z]);
-    }
-    parallel_for(0, a.U, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.Z)), [&](int64_t begin, int64_t end) {
-      if (rounded_weights) {
-        uint16_t* to = rounded_weights.get() + begin * a.Z;
-        kernels.from_float(static_cast<const float*>(weights.at) + begin * a.Z, (end - begin) * a.Z, {to, true});
-        kernels.linear(left, rows, a.Z, {rounded_weights.get(), true}, biases.get(), a.U, begin, end, scores.get());
-      } else {
-        kernels.linear(left, rows, a.Z, weights, biases.get(), a.U, begin, end, scores.get());
-      }
-    });
+    few_scores(a.z, rows, a.Z, w_z, bias, a.U, round_bf16, scores.get());
     a.scores = {scores.get(), false};
-    return run_top_mask(a, z, num_kept, weight, count_every, statistical, mask_bf16, want_packed);
+    return select(a, num_kept, count_every, statistical, counts, totals);
   }
   a.round_z = round_bf16;
   a.pairs = round_bf16 && machine().bf16;
   a.matmul = a.pairs ? machine().bf16 : kernels.matmul_f32;
-  a.bias = biases.get();
+  a.bias = bias;
   const int64_t panels = round_up(a.U, kLanes) / kLanes;
   const int64_t panel_bytes = a.pairs ? round_up(a.Z, 32) * kLanes * 2 : a.Z * kLanes * 4;
   const size_t bytes = std::max<size_t>(64, panels * panel_bytes);
   std::unique_ptr<void, decltype(&std::free)> packed(std::aligned_alloc(64, round_up(bytes, 64)), &std::free);
   STD_TORCH_CHECK(packed, "out of memory");
   parallel_for(0, panels, 16, [&](int64_t begin, int64_t end) {
-    kernels.pack(weights, a.U, a.Z, round_bf16, a.pairs, begin, end, packed.get());
+    kernels.pack(w_z, a.U, a.Z, round_bf16, a.pairs, begin, end, packed.get());
   });
   a.panels = packed.get();
-  return run_top_mask(a, z, num_kept, weight, count_every, statistical, mask_bf16, want_packed);
+  select(a, num_kept, count_every, statistical, counts, totals);
+}
+
+TopMask top_mask(Tensor z, Tensor w_z, std::optional<Tensor> bias, bool round_bf16, std::vector<int64_t> num_kept,
+                 Tensor weight, int64_t count_every, bool statistical, bool mask_bf16, bool want_packed) {
+  STD_TORCH_CHECK(z.dim() == 3 && w_z.dim() == 2 && w_z.size(1) == z.size(2),
+                  "z must be (tokens, samples, dimensions) and W_z (units, dimensions)");
+  TopMaskArgs a;
+  a.N = z.size(0), a.K = z.size(1), a.Z = z.size(2), a.U = w_z.size(0);
+  a.z = floats(z, "z");
+  Floats biases(data(bias, "bias"), a.U);
+  return into_tensors(a, z, weight, mask_bf16, want_packed, [&](float* counts, float* totals) {
+    score_and_select(a, data(w_z, "w_z"), biases.get(), round_bf16, num_kept, count_every, statistical, counts, totals);
+  });
 }
 
 // The gradient of the scores of samples [first, last).
@@ -305,8 +337,8 @@ GateGradients run_gate_backward(const Tensor& grad, Tensor& to, const Tensor& pr
   a.grad = data(grad, "grad");
   Tensor grad_gate = make(pre, {gate ? a.N : 0, a.F}, a.pre.bf16);
   Tensor grad_mask = make(mask, {a.N, a.F / a.block}, a.mask.bf16);
-  Tensor grad_b1 = torch::stable::new_zeros(pre, {b1 ? a.F : 0}, ScalarType::Float);
-  Tensor grad_b3 = torch::stable::new_zeros(pre, {b3 ? a.F : 0}, ScalarType::Float);
+  Tensor grad_b1 = zeros(pre, b1 ? a.F : 0);
+  Tensor grad_b3 = zeros(pre, b3 ? a.F : 0);
   a.out = out(to), a.grad_mask = out(grad_mask);
   if (gate) a.grad_gate = out(grad_gate);
   // Every part sums the biases' gradients on its own; the parts are added in order.
@@ -396,61 +428,122 @@ Tensor spread_stats(Tensor mu, Tensor sigma, int64_t every) {
 
 // ---- Few tokens -----------------------------------------------------------------------------------------------------
 
+struct Product {
+  Data weight;        // (outputs, I)
+  const float* bias;  // (outputs), or null
+  int64_t outputs;
+  float* out;  // (N, outputs)
+};
+
+// Few rows x (N, I) times each of some weights, four outputs at a time, in one parallel region.
+void multiply(const float* x, int64_t N, int64_t I, std::initializer_list<Product> products) {
+  int64_t fours = 0;
+  for (const Product& p : products) fours += (p.outputs + 3) / 4;
+  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, I));
+  parallel_for(0, fours, grain, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // four of this product
+    for (const Product& p : products) {
+      const int64_t count = (p.outputs + 3) / 4;
+      const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, count);
+      if (from < to)
+        machine().kernels->linear(x, N, I, p.weight, p.bias, p.outputs, from * 4, std::min(p.outputs, to * 4), p.out);
+      first += count;
+    }
+  });
+}
+
 Tensor linear(Tensor x, Tensor w, std::optional<Tensor> bias) {
   STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "x does not fit the weight");
   const int64_t N = x.size(0), I = x.size(1), O = w.size(0);
   Tensor y = make(x, {N, O}, is_bf16(x));
   if (N == 0) return y;
   Floats inputs(data(x, "x"), N * I), biases(data(bias, "bias"), O);
-  const Data weights = data(w, "weight");
-  std::unique_ptr<float[]> copy;
-  float* to = static_cast<float*>(y.mutable_data_ptr());
-  if (is_bf16(x)) copy.reset(new float[N * O]), to = copy.get();
-  const int64_t grain = std::max<int64_t>(4, 32768 / std::max<int64_t>(1, I));
-  parallel_for(0, (O + 3) / 4, std::max<int64_t>(1, grain / 4), [&](int64_t begin, int64_t end) {
-    machine().kernels->linear(inputs.get(), N, I, weights, biases.get(), O, begin * 4, std::min(O, end * 4), to);
-  });
+  std::unique_ptr<float[]> copy(is_bf16(x) ? new float[N * O] : nullptr);
+  multiply(inputs.get(), N, I, {{data(w, "weight"), biases.get(), O, copy ? copy.get() : to_floats(y)}});
   if (copy) machine().kernels->from_float(copy.get(), N * O, out(y));
   return y;
 }
 
-Tensor sparse_ffn(Tensor x, Tensor mask, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w3,
-                  std::optional<Tensor> b3, Tensor w2t, std::optional<Tensor> b2, int64_t act) {
-  SparseArgs a{};
-  STD_TORCH_CHECK(x.dim() == 2 && mask.dim() == 2 && mask.size(0) == x.size(0) && w1.size(1) == x.size(1) &&
-                      w2t.size(0) == w1.size(0) && w2t.size(1) == x.size(1) && mask.size(1) > 0 &&
-                      w1.size(0) % mask.size(1) == 0,
-                  "the shapes do not fit");
-  STD_TORCH_CHECK(w1.scalar_type() == w2t.scalar_type() && (!w3 || w3->scalar_type() == w1.scalar_type()),
-                  "the weights must have one dtype");
-  a.N = x.size(0), a.D = x.size(1), a.F = w1.size(0), a.block = w1.size(0) / mask.size(1);
-  a.act = static_cast<Activation>(act);
-  Tensor y = make(x, {a.N, a.D}, is_bf16(x));
-  if (a.N == 0) return y;
-  const Kernels& kernels = *machine().kernels;
-  Floats inputs(data(x, "x"), a.N * a.D), bias1(data(b1, "b1"), a.F), bias3(data(b3, "b3"), a.F);
-  Floats bias2(data(b2, "b2"), a.D);
-  Floats masks(data(mask, "mask"), a.N * (a.F / a.block));
-  a.x = inputs.get(), a.mask = masks.get(), a.b1 = bias1.get(), a.b3 = bias3.get();
-  a.w1 = data(w1, "w1").at, a.w3 = data(w3, "w3").at, a.w2t = data(w2t, "w2t").at, a.bf16 = is_bf16(w1);
-  std::unique_ptr<int32_t[]> active(new int32_t[a.F + 1]);
-  const int64_t found = kernels.list_active(a.mask, a.N, a.F, a.block, active.get());
-  // One partial sum per part, added in order: the same result whichever thread ran which part.
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(get_num_threads(), found / 16));
-  const int64_t share = round_up((found + parts - 1) / parts, 4), size = a.N * a.D;
-  std::unique_ptr<float[]> partial(new float[parts * size]());
-  parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p)
-      if (p * share < found)
-        kernels.sparse(a, active.get(), p * share, std::min(found, (p + 1) * share), partial.get() + p * size);
+// W2 (D, F) and the copy of it that is read, W2^T (F, D). A write to W2 through `.data` changes neither its version
+// nor its address, so a few entries are compared at every call, and the copy is made anew where they differ.
+template <class T>
+void refresh(const Tensor& w2, const Tensor& w2t) {
+  constexpr int64_t kProbes = 64;
+  const int64_t D = w2.size(0), F = w2.size(1), down = w2.stride(0), across = w2.stride(1);
+  const T* from = static_cast<const T*>(w2.const_data_ptr());
+  const T* copy = static_cast<const T*>(w2t.const_data_ptr());
+  bool same = true;
+  const int64_t count = std::min({kProbes, D, F}), step_down = D / std::max<int64_t>(1, count);
+  const int64_t step_across = F / std::max<int64_t>(1, count);
+  for (int64_t i = 0; i < count; ++i) {  // as bits: a NaN is like itself
+    const int64_t d = i * step_down, f = i * step_across;
+    same &= std::memcmp(from + d * down + f * across, copy + f * D + d, sizeof(T)) == 0;
+  }
+  if (same) return;
+  T* to = static_cast<T*>(w2t.mutable_data_ptr());
+  parallel_for(0, F, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, D)), [&](int64_t begin, int64_t end) {
+    for (int64_t f = begin; f < end; ++f)
+      for (int64_t d = 0; d < D; ++d) to[f * D + d] = from[d * down + f * across];
   });
-  float* total = partial.get();
-  for (int64_t p = 1; p < parts; ++p)
-    for (int64_t i = 0; i < size; ++i) total[i] += partial[p * size + i];
-  if (bias2.get())
-    for (int64_t n = 0; n < a.N; ++n)
-      for (int64_t d = 0; d < a.D; ++d) total[n * a.D + d] += bias2.get()[d];
-  kernels.from_float(total, size, out(y));
+}
+
+// An FFN of which only the active neurons are read.
+struct SparseFFN {
+  SparseArgs args{};
+  Floats b1, b3, b2;
+  SparseFFN(const Tensor& w1, const std::optional<Tensor>& bias1, const std::optional<Tensor>& w3,
+            const std::optional<Tensor>& bias3, const Tensor& w2, const Tensor& w2t, const std::optional<Tensor>& bias2,
+            int64_t num_units, int64_t act)
+      : b1(data(bias1, "b1"), w1.size(0)), b3(data(bias3, "b3"), w1.size(0)), b2(data(bias2, "b2"), w1.size(1)) {
+    args.D = w1.size(1), args.F = w1.size(0);
+    STD_TORCH_CHECK(w2t.dim() == 2 && w2t.size(0) == args.F && w2t.size(1) == args.D && w2.dim() == 2 &&
+                        w2.size(0) == args.D && w2.size(1) == args.F && w2.is_cpu() && num_units > 0 &&
+                        args.F % num_units == 0,
+                    "the shapes do not fit");
+    STD_TORCH_CHECK(w1.scalar_type() == w2t.scalar_type() && w2.scalar_type() == w2t.scalar_type() &&
+                        (!w3 || w3->scalar_type() == w1.scalar_type()),
+                    "the weights must have one dtype");
+    args.bf16 = is_bf16(w1), args.block = args.F / num_units, args.act = static_cast<Activation>(act);
+    args.w1 = data(w1, "w1").at, args.w3 = data(w3, "w3").at, args.w2t = data(w2t, "w2t").at;
+    args.b1 = b1.get(), args.b3 = b3.get();
+    args.bf16 ? refresh<uint16_t>(w2, w2t) : refresh<float>(w2, w2t);
+  }
+  // x (N, D), mask (N, units), y (N, D).
+  void run(const float* x, const float* mask, int64_t N, MutableData y) {
+    const Kernels& kernels = *machine().kernels;
+    SparseArgs& a = args;
+    a.N = N, a.x = x, a.mask = mask;
+    std::unique_ptr<int32_t[]> active(new int32_t[a.F + 1]);
+    const int64_t found = kernels.list_active(mask, N, a.F, a.block, active.get());
+    // One partial sum per part, added in order: the same result whichever thread ran which part.
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(get_num_threads(), found / 16));
+    const int64_t share = round_up((found + parts - 1) / parts, 4), size = N * a.D;
+    std::unique_ptr<float[]> partial(new float[parts * size]());
+    parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t p = first; p < last; ++p)
+        if (p * share < found)
+          kernels.sparse(a, active.get(), p * share, std::min(found, (p + 1) * share), partial.get() + p * size);
+    });
+    float* total = partial.get();
+    for (int64_t p = 1; p < parts; ++p)
+      for (int64_t i = 0; i < size; ++i) total[i] += partial[p * size + i];
+    if (b2.get())
+      for (int64_t n = 0; n < N; ++n)
+        for (int64_t d = 0; d < a.D; ++d) total[n * a.D + d] += b2.get()[d];
+    kernels.from_float(total, size, y);
+  }
+};
+
+Tensor sparse_ffn(Tensor x, Tensor mask, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w3,
+                  std::optional<Tensor> b3, Tensor w2, Tensor w2t, std::optional<Tensor> b2, int64_t act) {
+  STD_TORCH_CHECK(x.dim() == 2 && mask.dim() == 2 && mask.size(0) == x.size(0) && w1.size(1) == x.size(1),
+                  "the shapes do not fit");
+  SparseFFN ffn(w1, b1, w3, b3, w2, w2t, b2, mask.size(1), act);
+  const int64_t N = x.size(0);
+  Tensor y = make(x, {N, x.size(1)}, is_bf16(x));
+  if (N == 0) return y;
+  Floats inputs(data(x, "x"), N * x.size(1)), masks(data(mask, "mask"), N * mask.size(1));
+  ffn.run(inputs.get(), masks.get(), N, out(y));
   return y;
 }
 
@@ -462,7 +555,9 @@ uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-Tensor normal_noise(Tensor seed, Tensor step, int64_t layer, Tensor stream, Tensor position, int64_t K, int64_t Z) {
+// (tokens, K, Z); stream (B), position (B, T).
+void fill_noise(const Tensor& seed, const Tensor& step, int64_t layer, const Tensor& stream, const Tensor& position,
+                int64_t K, int64_t Z, float* to) {
   constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
   STD_TORCH_CHECK(stream.dim() == 1 && position.dim() == 2 && position.size(0) == stream.size(0),
                   "one stream per row and one position per token");
@@ -470,7 +565,6 @@ Tensor normal_noise(Tensor seed, Tensor step, int64_t layer, Tensor stream, Tens
     STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == ScalarType::Long,
                     "the noise key must be contiguous int64 on the CPU");
   const int64_t B = position.size(0), T = position.size(1);
-  Tensor result = make(position, {B, T, K, Z}, false);
   uint64_t key = mix(*static_cast<const uint64_t*>(seed.const_data_ptr()) + kGolden);
   key = mix((key ^ *static_cast<const uint64_t*>(step.const_data_ptr())) + kGolden);
   key = mix((key ^ static_cast<uint64_t>(layer)) + kGolden);
@@ -481,45 +575,81 @@ Tensor normal_noise(Tensor seed, Tensor step, int64_t layer, Tensor stream, Tens
     const uint64_t row = mix((key ^ streams[b]) + kGolden);
     for (int64_t t = 0; t < T; ++t) keys[b * T + t] = mix((row ^ positions[b * T + t]) + kGolden);
   }
-  auto* to = static_cast<float*>(result.mutable_data_ptr());
   parallel_for(0, B * T, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, K * Z)), [&](int64_t begin, int64_t end) {
     machine().kernels->noise(keys.data(), begin, end, K, Z, to);
   });
+}
+
+Tensor normal_noise(Tensor seed, Tensor step, int64_t layer, Tensor stream, Tensor position, int64_t K, int64_t Z) {
+  STD_TORCH_CHECK(position.dim() == 2, "one position per token");
+  Tensor result = make(position, {position.size(0), position.size(1), K, Z}, false);
+  fill_noise(seed, step, layer, stream, position, K, Z, to_floats(result));
   return result;
 }
 
-// ---- Few tokens, from x to the mean mask ----------------------------------------------------------------------------
+// ---- Few tokens, from x to the mean mask, or on to y -----------------------------------------------------------------
 
-// Router, noise, z, W_z z and selection in one call: at one token the calls between them cost more than they do.
-// The third result: what `top_mask` sums (union, overlap), then what `spread_stats` does.
+// Router, noise, z, W_z z and selection in one call, and with W1 the FFN too, of which only the kept neurons are read:
+// at one token the calls between them cost more than they do, and so would tensors between them.
+// Returns mask or y, the counts, and what `top_mask` sums (union, overlap), then what `spread_stats` does.
 std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Tensor> b_mu, Tensor w_sigma,
                                          std::optional<Tensor> b_sigma, int64_t sigma_act, double min_sigma,
                                          double max_sigma, Tensor seed, Tensor step, int64_t layer, Tensor stream,
                                          Tensor position, int64_t K, Tensor w_z, std::optional<Tensor> b_z,
                                          bool round_bf16, std::vector<int64_t> num_kept, std::optional<Tensor> weight,
-                                         int64_t count_every, bool statistical, bool mask_bf16) {
-  STD_TORCH_CHECK(x.dim() == 2 && position.numel() == x.size(0), "one position per token");
-  const int64_t N = x.size(0), Z = w_mu.size(0);
-  Tensor mu = linear(x, w_mu, b_mu), raw = linear(x, w_sigma, b_sigma);
-  Tensor noise = torch::stable::view(normal_noise(seed, step, layer, stream, position, K, Z), {N, K, Z});
-  auto [z, sigma] = spread(mu, raw, noise, sigma_act, min_sigma, max_sigma);
-  if (!weight) {
-    weight = make(x, {N, K}, false);
-    auto* to = static_cast<float*>(weight->mutable_data_ptr());
-    std::fill(to, to + N * K, 1.f / static_cast<float>(K));
+                                         int64_t count_every, bool statistical, bool mask_bf16, std::optional<Tensor> w1,
+                                         std::optional<Tensor> b1, std::optional<Tensor> w3, std::optional<Tensor> b3,
+                                         std::optional<Tensor> w2, std::optional<Tensor> w2t, std::optional<Tensor> b2,
+                                         int64_t act) {
+  const Kernels& kernels = *machine().kernels;
+  const int64_t N = x.size(0), D = x.size(1), Z = w_mu.size(0), U = w_z.size(0);
+  STD_TORCH_CHECK(x.dim() == 2 && static_cast<int64_t>(position.numel()) == N, "one position per token");
+  STD_TORCH_CHECK(w_mu.dim() == 2 && w_mu.size(1) == D && w_sigma.dim() == 2 && w_sigma.size(1) == D &&
+                      w_sigma.size(0) == Z && w_z.dim() == 2 && w_z.size(1) == Z,
+                  "the router does not fit x");
+  STD_TORCH_CHECK(sigma_act == kSoftplus || sigma_act == kExp, "unknown activation of sigma");
+  STD_TORCH_CHECK(K >= 1 && count_every >= 1, "at least one sample, and count_every at least 1");
+  STD_TORCH_CHECK(!w1 || (w2 && w2t && w1->dim() == 2 && w1->size(1) == D), "W1 needs W2 and its transposed copy");
+  Floats inputs(data(x, "x"), N * D), mu_bias(data(b_mu, "b_mu"), Z), sigma_bias(data(b_sigma, "b_sigma"), Z);
+  Floats z_bias(data(b_z, "b_z"), U);
+
+  std::vector<float> memory(N * (3 + 2 * K) * Z + 2 * N * K);
+  float *mu = memory.data(), *raw = mu + N * Z, *sigma = raw + N * Z, *noise = sigma + N * Z, *z = noise + N * K * Z;
+  float *given = z + N * K * Z, *weight_out = given + N * K;
+  multiply(inputs.get(), N, D,
+           {{data(w_mu, "w_mu"), mu_bias.get(), Z, mu}, {data(w_sigma, "w_sigma"), sigma_bias.get(), Z, raw}});
+  if (is_bf16(x)) round_to_bf16(mu, 2 * N * Z);
+  fill_noise(seed, step, layer, stream, position, K, Z, noise);
+  SpreadArgs spread{};
+  spread.K = K, spread.Z = Z, spread.act = static_cast<SigmaActivation>(sigma_act);
+  spread.min_sigma = static_cast<float>(min_sigma), spread.max_sigma = static_cast<float>(max_sigma);
+  spread.mu = {mu, false}, spread.raw = {raw, false}, spread.noise = noise, spread.z = z, spread.sigma = sigma;
+  kernels.spread(spread, 0, N);
+
+  TopMaskArgs a;
+  a.N = N, a.K = K, a.Z = Z, a.U = U, a.z = z, a.weight = given, a.weight_out = weight_out;
+  if (weight) {
+    STD_TORCH_CHECK(static_cast<int64_t>(weight->numel()) == N * K, "weight must have one entry per token and sample");
+    a.weight = floats(*weight, "weight");
+  } else {
+    std::fill(given, given + N * K, 1.f / static_cast<float>(K));
   }
-  auto [mask, packed, weights, counts, totals] =
-      top_mask(z, w_z, b_z, round_bf16, num_kept, *weight, count_every, statistical, mask_bf16, false);
-  Tensor mean = mu;
-  if (is_bf16(mu)) {
-    mean = make(mu, {N, Z}, false);
-    machine().kernels->to_float(data(mu, "mu"), N * Z, static_cast<float*>(mean.mutable_data_ptr()));
+  Tensor result = w1 ? make(x, {N, D}, is_bf16(x)) : make(x, {N, U}, mask_bf16);
+  Tensor counts = zeros(x, U), sums = make(x, {4}, false);
+  std::unique_ptr<float[]> mask(w1 ? new float[N * U] : nullptr);
+  a.mask = mask ? MutableData{mask.get(), false} : out(result);
+  float* to = to_floats(sums);
+  score_and_select(a, data(w_z, "w_z"), z_bias.get(), round_bf16, num_kept, count_every, statistical, to_floats(counts),
+                   to);
+  double spreads[2] = {0, 0};
+  for (int64_t n = 0; n < N; n += count_every) {
+    float one[2];
+    kernels.spread_stats(mu + n * Z, sigma + n * Z, Z, one);
+    spreads[0] += one[0], spreads[1] += one[1];
   }
-  Tensor spreads = spread_stats(mean, sigma, count_every), sums = make(x, {4}, false);
-  auto* to = static_cast<float*>(sums.mutable_data_ptr());
-  std::memcpy(to, totals.const_data_ptr(), 2 * sizeof(float));
-  std::memcpy(to + 2, spreads.const_data_ptr(), 2 * sizeof(float));
-  return {mask, counts, sums};
+  to[2] = static_cast<float>(spreads[0]), to[3] = static_cast<float>(spreads[1]);
+  if (w1) SparseFFN(*w1, b1, w3, b3, *w2, *w2t, b2, U, act).run(inputs.get(), mask.get(), N, out(result));
+  return {result, counts, sums};
 }
 
 }  // namespace
@@ -548,8 +678,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(infmoe, m) {
   m.def("spread_stats(Tensor mu, Tensor sigma, int every) -> Tensor");
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
-      "sparse_ffn(Tensor x, Tensor mask, Tensor w1, Tensor? b1, Tensor? w3, Tensor? b3, Tensor w2t, Tensor? b2, "
-      "int act) -> Tensor");
+      "sparse_ffn(Tensor x, Tensor mask, Tensor w1, Tensor? b1, Tensor? w3, Tensor? b3, Tensor w2, Tensor(a!) w2t, "
+      "Tensor? b2, int act) -> Tensor");
   m.def(
       "normal_noise(Tensor seed, Tensor step, int layer, Tensor stream, Tensor position, int num_samples, int dim) "
       "-> Tensor");
@@ -557,7 +687,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(infmoe, m) {
       "route(Tensor x, Tensor w_mu, Tensor? b_mu, Tensor w_sigma, Tensor? b_sigma, int sigma_act, float min_sigma, "
       "float max_sigma, Tensor seed, Tensor step, int layer, Tensor stream, Tensor position, int num_samples, "
       "Tensor w_z, Tensor? b_z, bool round_bf16, int[] num_kept, Tensor? weight, int count_every, bool statistical, "
-      "bool mask_bf16) -> (Tensor, Tensor, Tensor)");
+      "bool mask_bf16, Tensor? w1, Tensor? b1, Tensor? w3, Tensor? b3, Tensor? w2, Tensor(a!)? w2t, Tensor? b2, "
+      "int act) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(infmoe, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
