@@ -118,7 +118,7 @@ def test_a_broken_calibration_is_measured_anew_once(name, folder, measured, caps
 
 @needs_kernels
 def test_a_broken_neighbour_costs_no_other_geometry_its_calibration(folder, measured):
-    other = dataclasses.replace(SITE, width=2048)
+    other = SITE._replace(width=2048)
     dispatch.calibration(other)
     content = json.loads((folder / "calibration.json").read_text())
     content[dispatch._machine()]["broken"] = {"tokens": "?"}
@@ -151,10 +151,8 @@ def test_a_folder_in_the_files_place_is_no_trouble(folder, measured):
 
 @needs_kernels
 def test_calibrations_of_several_geometries_and_threads_stand_side_by_side(folder, measured):
-    sites = [
-        dataclasses.replace(SITE, **change) for change in ({}, {"threads": 2}, {"dtype": "bfloat16"}, {"matrices": 3})
-    ]
-    for site in (*sites, dataclasses.replace(SITE, tokens=7), dataclasses.replace(SITE, density=0.1)):
+    sites = [SITE._replace(**change) for change in ({}, {"threads": 2}, {"dtype": "bfloat16"}, {"matrices": 3})]
+    for site in (*sites, SITE._replace(tokens=7), SITE._replace(density=0.1)):
         dispatch.calibration(site)
     assert measured == sites
     another_process()
@@ -188,7 +186,7 @@ def test_the_ratio_never_leaves_its_cell(tokens, density):
 @needs_kernels
 def test_a_real_calibration_is_a_grid_that_reads_back(folder):
     state = torch.get_rng_state()
-    known = dispatch.calibrate(dataclasses.replace(SITE, matrices=3, dtype="bfloat16", hidden_size=64, width=512))
+    known = dispatch.calibrate(SITE._replace(matrices=3, dtype="bfloat16", hidden_size=64, width=512))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(known.ratios) == len(known.tokens)
     assert all(len(row) == len(known.densities) for row in known.ratios)
@@ -214,7 +212,7 @@ def test_a_calibration_measures_the_same_thing_wherever_it_is_called(surrounding
     torch.set_default_dtype(defaults.get(surrounding, before))
     try:
         with torch.inference_mode(surrounding == "inference mode"):
-            dispatch.calibrate(dataclasses.replace(SITE, hidden_size=16, width=64))
+            dispatch.calibrate(SITE._replace(hidden_size=16, width=64))
     finally:
         torch.set_default_dtype(before)
     # an inference tensor has no version, so that its transposed copy would be made, and timed, at every call

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ _DENSITIES = (0.03, 0.06, 0.125, 0.25, 0.44, 0.7, 1.0)
 _WARMUP, _ROUNDS, _POINT_SECONDS = 2, 15, 0.2
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """What a choice depends on.
 
     Attributes:
@@ -143,8 +142,9 @@ def resolve(
     """
     if torch.compiler.is_compiling():
         return _able(argument, device, dtype, gradients, plain, None)
-    name = _able(argument, device, dtype, gradients, plain, width)
-    if name != "fused" or requested(argument) != "auto" or tokens > MAX_SPARSE_TOKENS:
+    wanted = requested(argument)
+    name = _able(wanted, device, dtype, gradients, plain, width)
+    if name != "fused" or wanted != "auto" or tokens > MAX_SPARSE_TOKENS:
         return name
     if _sparse_reason(device, dtype, gradients, plain) is not None:
         return name
@@ -176,6 +176,7 @@ def _able(
     return name
 
 
+@cache  # making the text takes longer than the rest of a choice
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

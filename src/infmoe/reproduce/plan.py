@@ -269,12 +269,12 @@ TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 
 
 # Elastic compute: over the keep ratio, over the number of experts, and what is left
-ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
+ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic")
 ELASTIC_EXPERTS = (
     *("moe16-fine-k4", "emoe-k4", "matryoshka-k4", "moe16-fine", "emoe-k8", "matryoshka-k8", "moe16-fine-k16"),
 )
 ELASTIC_MORE = (
-    *("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich"),
+    *("infinity-sandwich-distill", "infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich"),
     *("infinity-elastic-k", "infinity-consistency"),
 )
 # two passes a step: at half the tokens they take the FLOPs of the others
@@ -327,7 +327,7 @@ def _all(scale: Scale) -> list[Group]:
     first, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
     keep, experts, more, half = EXPERIMENTS["elastic"](scale)
     few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come after what is new
-    mixed = [few, keep, tier2, experts, first, longer, more, half, tier2_then]
+    mixed = [few, keep, experts, tier2, first, longer, more, half, tier2_then]
     return mixed + [group for name in _REST for group in EXPERIMENTS[name](scale)]
 
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 
 #include "kernels.h"
 #if defined(__AVX2__)
@@ -865,28 +866,35 @@ INLINE void dots(const T* const* w, const T* const* next, const float* x, int64_
   for (int r = 0; r < kRows; ++r) out[r] = sum(acc[r]);
 }
 
+// As many rows at once as leave the registers room: every one is a stream of its own from memory, and more of them
+// come nearer to what memory gives.
+#if defined(__AVX512F__)
+constexpr int kStreams = 16, kSparseStreams = 8;
+#else
+constexpr int kStreams = 4, kSparseStreams = 4;
+#endif
+
+// Outputs [o, o + kRows); asks for the kRows after them if they end by `end`.
+template <int kRows, class T>
+INLINE void linear_group(const float* x, int64_t N, int64_t I, const T* w, const float* bias, int64_t O, int64_t o,
+                         int64_t end, float* out) {
+  const T *rows[kRows], *next[kRows];
+  const int64_t ahead = o + 2 * kRows <= end ? kRows * I : 0;
+  for (int r = 0; r < kRows; ++r) rows[r] = w + (o + r) * I, next[r] = rows[r] + ahead;
+  for (int64_t n = 0; n < N; ++n) {
+    float y[kRows];
+    n == 0 && kRows > 1 ? dots<kRows, true>(rows, next, x, I, y) : dots<kRows, false>(rows, rows, x + n * I, I, y);
+    for (int r = 0; r < kRows; ++r) out[n * O + o + r] = y[r] + (bias ? bias[o + r] : 0.f);
+  }
+}
+
 template <class T>
 static void linear_rows(const float* x, int64_t N, int64_t I, const T* w, const float* bias, int64_t O, int64_t begin,
                         int64_t end, float* out) {
   int64_t o = begin;
-  for (; o + 4 <= end; o += 4) {
-    const T* rows[4] = {w + o * I, w + (o + 1) * I, w + (o + 2) * I, w + (o + 3) * I};
-    const int64_t ahead = o + 8 <= end ? 4 * I : 0;
-    const T* next[4] = {rows[0] + ahead, rows[1] + ahead, rows[2] + ahead, rows[3] + ahead};
-    for (int64_t n = 0; n < N; ++n) {
-      float y[4];
-      n == 0 ? dots<4, true>(rows, next, x, I, y) : dots<4, false>(rows, rows, x + n * I, I, y);
-      for (int r = 0; r < 4; ++r) out[n * O + o + r] = y[r] + (bias ? bias[o + r] : 0.f);
-    }
-  }
-  for (; o < end; ++o) {
-    const T* row = w + o * I;
-    for (int64_t n = 0; n < N; ++n) {
-      float y;
-      dots<1, false>(&row, &row, x + n * I, I, &y);
-      out[n * O + o] = y + (bias ? bias[o] : 0.f);
-    }
-  }
+  for (; o + kStreams <= end; o += kStreams) linear_group<kStreams>(x, N, I, w, bias, O, o, end, out);
+  for (; o + 4 <= end; o += 4) linear_group<4>(x, N, I, w, bias, O, o, end, out);
+  for (; o < end; ++o) linear_group<1>(x, N, I, w, bias, O, o, end, out);
 }
 
 static void linear(const float* x, int64_t N, int64_t I, Data w, const float* bias, int64_t O, int64_t begin,
@@ -935,44 +943,77 @@ struct Rows {
   }
 };
 
-// kRows active neurons; `next` are those that follow.
+// Whether a token's mask keeps one of kRows neurons; their masks.
+template <int kRows>
+INLINE bool masks_of(const SparseArgs& a, int64_t n, const int32_t* f, float* m) {
+  bool any = false;
+  for (int r = 0; r < kRows; ++r) {
+    m[r] = a.mask[n * (a.F / a.block) + f[r] / a.block];
+    any |= m[r] != 0;  // NaN counts
+  }
+  return any;
+}
+
+// What kRows neurons' columns of W2 are multiplied by, for each token; `next` are the neurons that follow.
 template <int kRows, class T>
-INLINE void sparse_group(const SparseArgs& a, const int32_t* f, const int32_t* next, float* y) {
-  const int64_t D = a.D, U = a.F / a.block;
-  const Rows<kRows, T> first(a.w1, f, D), second(a.w2t, f, D), first_next(a.w1, next, D), second_next(a.w2t, next, D);
-  const Rows<kRows, T> third(a.w3 ? a.w3 : a.w1, f, D), third_next(a.w3 ? a.w3 : a.w1, next, D);
+INLINE void activate(const SparseArgs& a, const int32_t* f, const int32_t* next, float* coefficient, int64_t stride) {
+  const Rows<kRows, T> first(a.w1, f, a.D), first_next(a.w1, next, a.D);
+  const Rows<kRows, T> third(a.w3 ? a.w3 : a.w1, f, a.D), third_next(a.w3 ? a.w3 : a.w1, next, a.D);
   bool ahead = true;
   for (int64_t n = 0; n < a.N; ++n) {
     float m[kRows], h[kRows], other[kRows];
-    bool any = false;
-    for (int r = 0; r < kRows; ++r) {
-      m[r] = a.mask[n * U + f[r] / a.block];
-      any |= m[r] != 0;
-    }
-    if (!any) continue;
-    const float* x = a.x + n * D;
-    ahead ? dots<kRows, true>(first.at, first_next.at, x, D, h) : dots<kRows, false>(first.at, first.at, x, D, h);
+    if (!masks_of<kRows>(a, n, f, m)) continue;
+    const float* x = a.x + n * a.D;
+    ahead ? dots<kRows, true>(first.at, first_next.at, x, a.D, h) : dots<kRows, false>(first.at, first.at, x, a.D, h);
     if (a.w3)
-      ahead ? dots<kRows, true>(third.at, third_next.at, x, D, other)
-            : dots<kRows, false>(third.at, third.at, x, D, other);
+      ahead ? dots<kRows, true>(third.at, third_next.at, x, a.D, other)
+            : dots<kRows, false>(third.at, third.at, x, a.D, other);
     for (int r = 0; r < kRows; ++r) {
       float value = act_one(a.act, h[r] + (a.b1 ? a.b1[f[r]] : 0.f));
       if (a.w3) value *= other[r] + (a.b3 ? a.b3[f[r]] : 0.f);
-      h[r] = value * m[r];
+      coefficient[n * stride + r] = value * m[r];
     }
-    ahead ? accumulate<kRows, true>(second.at, second_next.at, h, D, y + n * D)
-          : accumulate<kRows, false>(second.at, second.at, h, D, y + n * D);
     ahead = false;
   }
 }
 
+template <int kRows, class T>
+INLINE void add_up(const SparseArgs& a, const int32_t* f, const int32_t* next, const float* coefficient, int64_t stride,
+                   float* y) {
+  const Rows<kRows, T> second(a.w2t, f, a.D), second_next(a.w2t, next, a.D);
+  bool ahead = true;
+  for (int64_t n = 0; n < a.N; ++n) {
+    float m[kRows];
+    if (!masks_of<kRows>(a, n, f, m)) continue;
+    const float* c = coefficient + n * stride;
+    ahead ? accumulate<kRows, true>(second.at, second_next.at, c, a.D, y + n * a.D)
+          : accumulate<kRows, false>(second.at, second.at, c, a.D, y + n * a.D);
+    ahead = false;
+  }
+}
+
+// Calls run(width, i, next) for groups of neurons [i, i + width) that make up [0, count); `next` begins the group after.
+template <class Run>
+INLINE void in_groups(int64_t count, Run run) {
+  int64_t i = 0;
+  for (; i + kSparseStreams <= count; i += kSparseStreams)
+    run(std::integral_constant<int, kSparseStreams>{}, i, i + 2 * kSparseStreams <= count ? i + kSparseStreams : i);
+  for (; i < count; ++i) run(std::integral_constant<int, 1>{}, i, i);
+}
+
+// All rows of W1 first, then all of W2^T: memory gives more to rows of one matrix at a time.
 template <class T>
 static void sparse_typed(const SparseArgs& a, const int32_t* active, int64_t begin, int64_t end, float* y) {
-  constexpr int kGroup = 4;
-  int64_t i = begin;
-  for (; i + kGroup <= end; i += kGroup)
-    sparse_group<kGroup, T>(a, active + i, active + (i + 2 * kGroup <= end ? i + kGroup : i), y);
-  for (; i < end; ++i) sparse_group<1, T>(a, active + i, active + i, y);
+  static thread_local Scratch scratch;
+  const int64_t count = end - begin;
+  const int32_t* f = active + begin;
+  float* coefficient = scratch.get<float>(a.N * count);
+  in_groups(count, [&](auto width, int64_t i, int64_t next) INFMOE_INLINE_LAMBDA {
+    activate<width(), T>(a, f + i, f + next, coefficient + i, count);
+  });
+  in_groups(count, [&](auto width, int64_t i, int64_t next) INFMOE_INLINE_LAMBDA {
+    add_up<width(), T>(a, f + i, f + next, coefficient + i, count, y);
+  });
 }
 
 static void sparse(const SparseArgs& a, const int32_t* active, int64_t begin, int64_t end, float* y) {

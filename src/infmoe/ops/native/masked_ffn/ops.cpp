@@ -517,7 +517,7 @@ struct SparseFFN {
     const int64_t found = kernels.list_active(mask, N, a.F, a.block, active.get());
     // One partial sum per part, added in order: the same result whichever thread ran which part.
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(get_num_threads(), found / 16));
-    const int64_t share = round_up((found + parts - 1) / parts, 4), size = N * a.D;
+    const int64_t share = round_up((found + parts - 1) / parts, 8), size = N * a.D;
     std::unique_ptr<float[]> partial(new float[parts * size]());
     parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t p = first; p < last; ++p)
