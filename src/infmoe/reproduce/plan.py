@@ -269,12 +269,12 @@ TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 
 
 # Elastic compute: over the keep ratio, over the number of experts, and what is left
-ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic")
+ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
 ELASTIC_EXPERTS = (
     *("moe16-fine-k4", "emoe-k4", "matryoshka-k4", "moe16-fine", "emoe-k8", "matryoshka-k8", "moe16-fine-k16"),
 )
 ELASTIC_MORE = (
-    *("infinity-sandwich-distill", "infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich"),
+    *("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich"),
     *("infinity-elastic-k", "infinity-consistency"),
 )
 # two passes a step: at half the tokens they take the FLOPs of the others
