@@ -1,4 +1,6 @@
-"""The trained model and its held-out windows, opened once."""
+"""The trained model, its held-out windows and a few items of every task, made once."""
+
+from pathlib import Path
 
 import pytest
 from tiny_run import TinyRun, make
@@ -22,3 +24,10 @@ def opened(tiny_run: TinyRun) -> Opened:
 @pytest.fixture(scope="session")
 def held_out(tiny_run: TinyRun, opened: Opened) -> HeldOut:
     return HeldOut.from_data(TokenData.open(tiny_run.data), opened.model.config.max_position_embeddings, 20)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from zero_shot_helpers import write_files  # needs the `eval` extra
+
+    return write_files(tmp_path_factory.mktemp("bench") / "files")

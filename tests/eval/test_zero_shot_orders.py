@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers import Flips, record_selections, replay_selections
-from zero_shot_helpers import BENCH, model_of, opened_with, requests, write_files
+from zero_shot_helpers import BENCH, model_of, opened_with, requests
 
 pytest.importorskip("lm_eval", reason="the `eval` extra is not installed")
 
@@ -21,11 +21,6 @@ from infmoe.layers.point import Point
 SAMPLED = Point(num_samples=4, keep_ratio=0.25)
 # model, point, tolerance: what a unit that flips may move
 CASES = [("dense", Point(), 1e-5), ("infinity", SAMPLED, 1e-3)]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("bench") / "files")
 
 
 @pytest.fixture(scope="module")
