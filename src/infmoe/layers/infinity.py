@@ -10,13 +10,14 @@ from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.activations import activation, ffn_width
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
+from infmoe.layers.density import UnionDensity
 from infmoe.layers.gaussian import mean_mask_second_moment
-from infmoe.layers.linear import Linear
+from infmoe.layers.linear import Linear, affine, is_hooked, is_plain, product
 from infmoe.layers.mask_weights import (
     MASK_SCALES,
     Dials,
@@ -30,7 +31,7 @@ from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation
 from infmoe.layers.routing import MODES, Mode, NoiseKey, PerLayer, Routing, check_keep_ratio, check_num_samples
 from infmoe.layers.samples import coordinates, spread_samples
 from infmoe.ops import dispatch, triton
-from infmoe.ops.masked_ffn import compiled, eager, few_tokens, fused
+from infmoe.ops.masked_ffn import eager, few_tokens, fused
 from infmoe.ops.masked_ffn.result import SELECTIONS, MaskStats, MeanMask, Selection, counted, unpacked
 from infmoe.ops.noise import noise_key
 
@@ -133,7 +134,7 @@ class InfinityFFN(ConditionalFFN):
         self.routing_mode: Mode = routing_mode if sigma_activation != "none" else "mu"
         self.mask_scale, self.score_dtype, self.noise_seed = mask_scale, score_dtype, noise_seed
         self.wz_lr_factor, self.wz_weight_decay = wz_lr_factor, wz_weight_decay
-        self._measured_density: dict[tuple, float] = {}
+        self._density = UnionDensity()
 
         self.router = GaussianRouter(
             hidden_size,
@@ -176,7 +177,7 @@ class InfinityFFN(ConditionalFFN):
         dials = self._dials(routing, batch_size=x_BTD.shape[0])
 
         ffn, router_state = self._plain_weights(), self._router_state()
-        backend = self._backend(x_BTD, routing, dials, ffn, self._density(dials, router_state))
+        backend = self._backend(x_BTD, routing, dials, ffn, router_state)
         num_tokens = x_BTD.shape[0] * x_BTD.shape[1]
         count_every = stats_stride(num_tokens, routing.max_stats_tokens)
         maps = self._few_token_maps(x_BTD, backend, dials, ffn)
@@ -191,7 +192,7 @@ class InfinityFFN(ConditionalFFN):
             sigma, sigma_to_mu = self._spread_stats(indices, count_every)
         looked = -(-num_tokens // count_every)
         if not torch.is_grad_enabled():
-            self._measure_density(mask_stats, dials, router_state, looked)
+            self._density.measure(mask_stats, dials, router_state, looked)
         zero = torch.zeros((), device=x_BTD.device)
         tokens = torch.full((), float(looked), device=x_BTD.device)
         stats = RoutingStats(tokens, *mask_stats, sigma, sigma_to_mu, dropped=zero)
@@ -201,12 +202,12 @@ class InfinityFFN(ConditionalFFN):
         """The backend that a call would run on (see `infmoe.ops.dispatch`)."""
         routing = (routing or Routing()).at_layer(self.layer_index)
         dials = self._dials(routing, batch_size=x_BTD.shape[0])
-        return self._backend(x_BTD, routing, dials, self._plain_weights(), self._density(dials, self._router_state()))
+        return self._backend(x_BTD, routing, dials, self._plain_weights(), self._router_state())
 
     def _plain_weights(self) -> few_tokens.FFN | None:
         """W1, W3 and W2 with their biases, where all are plain linear maps."""
-        w1, w2 = _affine(self.w1), _affine(self.w2)
-        w3: tuple[Tensor | None, Tensor | None] | None = (None, None) if self.w3 is None else _affine(self.w3)
+        w1, w2 = affine(self.w1), affine(self.w2)
+        w3: tuple[Tensor | None, Tensor | None] | None = (None, None) if self.w3 is None else affine(self.w3)
         if w1 is None or w2 is None or w3 is None:
             return None
         return few_tokens.FFN(*w1, *w3, *w2)
@@ -224,8 +225,8 @@ class InfinityFFN(ConditionalFFN):
         ):
             return None
         router = self.router
-        mu, sigma, w_z = _affine(router.mu), _affine(router.sigma), _affine(self.w_z)
-        if mu is None or sigma is None or w_z is None or router.hidden is not None or _is_hooked(router):
+        mu, sigma, w_z = affine(router.mu), affine(router.sigma), affine(self.w_z)
+        if mu is None or sigma is None or w_z is None or router.hidden is not None or is_hooked(router):
             return None
         if not (few_tokens.few_rows(x_BTD, mu[0]) and sigma[0].dtype == x_BTD.dtype and sigma[0].is_contiguous()):
             return None
@@ -280,13 +281,13 @@ class InfinityFFN(ConditionalFFN):
 
     def _products(self, x_BTD: Tensor) -> Products:
         """W1 x and W3 x, each with the bias that is still to be added."""
-        pre_BTF, b1_F = _product(self.w1, x_BTD)
-        gate_BTF, b3_F = _product(self.w3, x_BTD) if self.w3 is not None else (None, None)
+        pre_BTF, b1_F = product(self.w1, x_BTD)
+        gate_BTF, b3_F = product(self.w3, x_BTD) if self.w3 is not None else (None, None)
         return pre_BTF, b1_F, gate_BTF, b3_F
 
     def _gated(self, products: Products, mask_BTU: Tensor) -> Tensor:
         """W2 of the gated activations."""
-        if not _is_plain(self.w2):
+        if not is_plain(self.w2):
             return self.w2(fused.gate(*products, mask_BTU, self.hidden_act))
         dtype = products[0].dtype
         return fused.gated_linear(
@@ -311,7 +312,7 @@ class InfinityFFN(ConditionalFFN):
         rows = [torch.full((B * T // len(kept),), n, dtype=torch.int32, device=x_BTD.device) for n in kept]
         selected = (scores_BTKU.flatten(0, 1), torch.cat(rows), weight_NK.detach())
         statistical = self.selection == "statistical"
-        if _is_plain(self.w2):
+        if is_plain(self.w2):
             w2, b2 = self.w2.weight.to(pre_BTF.dtype), self.w2.bias.to(pre_BTF.dtype)
             y_ND, packed_NKW, _ = triton.gated_linear(
                 pre_BTF.flatten(0, 1), *selected, w2, b2, gate_NF, act=self.hidden_act, statistical=statistical
@@ -337,7 +338,7 @@ class InfinityFFN(ConditionalFFN):
             mask = self._eager_mask(self._scores(z_BTKZ), dials, count_every)
             return mask._replace(mask_BTU=mask.mask_BTU.to(dtype))
         kept = num_kept(dials.keep_ratios, self.num_units)
-        if _is_plain(self.w_z) and not self._scale_needs_scores(dials):
+        if is_plain(self.w_z) and not self._scale_needs_scores(dials):
             weight_BTK = self._weights(z_BTKZ.device, None, dials)
             return fused.top_mask(
                 z_BTKZ,
@@ -357,7 +358,7 @@ class InfinityFFN(ConditionalFFN):
         )
 
     def _backend(
-        self, x_BTD: Tensor, routing: Routing, dials: Dials, ffn: few_tokens.FFN | None, density: float
+        self, x_BTD: Tensor, routing: Routing, dials: Dials, ffn: few_tokens.FFN | None, state: tuple[int, ...]
     ) -> str:
         device = x_BTD.device.type
         autocast = torch.is_autocast_enabled(device) and x_BTD.dtype != torch.float64  # which it leaves alone
@@ -372,7 +373,7 @@ class InfinityFFN(ConditionalFFN):
             and ffn.w1_FD.dtype == ffn.w2_DF.dtype == dtype
             and (ffn.w3_FD is None or ffn.w3_FD.dtype == dtype),
             tokens=x_BTD.shape[0] * x_BTD.shape[1],
-            density=density,
+            density=1.0 if torch.compiler.is_compiling() else self._density.expected(dials, state),
             hidden_size=self.hidden_size,
             width=self.width,
             matrices=2 if self.w3 is None else 3,
@@ -384,38 +385,11 @@ class InfinityFFN(ConditionalFFN):
         return "eager"
 
     def _router_state(self) -> tuple[int, ...]:
-        """What changes with the router's weights; a measured density holds for as long as it stays."""
+        """What changes with the weights that the masks come from."""
         if torch.compiler.is_compiling():
             return ()
         weights = (self.router.mu.weight, self.w_z.weight)
         return tuple([w._version if isinstance(w, Tensor) and not w.is_inference() else 0 for w in weights])
-
-    def _density(self, dials: Dials, router_state: tuple[int, ...]) -> float:
-        """Expected share of units in the union of a token's masks, of the row with most of them.
-
-        As measured, else for independent masks; before a score cut is measured, as if it kept `keep_ratio`.
-        """
-        if torch.compiler.is_compiling():
-            return 1.0
-        known = self._measured_density
-        return max(
-            [
-                known.get((k, ratio, dials.score_cut, router_state), 1.0 - (1.0 - ratio) ** k)
-                for ratio in dials.keep_ratios
-                for k in dials.num_samples
-            ]
-        )
-
-    def _measure_density(self, mask: MaskStats, dials: Dials, router_state: tuple[int, ...], num_tokens: int) -> None:
-        """Remember the share that a setting's first call without gradients found, for the dispatcher."""
-        one_setting = len(dials.num_samples) == len(dials.keep_ratios) == 1
-        if not one_setting or num_tokens == 0 or torch.compiler.is_compiling():
-            return
-        setting = (dials.num_samples[0], dials.keep_ratios[0], dials.score_cut, router_state)
-        if setting not in self._measured_density and mask.union.device.type == "cpu":
-            share = float(mask.union) / num_tokens
-            if 0.0 < share <= 1.0:
-                self._measured_density[setting] = share
 
     def _dials(self, routing: Routing, batch_size: int) -> Dials:
         """The call's dials, with the layer's own where it says nothing."""
@@ -463,7 +437,7 @@ class InfinityFFN(ConditionalFFN):
         """
         dtype = self._rounded_to
         with torch.autocast(z_BTKZ.device.type, enabled=False):
-            if type(self.w_z) is Linear and not _is_hooked(self.w_z):
+            if type(self.w_z) is Linear and not is_hooked(self.w_z):
                 bias = self.w_z.bias.float() if self.w_z.bias is not None else None
                 return F.linear(z_BTKZ.to(dtype).float(), self.w_z.weight.to(dtype).float(), bias)
             # wrapped (LoRA) or quantised: the module knows its own product
@@ -541,34 +515,3 @@ class InfinityFFN(ConditionalFFN):
             weights_executed=params - unused_sigma,
             weights_ideal=round(always - unused_sigma + params_wz + neuron * self.width * union),
         )
-
-
-def _product(linear: nn.Module, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
-    """W x, and the bias that is still to be added (None where it was)."""
-    if not _is_plain(linear):
-        return linear(x_BTD), None
-    assert isinstance(linear, Linear)
-    return few_tokens.linear(x_BTD, linear.weight, None), linear.bias
-
-
-def _affine(linear: nn.Module | None) -> few_tokens.Affine | None:
-    """Weight and bias of a linear map that is just that: not wrapped (LoRA), quantised, or hooked into; else None."""
-    if type(linear) is not Linear or _is_hooked(linear):
-        return None
-    weight = linear.weight
-    return (weight, linear.bias) if weight.dtype in compiled.DTYPES else None
-
-
-def _is_plain(linear: nn.Module | None) -> bool:
-    return _affine(linear) is not None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says (hooks; Accelerate's replace `forward`)."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
