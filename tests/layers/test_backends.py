@@ -198,10 +198,11 @@ CHANGES = {
 
 @needs_kernels
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("tokens", [1, 15])  # in one operator, and step by step
 @torch.no_grad()
-def test_weights_may_change_between_sparse_calls(change):
+def test_weights_may_change_between_sparse_calls(change, tokens):
     layer = layer_of()
-    x = inputs(layer)
+    x = inputs(layer, 1, tokens)
     run(layer, x, "sparse")
     layer.w2.weight.grad = torch.ones_like(layer.w2.weight)
     layer.mul_by_two = lambda: layer.w2.weight.mul_(2) is None or layer
@@ -525,8 +526,15 @@ def test_one_operator_from_a_few_tokens_to_their_mask_gives_the_same_bits(case, 
     original = torch.ops.infmoe.route
     monkeypatch.setattr(torch.ops.infmoe, "route", lambda *args: calls.append(1) or original(*args))
     at_once = layer(x, routing(len(x), backend=backend, **dials))
+    torch.set_num_threads(2)
+    try:
+        on_two_threads = layer(x, routing(len(x), backend=backend, **dials))
+    finally:
+        torch.set_num_threads(1)
+    close(on_two_threads.y_BTD, at_once.y_BTD, dtype)
+    assert on_two_threads.stats.counts_U.equal(at_once.stats.counts_U)
     rescaled = layer.mask_scale == "rms" and "keep_ratio" in dials
-    assert len(calls) == (case not in STEP_BY_STEP and not rescaled)
+    assert len(calls) == 2 * (case not in STEP_BY_STEP and not rescaled)
     monkeypatch.setattr(type(layer), "_few_token_maps", lambda *args: None)
     in_steps = layer(x, routing(len(x), backend=backend, **dials))
     assert at_once.y_BTD.equal(in_steps.y_BTD)

@@ -1,5 +1,7 @@
 """`Routing`, `NoiseKey` and `PerLayer`: what they refuse, and how they spread."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from infmoe.errors import InfMoEError
 from infmoe.layers import NoiseKey, PerLayer, Routing
 from infmoe.layers.activations import ffn_width
 from infmoe.layers.metrics import stats_stride
+from infmoe.layers.samples import coordinates
+from infmoe.ops.noise import normal_noise
 
 
 @pytest.mark.parametrize(
@@ -124,3 +128,21 @@ def test_ffn_width_is_two_thirds_where_gated():
     assert ffn_width(100, gated=True, multiple_of=16) == 64
     assert ffn_width(1, gated=True) == 1
     assert ffn_width(3, gated=True, multiple_of=16) == 16
+
+
+@pytest.mark.parametrize("number", [7, torch.tensor(7), torch.tensor(7, dtype=torch.int32)])
+@pytest.mark.parametrize("stream", [None, torch.tensor([3, 4])])
+@pytest.mark.parametrize("position", [None, torch.arange(5), torch.arange(10).view(2, 5)])
+def test_a_key_spelled_out_draws_the_same_noise(number, stream, position):
+    key = NoiseKey(seed=number, step=number, stream=stream, position=position)
+    where = {
+        "layer_index": 1,
+        "batch_size": 2,
+        "num_tokens": 5,
+        "device": torch.device("cpu"),
+        "positions": "positions",
+    }
+    spelled_out = key.at(torch.arange(5).expand(2, 5), 2)
+    assert all(isinstance(getattr(spelled_out, f.name), torch.Tensor) for f in dataclasses.fields(NoiseKey))
+    draws = [normal_noise(2, 4, **coordinates(k, **where)) for k in (key, spelled_out)]
+    assert draws[0].equal(draws[1])

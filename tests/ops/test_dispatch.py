@@ -215,7 +215,7 @@ def test_a_calibration_measures_the_same_thing_wherever_it_is_called(surrounding
             dispatch.calibrate(SITE._replace(hidden_size=16, width=64))
     finally:
         torch.set_default_dtype(before)
-    # an inference tensor has no version, so that its transposed copy would be made, and timed, at every call
+    # inference tensors have no versions, by which a copy is known to be of today
     assert set(seen) == {(torch.float32, torch.float32, torch.float32, False, False)}
 
 

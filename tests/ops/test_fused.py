@@ -434,6 +434,76 @@ def test_w2_is_transposed_once_and_let_go_with_it():
     assert len(few_tokens._transposed) == before
 
 
+@torch.no_grad()
+def test_neurons_cut_off_through_data_are_gone():
+    x, mask, w1, b1, _, _, w2, b2 = sparse_inputs("gelu", 2, 16, 48, 1, torch.float32)
+    w2 = torch.nn.Parameter(w2)
+    few_tokens.sparse_ffn(x, mask, w1, b1, None, None, w2, b2, "gelu")
+    w2.data = w2.data[:, :40]  # same version, address, type and strides
+    fewer = (x, mask[..., :40], w1[:40], b1[:40], None, None, w2, b2)
+    close(few_tokens.sparse_ffn(*fewer, "gelu"), dense_formula(*fewer, "gelu"))
+
+
+@torch.no_grad()
+def test_a_copy_of_w2_that_is_in_use_is_not_written_to():
+    *inputs, w2, b2 = sparse_inputs("gelu", 2, 16, 48, 1, torch.float32)
+    w2 = torch.nn.Parameter(w2)
+    few_tokens.sparse_ffn(*inputs, w2, b2, "gelu")
+    in_use = few_tokens._columns(w2)
+    before = in_use.clone()
+    w2.data.mul_(2)
+    close(few_tokens.sparse_ffn(*inputs, w2, b2, "gelu"), dense_formula(*inputs, w2, b2, "gelu"))
+    assert in_use.equal(before)
+    assert few_tokens._columns(w2).equal(w2.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (7, 130), (130, 7), (96, 200)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_copy_is_known_from_a_few_entries(dtype, shape, strided):
+    w2 = random(*shape).to(dtype)
+    if strided:
+        w2 = w2.T.contiguous().T
+    copy = w2.T.contiguous().clone()
+    assert OPS.like_its_transpose(w2, copy)
+    w2[0, 0] = torch.nan
+    assert not OPS.like_its_transpose(w2, copy)
+    copy[0, 0] = torch.nan  # of the same bits, so not a change
+    assert OPS.like_its_transpose(w2, copy)
+    copy[0, 0] = 1.0
+    assert not OPS.like_its_transpose(w2, copy)
+
+
+WRONG = {
+    "w3": (4, random(19, 8)),
+    "b1": (3, random(19)),
+    "b2": (7, random(9)),
+    "w2": (6, random(19, 8)),
+    "act": (8, 7),
+    "dtype": (6, random(20, 8).bfloat16()),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_operands_that_do_not_fit_are_refused(what):
+    args = [
+        random(2, 8),
+        random(2, 20),
+        random(20, 8),
+        random(20),
+        random(20, 8),
+        random(20),
+        random(20, 8),
+        random(8),
+        1,
+    ]
+    OPS.sparse_ffn(*args)
+    place, value = WRONG[what]
+    args[place] = value
+    with pytest.raises(RuntimeError, match=r"fit|must have|unknown"):
+        OPS.sparse_ffn(*args)
+
+
 @torch.inference_mode()
 def test_the_sparse_path_in_inference_mode():
     inputs = sparse_inputs("gelu", 2, 16, 48, 1, torch.float32)
@@ -528,10 +598,6 @@ def longs(*values):
 NONE = (None, None, None)
 
 
-def and_transposed(w2):
-    return w2, w2.T.contiguous()
-
-
 def routed():
     return (
         *(random(2, 8), random(3, 8), None, random(3, 8), random(3), 0, 0.01, 3.0),
@@ -559,11 +625,11 @@ LAWFUL_WITHOUT_GRADIENTS = {
     "spread_backward": lambda: (random(4, 2, 8), None, random(4, 8), random(4, 8), random(4, 2, 8), 1, 0.01, 3.0),
     "spread_stats": lambda: (random(4, 8), random(4, 8).abs(), 2),
     "few_rows_linear": lambda: (random(2, 8), random(5, 8), random(5)),
-    "sparse_ffn": lambda: (random(2, 8), random(2, 20), random(20, 8), *NONE, *and_transposed(random(8, 20)), None, 1),
+    "sparse_ffn": lambda: (random(2, 8), random(2, 20), random(20, 8), *NONE, random(20, 8), None, 1),
     "sparse_ffn_by_rows": lambda: (random(2, 8), random(2, 20), random(20, 8), *NONE, random(8, 20), None, 1),
     "normal_noise": lambda: (longs(1)[0], longs(2)[0], 3, longs(4, 5), longs(6, 7).view(2, 1), 2, 5),
-    "route": lambda: (*routed(), *NONE, *NONE, None, 0),
-    "route to y": lambda: (*routed(), random(20, 8), *NONE, *and_transposed(random(8, 20)), None, 1),
+    "route": lambda: (*routed(), *NONE, *NONE, 0),
+    "route to y": lambda: (*routed(), random(20, 8), *NONE, random(20, 8), None, 1),
 }
 
 
@@ -582,7 +648,7 @@ def test_every_operator_of_the_kernels_is_checked():
     source = (Path(native.__file__).parent / "masked_ffn" / "ops.cpp").read_text()
     names = set(re.findall(r'm\.def\(\s*"(\w+)\(', source))
     assert len(names) > 8
-    assert names - {"isa"} <= {name.split()[0] for name in (*LAWFUL, *LAWFUL_WITHOUT_GRADIENTS)}
+    assert names - {"isa", "like_its_transpose"} <= {name.split()[0] for name in (*LAWFUL, *LAWFUL_WITHOUT_GRADIENTS)}
 
 
 def branch(z, w_z, pre, w2):
@@ -698,10 +764,16 @@ def work(isa):
         for act in range(4):
             out[f"gate {act} {dtype}"] = [ops.gate(pre, b1, gate, None, mask, act)]
             out[f"back {act} {dtype}"] = ops.gate_backward(grad, pre, b1, gate, None, mask, act)
-        x, w = rand(3, 37).to(dtype), rand(21, 37).to(dtype)
-        out[f"linear {dtype}"] = [ops.few_rows_linear(x, w, None)]
-        half = rand(3, 21) * (rand(3, 21) > 0)
-        out[f"sparse {dtype}"] = [ops.sparse_ffn(x, half, w, None, None, None, w.T, w, None, 1)]
+        for width in (21, 85):  # one group of rows that are read side by side, and several with a rest
+            x, w = rand(3, 37).to(dtype), rand(width, 37).to(dtype)
+            out[f"linear {width} {dtype}"] = [ops.few_rows_linear(x, w, None)]
+            half = rand(3, width) * (rand(3, width) > 0)
+            out[f"sparse {width} {dtype}"] = [ops.sparse_ffn(x, half, w, None, None, None, w, None, 1)]
+        maps = [rand(33, 37).to(dtype), rand(33).to(dtype), rand(33, 37).to(dtype), None, 0, 0.01, 3.0]
+        key = [torch.tensor(1), torch.tensor(2), 3, torch.arange(3), torch.arange(3).view(3, 1), 2]
+        scores = [rand(85, 33), None, False, [20], None, 1, False, False]
+        for name, ffn in (("", [None] * 6), (" to y", [w, None, None, None, w, None])):
+            out[f"factors route{name} {dtype}"] = ops.route(x, *maps, *key, *scores, *ffn, 1)
     out["spread"] = ops.spread(rand(4, 33), rand(4, 33), rand(4, 2, 33), 0, 0.01, 3.0)
     out["noise"] = [ops.normal_noise(torch.tensor(1), torch.tensor(2), 3, torch.arange(2),
                                      torch.arange(40).view(2, 20), 2, 33)]

@@ -80,11 +80,6 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def _drop(dropout: nn.Module, x: Tensor) -> Tensor:
-    """`dropout(x)`; outside training without the call, which a decoded token would make twice a layer."""
-    return dropout(x) if dropout.training else x
-
-
 class InfMoEAttention(nn.Module):
     """GPT-2's causal self-attention."""
 
@@ -125,7 +120,7 @@ class InfMoEAttention(nn.Module):
             **kwargs,
         )
         output = self.c_proj(output.reshape(B, T, D).contiguous())
-        return _drop(self.resid_dropout, output), weights
+        return self.resid_dropout(output), weights
 
 
 class InfMoEBlock(GradientCheckpointingLayer):
@@ -150,7 +145,7 @@ class InfMoEBlock(GradientCheckpointingLayer):
         attended, _ = self.attn(self.ln_1(hidden_states), past_key_values, attention_mask, **kwargs)
         hidden_states = hidden_states + attended
         ffn: FFNOutput = self.mlp(self.ln_2(hidden_states), routing)
-        return hidden_states + _drop(self.resid_dropout, ffn.y_BTD), ffn.aux_loss, ffn.stats
+        return hidden_states + self.resid_dropout(ffn.y_BTD), ffn.aux_loss, ffn.stats
 
 
 class InfMoEPreTrainedModel(PreTrainedModel):

@@ -161,10 +161,10 @@ def _able(
     if name == "eager":
         return name
 
-    def reason(name: str) -> str | None:
-        if name == "triton":
+    def reason(backend: str) -> str | None:
+        if backend == "triton":
             return _triton_reason(device, dtype, num_units)
-        return _sparse_reason(device, dtype, gradients, plain) if name == "sparse" else _fused_reason(device, dtype)
+        return _sparse_reason(device, dtype, gradients, plain) if backend == "sparse" else _fused_reason(device, dtype)
 
     if name == "auto":
         if reason("triton") is None:

@@ -96,7 +96,7 @@ def _register_shapes() -> None:
         return x.new_empty(x.shape[0], weight.shape[0])
 
     @library.register_fake("infmoe::sparse_ffn")
-    def _(x, mask, w1, b1, w3, b3, w2, w2t, b2, act):
+    def _(x, mask, w1, b1, w3, b3, w2t, b2, act):
         return torch.empty_like(x)
 
     @library.register_fake("infmoe::route")

@@ -97,7 +97,8 @@ def route(
         noise_key: see `noise.noise_key`.
         num_samples: K.
         weight_BTK: see `fused.top_mask`; None: 1 / K each.
-        num_kept, count_every, selection, score_dtype, mask_dtype: see `fused.top_mask`.
+        num_kept, count_every, selection, score_dtype: see `fused.top_mask`.
+        mask_dtype: of the mask, where that is what is asked for.
         sparse: weights and activation of the FFN, of which only the kept neurons are read (see `sparse_ffn`): the
             same call goes on to its output.
 
@@ -108,7 +109,7 @@ def route(
     if weight_BTK is not None:
         weight_BTK = weight_BTK.expand(B, T, num_samples).reshape(B * T, num_samples).contiguous()
     activation, min_sigma, max_sigma = sigma_form
-    neurons: tuple = (None,) * 7 + (0,)
+    neurons: tuple = (None,) * 6 + (0,)
     if sparse is not None:
         neurons = (*_operands(*sparse[0]), ACTIVATIONS[sparse[1]])
     result_NX, counts_U, sums = torch.ops.infmoe.route(
@@ -160,9 +161,9 @@ def sparse_ffn(
 
 
 def _operands(w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D) -> tuple[Tensor | None, ...]:
-    """The weights as the kernels take them, W2 followed by its transposed copy."""
+    """The weights as the kernels take them, W2 transposed."""
     w3_FD = None if w3_FD is None else w3_FD.contiguous()
-    return w1_FD.contiguous(), b1_F, w3_FD, b3_F, w2_DF, _columns(w2_DF), b2_D
+    return w1_FD.contiguous(), b1_F, w3_FD, b3_F, _columns(w2_DF), b2_D
 
 
 # W2's rows are its outputs; skipping neurons needs their columns in one piece. weight -> (its state, the copy)
@@ -172,13 +173,13 @@ _transposed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _columns(weight_DF: Tensor) -> Tensor:
     """W2 transposed, from the last call if W2 is still what it was.
 
-    A write through `.data` changes neither version nor address: the kernels compare a few entries at every call, and
-    make the copy anew where they differ.
+    A write through `.data` changes neither version nor address, so a few entries are compared too. A copy that is in
+    use is left as it is: another takes its place.
     """
     version = None if weight_DF.is_inference() else weight_DF._version
-    state = (version, weight_DF.data_ptr(), weight_DF.dtype, weight_DF.stride())
+    state = (version, weight_DF.data_ptr(), weight_DF.dtype, weight_DF.shape, weight_DF.stride())
     known = _transposed.get(weight_DF)
-    if known is None or known[0] != state:
+    if known is None or known[0] != state or not torch.ops.infmoe.like_its_transpose(weight_DF, known[1]):
         known = (state, weight_DF.detach().T.contiguous())
         _transposed[weight_DF] = known
     return known[1]

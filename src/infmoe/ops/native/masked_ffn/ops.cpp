@@ -97,6 +97,12 @@ Data data(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), is_bf16(t)};
 }
 Data data(const std::optional<Tensor>& t, const char* name) { return t ? data(*t, name) : Data{}; }
+// A bias, or null; of the size that it is read at.
+Data vector(const std::optional<Tensor>& t, int64_t size, const char* name) {
+  if (!t) return {};
+  STD_TORCH_CHECK(static_cast<int64_t>(t->numel()) == size, name, " must have ", size, " entries");
+  return data(*t, name);
+}
 MutableData out(const Tensor& t) { return {t.mutable_data_ptr(), is_bf16(t)}; }
 float* to_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 const float* floats(const Tensor& t, const char* name) {
@@ -185,7 +191,7 @@ void select(TopMaskArgs& a, const std::vector<int64_t>& num_kept, int64_t count_
   totals[0] = static_cast<float>(sums[0]), totals[1] = static_cast<float>(sums[1]);
 }
 
-// Selects by the scores that `run` takes care of, into new tensors.
+// Makes the tensors that a selection returns; `run(counts, totals)` selects into them.
 template <class Run>
 TopMask into_tensors(TopMaskArgs& a, const Tensor& like, const Tensor& weight, bool mask_bf16, bool want_packed, Run run) {
   a.weight = floats(weight, "weight");
@@ -212,6 +218,8 @@ TopMask top_mask_of_scores(Tensor scores, std::vector<int64_t> num_kept, Tensor 
   });
 }
 
+constexpr int64_t kOutputs = 16;  // that a thread takes at once, so that it reads as many rows of a weight side by side
+
 // z W_z^T + b of few rows, (rows, U); W_z as it lies, rearranging it would cost more than it saves.
 void few_scores(const float* z, int64_t rows, int64_t Z, const Data& w_z, const float* bias, int64_t U, bool round_bf16,
                 float* scores) {
@@ -225,7 +233,9 @@ void few_scores(const float* z, int64_t rows, int64_t Z, const Data& w_z, const 
     z = rounded.get();
     if (!w_z.bf16) rounded_weights.reset(new uint16_t[U * Z]);
   }
-  parallel_for(0, U, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, Z)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / kOutputs / std::max<int64_t>(1, Z));
+  parallel_for(0, (U + kOutputs - 1) / kOutputs, grain, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kOutputs, end = std::min(U, last * kOutputs);
     if (rounded_weights) {
       uint16_t* to = rounded_weights.get() + begin * Z;
       kernels.from_float(static_cast<const float*>(w_z.at) + begin * Z, (end - begin) * Z, {to, true});
@@ -272,7 +282,7 @@ TopMask top_mask(Tensor z, Tensor w_z, std::optional<Tensor> bias, bool round_bf
   TopMaskArgs a;
   a.N = z.size(0), a.K = z.size(1), a.Z = z.size(2), a.U = w_z.size(0);
   a.z = floats(z, "z");
-  Floats biases(data(bias, "bias"), a.U);
+  Floats biases(vector(bias, a.U, "bias"), a.U);
   return into_tensors(a, z, weight, mask_bf16, want_packed, [&](float* counts, float* totals) {
     score_and_select(a, data(w_z, "w_z"), biases.get(), round_bf16, num_kept, count_every, statistical, counts, totals);
   });
@@ -300,7 +310,7 @@ struct Gate {
   Floats b1, b3;
   Gate(const Tensor& pre, const std::optional<Tensor>& bias1, const std::optional<Tensor>& gate,
        const std::optional<Tensor>& bias3, const Tensor& mask, int64_t act)
-      : b1(data(bias1, "b1"), pre.size(1)), b3(data(bias3, "b3"), pre.size(1)) {
+      : b1(vector(bias1, pre.size(1), "b1"), pre.size(1)), b3(vector(bias3, pre.size(1), "b3"), pre.size(1)) {
     STD_TORCH_CHECK(pre.dim() == 2 && mask.dim() == 2 && pre.size(0) == mask.size(0) && mask.size(1) > 0 &&
                         pre.size(1) % mask.size(1) == 0,
                     "the mask does not fit the neurons");
@@ -410,19 +420,21 @@ std::tuple<Tensor, Tensor> spread_backward(Tensor grad_z, std::optional<Tensor> 
 }
 
 // Sums over every so many-th token of mean sigma and of rms(sigma) / rms(mu).
+void sum_spreads(const float* mu, const float* sigma, int64_t N, int64_t Z, int64_t every, float to[2]) {
+  double sums[2] = {0, 0};
+  for (int64_t n = 0; n < N; n += every) {
+    float one[2];
+    machine().kernels->spread_stats(mu + n * Z, sigma + n * Z, Z, one);
+    sums[0] += one[0], sums[1] += one[1];
+  }
+  to[0] = static_cast<float>(sums[0]), to[1] = static_cast<float>(sums[1]);
+}
+
 Tensor spread_stats(Tensor mu, Tensor sigma, int64_t every) {
   STD_TORCH_CHECK(mu.dim() == 2 && sigma.dim() == 2 && mu.size(0) == sigma.size(0) && mu.size(1) == sigma.size(1) && every >= 1,
                   "mu and sigma do not fit");
-  const float *from_mu = floats(mu, "mu"), *from_sigma = floats(sigma, "sigma");
   Tensor result = make(mu, {2}, false);
-  double sums[2] = {0, 0};
-  for (int64_t n = 0; n < mu.size(0); n += every) {
-    float one[2];
-    machine().kernels->spread_stats(from_mu + n * mu.size(1), from_sigma + n * mu.size(1), mu.size(1), one);
-    sums[0] += one[0], sums[1] += one[1];
-  }
-  auto* to = static_cast<float*>(result.mutable_data_ptr());
-  to[0] = static_cast<float>(sums[0]), to[1] = static_cast<float>(sums[1]);
+  sum_spreads(floats(mu, "mu"), floats(sigma, "sigma"), mu.size(0), mu.size(1), every, to_floats(result));
   return result;
 }
 
@@ -435,18 +447,19 @@ struct Product {
   float* out;  // (N, outputs)
 };
 
-// Few rows x (N, I) times each of some weights, four outputs at a time, in one parallel region.
+// Few rows x (N, I) times each of some weights, in one parallel region.
 void multiply(const float* x, int64_t N, int64_t I, std::initializer_list<Product> products) {
-  int64_t fours = 0;
-  for (const Product& p : products) fours += (p.outputs + 3) / 4;
-  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, I));
-  parallel_for(0, fours, grain, [&](int64_t begin, int64_t end) {
-    int64_t first = 0;  // four of this product
+  int64_t parts = 0;
+  for (const Product& p : products) parts += (p.outputs + kOutputs - 1) / kOutputs;
+  const int64_t grain = std::max<int64_t>(1, 32768 / kOutputs / std::max<int64_t>(1, I));
+  parallel_for(0, parts, grain, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // part of this product
     for (const Product& p : products) {
-      const int64_t count = (p.outputs + 3) / 4;
+      const int64_t count = (p.outputs + kOutputs - 1) / kOutputs;
       const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, count);
       if (from < to)
-        machine().kernels->linear(x, N, I, p.weight, p.bias, p.outputs, from * 4, std::min(p.outputs, to * 4), p.out);
+        machine().kernels->linear(x, N, I, p.weight, p.bias, p.outputs, from * kOutputs,
+                                  std::min(p.outputs, to * kOutputs), p.out);
       first += count;
     }
   });
@@ -457,34 +470,31 @@ Tensor linear(Tensor x, Tensor w, std::optional<Tensor> bias) {
   const int64_t N = x.size(0), I = x.size(1), O = w.size(0);
   Tensor y = make(x, {N, O}, is_bf16(x));
   if (N == 0) return y;
-  Floats inputs(data(x, "x"), N * I), biases(data(bias, "bias"), O);
+  Floats inputs(data(x, "x"), N * I), biases(vector(bias, O, "bias"), O);
   std::unique_ptr<float[]> copy(is_bf16(x) ? new float[N * O] : nullptr);
   multiply(inputs.get(), N, I, {{data(w, "weight"), biases.get(), O, copy ? copy.get() : to_floats(y)}});
   if (copy) machine().kernels->from_float(copy.get(), N * O, out(y));
   return y;
 }
 
-// W2 (D, F) and the copy of it that is read, W2^T (F, D). A write to W2 through `.data` changes neither its version
-// nor its address, so a few entries are compared at every call, and the copy is made anew where they differ.
-template <class T>
-void refresh(const Tensor& w2, const Tensor& w2t) {
+// Whether a few entries of W2 (D, F) are still those of the copy that was made of its transpose (F, D): a write through
+// `.data` changes neither W2's version nor its address.
+bool like_its_transpose(Tensor w2, Tensor w2t) {
+  check(w2t, "the copy");
+  STD_TORCH_CHECK(w2.is_cpu() && w2.dim() == 2 && w2t.dim() == 2 && w2.size(0) == w2t.size(1) &&
+                      w2.size(1) == w2t.size(0) && w2.scalar_type() == w2t.scalar_type(),
+                  "the copy does not fit the weight");
   constexpr int64_t kProbes = 64;
-  const int64_t D = w2.size(0), F = w2.size(1), down = w2.stride(0), across = w2.stride(1);
-  const T* from = static_cast<const T*>(w2.const_data_ptr());
-  const T* copy = static_cast<const T*>(w2t.const_data_ptr());
+  const int64_t D = w2.size(0), F = w2.size(1), size = is_bf16(w2t) ? 2 : 4;
+  const int64_t count = std::min({kProbes, D, F});
+  if (count == 0) return true;
+  const char *from = static_cast<const char*>(w2.const_data_ptr()), *copy = static_cast<const char*>(w2t.const_data_ptr());
+  const int64_t down = D / count, across = F / count;
+  const int64_t step = size * (down * w2.stride(0) + across * w2.stride(1)), copy_step = size * (across * D + down);
   bool same = true;
-  const int64_t count = std::min({kProbes, D, F}), step_down = D / std::max<int64_t>(1, count);
-  const int64_t step_across = F / std::max<int64_t>(1, count);
-  for (int64_t i = 0; i < count; ++i) {  // as bits: a NaN is like itself
-    const int64_t d = i * step_down, f = i * step_across;
-    same &= std::memcmp(from + d * down + f * across, copy + f * D + d, sizeof(T)) == 0;
-  }
-  if (same) return;
-  T* to = static_cast<T*>(w2t.mutable_data_ptr());
-  parallel_for(0, F, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, D)), [&](int64_t begin, int64_t end) {
-    for (int64_t f = begin; f < end; ++f)
-      for (int64_t d = 0; d < D; ++d) to[f * D + d] = from[d * down + f * across];
-  });
+  for (int64_t i = 0; i < count; ++i)  // as bits: a NaN is like itself
+    same &= std::memcmp(from + i * step, copy + i * copy_step, size) == 0;
+  return same;
 }
 
 // An FFN of which only the active neurons are read.
@@ -492,21 +502,21 @@ struct SparseFFN {
   SparseArgs args{};
   Floats b1, b3, b2;
   SparseFFN(const Tensor& w1, const std::optional<Tensor>& bias1, const std::optional<Tensor>& w3,
-            const std::optional<Tensor>& bias3, const Tensor& w2, const Tensor& w2t, const std::optional<Tensor>& bias2,
+            const std::optional<Tensor>& bias3, const Tensor& w2t, const std::optional<Tensor>& bias2, int64_t width,
             int64_t num_units, int64_t act)
-      : b1(data(bias1, "b1"), w1.size(0)), b3(data(bias3, "b3"), w1.size(0)), b2(data(bias2, "b2"), w1.size(1)) {
-    args.D = w1.size(1), args.F = w1.size(0);
-    STD_TORCH_CHECK(w2t.dim() == 2 && w2t.size(0) == args.F && w2t.size(1) == args.D && w2.dim() == 2 &&
-                        w2.size(0) == args.D && w2.size(1) == args.F && w2.is_cpu() && num_units > 0 &&
-                        args.F % num_units == 0,
+      : b1(vector(bias1, w1.size(0), "b1"), w1.size(0)),
+        b3(vector(bias3, w1.size(0), "b3"), w1.size(0)),
+        b2(vector(bias2, width, "b2"), width) {
+    args.D = width, args.F = w1.size(0);
+    auto fits = [&](const Tensor& w) { return w.dim() == 2 && w.size(0) == args.F && w.size(1) == width; };
+    STD_TORCH_CHECK(fits(w1) && fits(w2t) && (!w3 || fits(*w3)) && num_units > 0 && args.F % num_units == 0,
                     "the shapes do not fit");
-    STD_TORCH_CHECK(w1.scalar_type() == w2t.scalar_type() && w2.scalar_type() == w2t.scalar_type() &&
-                        (!w3 || w3->scalar_type() == w1.scalar_type()),
+    STD_TORCH_CHECK(w1.scalar_type() == w2t.scalar_type() && (!w3 || w3->scalar_type() == w1.scalar_type()),
                     "the weights must have one dtype");
+    STD_TORCH_CHECK(act >= kGelu && act <= kSilu, "unknown activation");
     args.bf16 = is_bf16(w1), args.block = args.F / num_units, args.act = static_cast<Activation>(act);
     args.w1 = data(w1, "w1").at, args.w3 = data(w3, "w3").at, args.w2t = data(w2t, "w2t").at;
     args.b1 = b1.get(), args.b3 = b3.get();
-    args.bf16 ? refresh<uint16_t>(w2, w2t) : refresh<float>(w2, w2t);
   }
   // x (N, D), mask (N, units), y (N, D).
   void run(const float* x, const float* mask, int64_t N, MutableData y) {
@@ -516,8 +526,9 @@ struct SparseFFN {
     std::unique_ptr<int32_t[]> active(new int32_t[a.F + 1]);
     const int64_t found = kernels.list_active(mask, N, a.F, a.block, active.get());
     // One partial sum per part, added in order: the same result whichever thread ran which part.
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(get_num_threads(), found / 16));
-    const int64_t share = round_up((found + parts - 1) / parts, 8), size = N * a.D;
+    const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(get_num_threads(), found / 16));
+    const int64_t share = std::max<int64_t>(8, round_up((found + wanted - 1) / wanted, 8)), size = N * a.D;
+    const int64_t parts = std::max<int64_t>(1, (found + share - 1) / share);
     std::unique_ptr<float[]> partial(new float[parts * size]());
     parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t p = first; p < last; ++p)
@@ -535,10 +546,9 @@ struct SparseFFN {
 };
 
 Tensor sparse_ffn(Tensor x, Tensor mask, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w3,
-                  std::optional<Tensor> b3, Tensor w2, Tensor w2t, std::optional<Tensor> b2, int64_t act) {
-  STD_TORCH_CHECK(x.dim() == 2 && mask.dim() == 2 && mask.size(0) == x.size(0) && w1.size(1) == x.size(1),
-                  "the shapes do not fit");
-  SparseFFN ffn(w1, b1, w3, b3, w2, w2t, b2, mask.size(1), act);
+                  std::optional<Tensor> b3, Tensor w2t, std::optional<Tensor> b2, int64_t act) {
+  STD_TORCH_CHECK(x.dim() == 2 && mask.dim() == 2 && mask.size(0) == x.size(0), "the shapes do not fit");
+  SparseFFN ffn(w1, b1, w3, b3, w2t, b2, x.size(1), mask.size(1), act);
   const int64_t N = x.size(0);
   Tensor y = make(x, {N, x.size(1)}, is_bf16(x));
   if (N == 0) return y;
@@ -599,19 +609,20 @@ std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Te
                                          bool round_bf16, std::vector<int64_t> num_kept, std::optional<Tensor> weight,
                                          int64_t count_every, bool statistical, bool mask_bf16, std::optional<Tensor> w1,
                                          std::optional<Tensor> b1, std::optional<Tensor> w3, std::optional<Tensor> b3,
-                                         std::optional<Tensor> w2, std::optional<Tensor> w2t, std::optional<Tensor> b2,
-                                         int64_t act) {
+                                         std::optional<Tensor> w2t, std::optional<Tensor> b2, int64_t act) {
   const Kernels& kernels = *machine().kernels;
+  STD_TORCH_CHECK(x.dim() == 2 && static_cast<int64_t>(position.numel()) == x.size(0), "one position per token");
   const int64_t N = x.size(0), D = x.size(1), Z = w_mu.size(0), U = w_z.size(0);
-  STD_TORCH_CHECK(x.dim() == 2 && static_cast<int64_t>(position.numel()) == N, "one position per token");
   STD_TORCH_CHECK(w_mu.dim() == 2 && w_mu.size(1) == D && w_sigma.dim() == 2 && w_sigma.size(1) == D &&
                       w_sigma.size(0) == Z && w_z.dim() == 2 && w_z.size(1) == Z,
                   "the router does not fit x");
   STD_TORCH_CHECK(sigma_act == kSoftplus || sigma_act == kExp, "unknown activation of sigma");
   STD_TORCH_CHECK(K >= 1 && count_every >= 1, "at least one sample, and count_every at least 1");
-  STD_TORCH_CHECK(!w1 || (w2 && w2t && w1->dim() == 2 && w1->size(1) == D), "W1 needs W2 and its transposed copy");
-  Floats inputs(data(x, "x"), N * D), mu_bias(data(b_mu, "b_mu"), Z), sigma_bias(data(b_sigma, "b_sigma"), Z);
-  Floats z_bias(data(b_z, "b_z"), U);
+  STD_TORCH_CHECK(!w1 || w2t, "W1 needs the transposed copy of W2");
+  std::optional<SparseFFN> ffn;
+  if (w1) ffn.emplace(*w1, b1, w3, b3, *w2t, b2, D, U, act);
+  Floats inputs(data(x, "x"), N * D), mu_bias(vector(b_mu, Z, "b_mu"), Z);
+  Floats sigma_bias(vector(b_sigma, Z, "b_sigma"), Z), z_bias(vector(b_z, U, "b_z"), U);
 
   std::vector<float> memory(N * (3 + 2 * K) * Z + 2 * N * K);
   float *mu = memory.data(), *raw = mu + N * Z, *sigma = raw + N * Z, *noise = sigma + N * Z, *z = noise + N * K * Z;
@@ -634,21 +645,15 @@ std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Te
   } else {
     std::fill(given, given + N * K, 1.f / static_cast<float>(K));
   }
-  Tensor result = w1 ? make(x, {N, D}, is_bf16(x)) : make(x, {N, U}, mask_bf16);
+  Tensor result = ffn ? make(x, {N, D}, is_bf16(x)) : make(x, {N, U}, mask_bf16);
   Tensor counts = zeros(x, U), sums = make(x, {4}, false);
-  std::unique_ptr<float[]> mask(w1 ? new float[N * U] : nullptr);
+  std::unique_ptr<float[]> mask(ffn ? new float[N * U] : nullptr);
   a.mask = mask ? MutableData{mask.get(), false} : out(result);
   float* to = to_floats(sums);
   score_and_select(a, data(w_z, "w_z"), z_bias.get(), round_bf16, num_kept, count_every, statistical, to_floats(counts),
                    to);
-  double spreads[2] = {0, 0};
-  for (int64_t n = 0; n < N; n += count_every) {
-    float one[2];
-    kernels.spread_stats(mu + n * Z, sigma + n * Z, Z, one);
-    spreads[0] += one[0], spreads[1] += one[1];
-  }
-  to[2] = static_cast<float>(spreads[0]), to[3] = static_cast<float>(spreads[1]);
-  if (w1) SparseFFN(*w1, b1, w3, b3, *w2, *w2t, b2, U, act).run(inputs.get(), mask.get(), N, out(result));
+  sum_spreads(mu, sigma, N, Z, count_every, to + 2);
+  if (ffn) ffn->run(inputs.get(), mask.get(), N, out(result));
   return {result, counts, sums};
 }
 
@@ -678,8 +683,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(infmoe, m) {
   m.def("spread_stats(Tensor mu, Tensor sigma, int every) -> Tensor");
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
-      "sparse_ffn(Tensor x, Tensor mask, Tensor w1, Tensor? b1, Tensor? w3, Tensor? b3, Tensor w2, Tensor(a!) w2t, "
-      "Tensor? b2, int act) -> Tensor");
+      "sparse_ffn(Tensor x, Tensor mask, Tensor w1, Tensor? b1, Tensor? w3, Tensor? b3, Tensor w2t, Tensor? b2, "
+      "int act) -> Tensor");
+  m.def("like_its_transpose(Tensor w2, Tensor w2t) -> bool");
   m.def(
       "normal_noise(Tensor seed, Tensor step, int layer, Tensor stream, Tensor position, int num_samples, int dim) "
       "-> Tensor");
@@ -687,8 +693,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(infmoe, m) {
       "route(Tensor x, Tensor w_mu, Tensor? b_mu, Tensor w_sigma, Tensor? b_sigma, int sigma_act, float min_sigma, "
       "float max_sigma, Tensor seed, Tensor step, int layer, Tensor stream, Tensor position, int num_samples, "
       "Tensor w_z, Tensor? b_z, bool round_bf16, int[] num_kept, Tensor? weight, int count_every, bool statistical, "
-      "bool mask_bf16, Tensor? w1, Tensor? b1, Tensor? w3, Tensor? b3, Tensor? w2, Tensor(a!)? w2t, Tensor? b2, "
-      "int act) -> (Tensor, Tensor, Tensor)");
+      "bool mask_bf16, Tensor? w1, Tensor? b1, Tensor? w3, Tensor? b3, Tensor? w2t, Tensor? b2, int act) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(infmoe, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
@@ -705,6 +711,7 @@ STABLE_TORCH_LIBRARY_IMPL(infmoe, CPU, m) {
   m.impl("spread_stats", TORCH_BOX(&spread_stats));
   m.impl("few_rows_linear", TORCH_BOX(&linear));
   m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
+  m.impl("like_its_transpose", TORCH_BOX(&like_its_transpose));
   m.impl("normal_noise", TORCH_BOX(&normal_noise));
   m.impl("route", TORCH_BOX(&route));
 }
