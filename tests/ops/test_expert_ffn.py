@@ -125,6 +125,20 @@ def test_weights_of_another_type_are_cast_and_get_gradients_of_their_own(hidden_
     assert_near(got, outputs_and_grads(naive, converted(leaves, torch.float64), expert_Tk, hidden_act), 0.03)
 
 
+@pytest.mark.parametrize("hidden_act", ["gelu_new", "swiglu"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_many_rows_are_multiplied_in_pieces(hidden_act, weights):
+    """In bfloat16: whole sixty-fours and a rest, and sums over rows of 256, 16 and 1."""
+    torch.manual_seed(0)
+    expert_Tk = choose("every expert", 1800)
+    rows_E = expert_Tk.flatten().bincount()
+    assert (rows_E > 256).all()
+    assert (rows_E % 16 > 0).any()
+    leaves = make(expert_Tk, hidden_act, weights)
+    got = outputs_and_grads(ours, leaves, expert_Tk, hidden_act, dtype=torch.bfloat16)
+    assert_near(got, outputs_and_grads(naive, converted(leaves, torch.float64), expert_Tk, hidden_act), 0.03)
+
+
 def test_gradcheck():
     torch.manual_seed(0)
     expert_Tk = choose("empty experts", 5)

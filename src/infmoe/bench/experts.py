@@ -3,6 +3,7 @@
 T tokens, k experts per token, N = T * k pairs of the two, E experts, D model width, F neurons per expert.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from infmoe.eval.latency import interleave
 from infmoe.layers import MoEFFN
 
 _K = 2
+_INPUTS = 64  # more than there are rounds
 # name: D, F, tokens of a call; F is that of the recipes `moe` and `moe16`
 _GEOMETRIES = {"tiny": (128, 256, 4096), "small": (768, 1536, 1024)}
 
@@ -23,7 +25,9 @@ def moe_over_gemms(*, quick: bool = False) -> Measured:
 
     The products are a plain loop of `torch.mm` over the experts' rows, as the layer's own router deals them
     out: two forward, four backward, in the type in use, into tensors that are there already. The layer does the
-    same with router, statistics, casts, permutations, activation, biases and gates.
+    same with router, statistics, casts, permutations, activation, biases and gates; its input changes from call to
+    call, and with it every expert's number of rows, as in training. That of the bare products does not: oneDNN makes
+    a kernel for each new shape, which would be most of what they take.
 
     Args:
         quick: fewer rounds, and at `small` four experts alone.
@@ -49,10 +53,13 @@ def moe_over_gemms(*, quick: bool = False) -> Measured:
 def _arms(layer: MoEFFN, num_tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], Callable[[], None]]:
     """The layer's forward and backward, and its products alone."""
     draw = torch.Generator().manual_seed(0)
-    x_BTD = torch.randn(1, num_tokens, layer.hidden_size, generator=draw).requires_grad_()
-    grad_BTD = torch.randn(x_BTD.shape, generator=draw).to(dtype)
+    shape = (1, num_tokens, layer.hidden_size)
+    grad_BTD = torch.randn(shape, generator=draw).to(dtype)
+    inputs = itertools.cycle([torch.randn(shape, generator=draw).requires_grad_() for _ in range(_INPUTS)])
 
     def forward() -> Any:
+        x_BTD = next(inputs)
+        x_BTD.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             return layer(x_BTD)
 
@@ -60,7 +67,6 @@ def _arms(layer: MoEFFN, num_tokens: int, dtype: torch.dtype) -> tuple[Callable[
         output = forward()
         torch.autograd.backward([output.y_BTD, output.aux_loss], [grad_BTD, None])
         layer.zero_grad(set_to_none=True)
-        x_BTD.grad = None
 
     rows_E = forward().stats.counts_U.int().tolist()
     return step, _bare_grouped_mm(layer.experts.w1_EDF, layer.experts.w2_EFD, rows_E, dtype)

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -86,6 +87,30 @@ void run(int64_t count, bool side_by_side, const F& f) {
 bool is_small(const Tensor& w) { return w.size(1) * w.size(2) * w.element_size() <= kSmall; }
 Tensor rows_of(const Tensor& t, const Task& task) { return t.narrow(0, task.begin, task.end - task.begin); }
 
+// oneDNN makes a kernel for every new shape, which takes milliseconds, and keeps a thousand. An expert's rows are never
+// the same number twice, so products in bfloat16 run in pieces whose sizes come again; MKL, in float32, makes none.
+// A few rows go as they are: to read the weights twice would cost more.
+template <class F>
+void in_pieces(int64_t n, bool bf16, std::initializer_list<int64_t> units, const F& f) {
+  if (!bf16 || n < kBlock) return f(0, n);
+  int64_t begin = 0;
+  for (int64_t unit : units) {
+    const int64_t size = (n - begin) / unit * unit;
+    if (size > 0) f(begin, size);
+    begin += size;
+  }
+}
+
+// a b into out, or added to it.
+void product(Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
+  in_pieces(a.size(0), is_bf16(a), {kBlock, 1}, [&](int64_t begin, int64_t size) {
+    Tensor to = out.narrow(0, begin, size);
+    const Tensor from = a.narrow(0, begin, size);
+    if (add) at::addmm_out(to, to, from, b);
+    else at::mm_out(to, from, b);
+  });
+}
+
 void gather(const Tensor& in, const Tensor& token, const Task& task, Tensor& out) {
   GatherArgs a{in.size(1), 0, is_bf16(in), is_bf16(out), in.const_data_ptr(), out.mutable_data_ptr()};
   a.token = token.const_data_ptr<int64_t>() + task.begin;
@@ -152,16 +177,16 @@ Tensor forward_op(const Tensor& x, const Tensor& token, const Tensor& place, con
     Tensor a_n = keep ? rows_of(a, task) : at::empty({n, F}, x.options());
     Tensor y_n = rows_of(y, task), h3_n;
     gather(x, token, task, x_n);
-    at::mm_out(h_n, x_n, w1.select(0, task.e));
+    product(h_n, x_n, w1.select(0, task.e));
     ActArgs args{F, act, is_bf16(x), h_n.const_data_ptr(), nullptr, floats(b1) + task.e * F, nullptr,
                  floats(gate) + task.begin, a_n.mutable_data_ptr(), nullptr, nullptr};
     if (w3) {
       h3_n = keep ? rows_of(h3, task) : at::empty({n, F}, x.options());
-      at::mm_out(h3_n, x_n, w3->select(0, task.e));
+      product(h3_n, x_n, w3->select(0, task.e));
       args.h3 = h3_n.const_data_ptr(), args.b3 = floats(*b3) + task.e * F;
     }
     at::parallel_for(0, n, rows_per_thread(F), [&](int64_t b, int64_t e) { kernels().act_forward(args, b, e); });
-    at::mm_out(y_n, a_n, w2.select(0, task.e));
+    product(y_n, a_n, w2.select(0, task.e));
   });
   combine(y, place, floats(gate_Tk), floats(b2), out);
   return out;
@@ -169,8 +194,12 @@ Tensor forward_op(const Tensor& x, const Tensor& token, const Tensor& place, con
 
 // a^T b into out, which may be of another type.
 void weight_grad(const Tensor& a, const Tensor& b, Tensor out) {
-  if (out.scalar_type() == a.scalar_type()) at::mm_out(out, a.t(), b);
-  else out.copy_(at::mm(a.t(), b));
+  in_pieces(a.size(0), is_bf16(a), {256, 16, 1}, [&](int64_t begin, int64_t size) {
+    const Tensor left = a.narrow(0, begin, size).t(), right = b.narrow(0, begin, size);
+    if (begin > 0) out.add_(at::mm(left, right));
+    else if (out.scalar_type() == a.scalar_type()) at::mm_out(out, left, right);
+    else out.copy_(at::mm(left, right));
+  });
 }
 
 // Gradients of x (in grad_x's type), gate, w1, b1, w3, b3, w2, b2, into what is given; grad_x and the weights' may
@@ -202,7 +231,7 @@ void backward_op(const Tensor& grad, const Tensor& x, const Tensor& token, const
     const int64_t n = task.end - task.begin, e = task.e;
     Tensor grad_n = rows_of(grad_N, task), grad_h_n = rows_of(grad_h, task), grad_h3_n;
     gather(grad, token, task, grad_n);
-    at::mm_out(grad_h_n, grad_n, w2.select(0, e).t());
+    product(grad_h_n, grad_n, w2.select(0, e).t());
     ActArgs args{F, act, is_bf16(x), rows_of(h, task).const_data_ptr(), nullptr, floats(b1) + e * F, nullptr,
                  floats(gate) + task.begin, grad_h_n.mutable_data_ptr(), nullptr, floats_out(grad_gate_N) + task.begin};
     if (w3) {
@@ -218,8 +247,8 @@ void backward_op(const Tensor& grad, const Tensor& x, const Tensor& token, const
     });
     if (need_x) {
       Tensor grad_x_n = rows_of(grad_x_N, task);
-      at::mm_out(grad_x_n, grad_h_n, w1.select(0, e).t());
-      if (w3) at::addmm_out(grad_x_n, grad_x_n, grad_h3_n, w3->select(0, e).t());
+      product(grad_x_n, grad_h_n, w1.select(0, e).t());
+      if (w3) product(grad_x_n, grad_h3_n, w3->select(0, e).t(), true);
     }
     if (need_weights) {
       Tensor x_n = rows_of(x_N, task);
