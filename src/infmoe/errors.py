@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_FEW = 12  # names that a line has room for beside a suggestion
+
 
 class InfMoEError(ValueError):
     """A mistake the user can mend: one line that names the fix. The CLI prints it and exits with `exit_code`."""
@@ -17,7 +19,7 @@ class DivergedError(InfMoEError):
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InfMoEError:
-    """An error for `name`, which is not among `known`, that suggests the nearest one.
+    """An error for `name`, which is not among `known`, that suggests the nearest one, and lists them if they are few.
 
     Args:
         what: what the name stands for, e.g. "recipe".
@@ -26,5 +28,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> InfMoEError:
     """
     options = sorted(known)
     nearest = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(options)}"
-    return InfMoEError(f"unknown {what} {name!r}; {hint}")
+    hints = [f"did you mean {nearest[0]!r}?"] if nearest else []
+    if not nearest or len(options) <= _FEW:
+        hints.append(f"known: {', '.join(options)}")
+    return InfMoEError(f"unknown {what} {name!r}; {' '.join(hints)}")

@@ -83,6 +83,8 @@ def test_all_arms_of_a_seed_see_the_same_data_in_the_same_order():
     [
         (lambda: groups("table9", SCALES["tiny"]), "unknown table or figure 'table9'; did you mean"),
         (lambda: groups("tabel1", SCALES["tiny"]), "did you mean 'table1'?"),
+        (lambda: groups("tabel1", SCALES["tiny"]), "known: all, controls, elastic, figure2"),
+        (lambda: scale_named("smal"), "did you mean 'small'? known: medium, small, tiny"),
         (lambda: groups("zzz", SCALES["tiny"]), "known: all, controls, elastic, figure2"),
         (lambda: scale_named("large"), "unknown scale 'large'; known: medium, small, tiny"),
         (lambda: SCALES["tiny"].arm("infinity-blocks"), "unknown arm"),

@@ -143,6 +143,49 @@ def test_a_verdict_needs_an_interval_that_leaves_0_out(store, mini):
     assert "not decided: the interval contains 0" in row
 
 
+def test_equal_budgets_take_the_arm_that_comes_nearest(store, mini):
+    fill(store, {"infinity": 3.4, "infinity-keep4": 3.45, "infinity-keep8": 3.5, "moe": 3.6}, mini.tokens)
+    cost = {name: dict(store.runs(name, mini.tokens)[0].cost) for name in ("moe", "infinity", "infinity-keep4")}
+    # the rival's ideal FLOPs, as much as K = 1 takes at a quarter; its executed ones, which no arm comes near
+    cost["moe"] |= {"flops_ideal": 1000, "flops_executed": 500}
+    cost["infinity"] |= {"flops_ideal": 1300, "flops_executed": 1100}
+    cost["infinity-keep4"] |= {"flops_ideal": 1060, "flops_executed": 1000}
+    for name, own in cost.items():
+        for run in store.runs(name, mini.tokens):
+            store.put(run.spec, run.values | {"cost": own})
+    section = render_section("controls", store)
+    (ideal,) = [c for c in section.claims if "against MoE" in c.text and "ideal FLOPs" in c.text]
+    assert (ideal.verdict, ideal.reason) == ("better", "∞-MoE with K = 1, 1/4, 3 seeds")
+    assert ideal.measured.startswith("-0.15")
+    (executed,) = [c for c in section.claims if "against MoE" in c.text and "executed FLOPs" in c.text]
+    assert executed.verdict == "not testable at this scale"
+    assert "2.20, 2.00" in executed.reason
+    rows = [line for line in section.body.splitlines() if line.startswith("| executed FLOPs per token")]
+    assert rows == ["| executed FLOPs per token | – | none within a tenth | – | – | – |"]
+
+
+@pytest.mark.parametrize(("end", "verdict"), [(0.3, "alive"), (0.1, "shrinks 3.0-fold, and lives"), (0.02, "dies")])
+def test_what_becomes_of_sigma_is_said(end, verdict, store, mini):
+    fill(store, {"infinity": 3.4}, mini.tokens)
+    for run in store.runs("infinity", mini.tokens):
+        dials = [row | {"sigma_to_mu": end} for row in run.values["measures"]["dials"]]
+        store.put(run.spec, run.values | {"measures": run.values["measures"] | {"dials": dials}})
+    (claim,) = [c for c in render_section("controls", store).claims if "σ stays alive" in c.text]
+    assert claim.verdict == verdict
+    assert claim.measured.startswith(f"from 0.30 ± 0.00 at the start to {end:.2f}")
+
+
+def test_what_hardly_differing_samples_gain_is_void(store, mini):
+    fill(store, {"infinity": 3.4}, mini.tokens)
+    for share, verdict in ((0.8, "holds"), (0.95, "void: the samples hardly differ")):
+        for run in store.runs("infinity", mini.tokens):
+            dials = [row | {"overlap_ratio": share} for row in run.values["measures"]["dials"]]
+            store.put(run.spec, run.values | {"measures": run.values["measures"] | {"dials": dials}})
+        (claim,) = [c for c in render_section("figure2", store).claims if "gains from more samples" in c.text]
+        (more,) = [c for c in render_section("elastic", store).claims if "more samples buy" in c.text]
+        assert claim.verdict == more.verdict == verdict
+
+
 def test_check_fails_when_the_page_or_a_result_changes(filled, tmp_path, monkeypatch):
     results, page = filled.folder.parent.parent, tmp_path / "docs" / "evidence.md"
     assert not write_report(results, page)

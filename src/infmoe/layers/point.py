@@ -57,12 +57,14 @@ def _text(values: int | tuple[int, ...]) -> str:
 
 
 def ratio_text(ratio: float | tuple[float, ...] | list[float]) -> str:
-    """1/16 rather than 0.0625, where that is what it is; layers apart by bars."""
+    """1/16 rather than 0.0625, 3/16 rather than 0.1875, where that is what it is; layers apart by bars."""
     if isinstance(ratio, tuple | list):
         return "|".join(ratio_text(r) for r in ratio)
     fraction = Fraction(ratio).limit_denominator(128)
     return (
-        f"1/{fraction.denominator}"
-        if fraction.numerator == 1 < fraction.denominator and float(fraction) == ratio
+        f"{fraction.numerator}/{fraction.denominator}"
+        if float(fraction) == ratio
+        and fraction.denominator > 1
+        and (fraction.numerator == 1 or fraction.denominator in (4, 8, 16, 32, 64, 128))
         else f"{ratio:g}"
     )

@@ -148,13 +148,10 @@ def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> in
 
 def _render(store: Store, name: str) -> None:
     """Print one table, and write it beside its picture."""
-    from infmoe.reproduce.report import render_section
+    from infmoe.reproduce.report import render_section, write_section
 
     section = render_section(name, store)
-    store.folder.mkdir(parents=True, exist_ok=True)
-    path = store.folder / f"{name}.md"
-    pictures = "".join(f"![{title}]({picture.name})\n\n" for title, picture in section.pictures)
-    path.write_text(f"# {section.title}\n\n{section.body}\n\n{pictures}`{section.command}`\n")
+    path = write_section(store, name, section)
     print(f"\n{section.title}\n\n{section.body}\n")
     print("\n".join([f"table: {path}", *(f"picture: {picture}" for _, picture in section.pictures)]))
 

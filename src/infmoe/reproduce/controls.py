@@ -1,26 +1,25 @@
 """The controls: every arm with what it costs, comparisons at equal budgets, and plain answers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import TIER1, TIER2, tokens_text
 from infmoe.reproduce.section import (
-    FAILS,
-    HOLDS,
     MISSING,
     ONE_SEED,
+    OPEN,
     Claim,
     Section,
     at_dials,
+    better,
     markdown_table,
     mean_loss,
     nats,
     relative,
     seeds_text,
     text_of,
-    verdict_below,
 )
 from infmoe.reproduce.speeds import speeds
 from infmoe.reproduce.statistics import Interval, interval, paired
@@ -45,7 +44,14 @@ def measured(run: Finished, name: str) -> float:
 
 
 _EQUAL = 0.1
-_ALIVE = 0.05
+_ALIVE, _SHRUNK = 0.05, 2.0
+# ∞-MoE as the paper has it, and what may stand for it where a budget is smaller: fewer samples, fewer units
+_STAND_INS = {
+    OURS: "K = 2, 1/4",
+    "infinity-keep4": "K = 1, 1/4",
+    "infinity-keep8": "K = 1, 1/8",
+    "infinity-keep16": "K = 1, 1/16",
+}
 _RIVALS = ("dense", "switch", "moe")  # what an arm's name begins with
 
 
@@ -99,7 +105,7 @@ def _all_arms(store: Store) -> str:
                 f"{cost['total_with_wz'] / 1e6:.2f}",
                 f"{cost['flops_executed'] / 1e6:.2f}",
                 f"{measured(runs[0], 'flops_ideal') / 1e6:.2f}",
-                _number(speed.get("train_us"), 0),
+                f"{_number(speed.get('train_us'), 0)} / {_number(speed.get('train_us_fp32'), 0)}",
                 _number(speed.get("decode_ms"), 2),
                 f"{lr:g}",
                 text_of(mean_loss(store, name, scale.tokens)),
@@ -109,13 +115,14 @@ def _all_arms(store: Store) -> str:
         )
     head = (
         *("arm", "parameters, M", "with W_z, routers", "MFLOPs per token, executed", "ideal"),
-        *("training, µs per token", "decoding, ms per token", "learning rate"),
+        *("training, µs per token, bf16 / fp32", "decoding, ms per token, fp32", "learning rate"),
         *(f"loss at {tokens_text(scale.tokens)} tokens, nats", "∞-MoE minus it", "seeds"),
     )
     return markdown_table(head, rows) + (
         "\n\nFLOPs: forward, whole model, router counted; ideal: only the measured union of a token's masks. "
         "Times: `infmoe bench variants --out results/variants.json`, two threads, on the machine named there. Learning "
-        "rates: the best of the grid on a seed of its own, or that of the arm it is a variation of (below)."
+        "rates: the best of the grid on a seed of its own, or that of the arm it is a variation of (below); rates that "
+        "are neighbours in the grid differ by less than two seeds do."
     )
 
 
@@ -136,30 +143,61 @@ def _longer(store: Store) -> str:
 
 def _equal_budgets(store: Store, section: Section) -> str:
     tokens = store.scale.tokens
-    first = {name: runs[0] for name in (*TIER1, *TIER2) if (runs := store.runs(name, tokens))}
+    names = dict.fromkeys((*TIER1, *TIER2, *_STAND_INS))
+    first = {name: runs[0] for name in names if (runs := store.runs(name, tokens))}
     rows = []
     for budget, of in BUDGETS.items():
         if OURS not in first:
             continue
-        mine = of(first[OURS])
-        for name, run in first.items():
-            share = of(run) / mine
-            if name.startswith(_RIVALS) and abs(share - 1) <= _EQUAL:
-                difference = store.difference(OURS, name, tokens)
-                rows.append([budget, name, f"{share:.2f}", text_of(difference, sign=True)])
+        found = []
+        for name in first:
+            if not name.startswith(_RIVALS) or (nearest := _nearest(first, name, of)) is None:
+                continue
+            ours, share = nearest
+            difference = store.difference(ours, name, tokens)
+            seeds = "0" if difference is None else str(difference.count)
+            found.append([budget, _STAND_INS[ours], name, f"{share:.2f}", text_of(difference, sign=True), seeds])
+        rows += found or [[budget, "–", "none within a tenth", "–", "–", "–"]]
     for rival, title in (("moe", "MoE (4 experts, top-2)"), ("dense-swiglu", "dense SwiGLU")):
-        difference = store.difference(OURS, rival, tokens)
-        section.claims.append(
-            Claim(
-                f"not in the paper: ∞-MoE against {title} at equal total parameters, W_z left out",
-                nats(difference),
-                {HOLDS: "better", FAILS: "worse"}.get(verdict_below(difference), verdict_below(difference)),
-            )
-        )
-    head = ("budget", "rival", "the rival's, over ∞-MoE's", "loss of ∞-MoE minus it, nats")
+        for budget in _CLAIMED:
+            section.claims.append(_budget_claim(store, first, rival, title, budget))
+    head = ("budget", "∞-MoE with", "rival", "the rival's, over ∞-MoE's", "loss of ∞-MoE minus it, nats", "seeds")
     if not rows:
         return ""
-    return "**At equal budgets** (a rival within a tenth of ∞-MoE's)\n\n" + markdown_table(head, rows)
+    return (
+        "**At equal budgets** (a rival within a tenth of ∞-MoE's; ∞-MoE as the paper has it, K = 2 at 1/4, or one of "
+        "the arms trained with less, whichever comes nearest)\n\n" + markdown_table(head, rows)
+    )
+
+
+def _nearest(first: Mapping[str, Finished], rival: str, of: Callable[[Finished], float]) -> tuple[str, float] | None:
+    """The ∞-MoE whose budget is nearest to the rival's, with the rival's share of it; None beyond a tenth."""
+    shares = {name: of(first[rival]) / of(first[name]) for name in _STAND_INS if name in first}
+    ours = min(shares, key=lambda name: round(abs(math.log(shares[name])), 6))
+    return (ours, shares[ours]) if abs(shares[ours] - 1) <= _EQUAL else None
+
+
+# budgets of the opening table's claims
+_CLAIMED = {
+    "total parameters, W_z and discrete routers left out (the paper's)": "equal total parameters, W_z left out",
+    "executed FLOPs per token": "equal executed FLOPs per token",
+    "ideal FLOPs per token: the masks' measured union": "equal ideal FLOPs per token",
+}
+
+
+def _budget_claim(store: Store, first: Mapping[str, Finished], rival: str, title: str, budget: str) -> Claim:
+    text = f"not in the paper: ∞-MoE against {title} at {_CLAIMED[budget]}"
+    if OURS not in first or rival not in first:
+        return Claim(text, "–", MISSING)
+    of = BUDGETS[budget]
+    nearest = _nearest(first, rival, of)
+    if nearest is None:
+        shares = [of(first[name]) / of(first[rival]) for name in _STAND_INS if name in first]
+        over = ", ".join(f"{share:.2f}" for share in shares)
+        return Claim(text, "–", OPEN, f"no arm within a tenth: {over} of the rival's")
+    difference = store.difference(nearest[0], rival, store.scale.tokens)
+    seeds = "" if difference is None else f", {difference.count} seeds" if difference.count > 1 else ""
+    return Claim(text, nats(difference), better(difference), f"∞-MoE with {_STAND_INS[nearest[0]]}{seeds}")
 
 
 def _equal_training(store: Store) -> str:
@@ -172,9 +210,9 @@ def _equal_training(store: Store) -> str:
         if name == OURS or not runs or not ours or not store.runs(name, scale.long_tokens):
             continue
         ratios = {"executed training FLOPs": ours[0].cost["flops_executed"] / runs[0].cost["flops_executed"]}
-        mine, its = (times.get(n, {}).get("train_us") for n in (OURS, name))
+        mine, its = (_quickest(times.get(n, {})) for n in (OURS, name))
         if mine and its:
-            ratios["measured training time"] = mine / its
+            ratios["measured training time, each in its quicker precision"] = mine / its
         for budget, ratio in ratios.items():
             inside = 1.0 <= ratio <= scale.long_tokens / scale.tokens
             between = _at_tokens(store, name, scale.tokens * ratio) if inside else {}
@@ -189,6 +227,11 @@ def _equal_training(store: Store) -> str:
         "**At equal training cost** (the rival's loss between its two lengths, linear in the logarithm of the tokens)"
         "\n\n" + markdown_table(head, rows)
     )
+
+
+def _quickest(speed: Mapping[str, float]) -> float | None:
+    found = [speed[key] for key in ("train_us", "train_us_fp32") if key in speed]
+    return min(found, default=None)
 
 
 def _at_tokens(store: Store, name: str, tokens: float) -> dict[int, float]:
@@ -207,6 +250,7 @@ def _answers(store: Store, section: Section) -> str:
         ),
         "the sparsity: top-N of that gate (`infinity-sigma0`) against all of it": ("infinity-sigma0", "infinity-glu"),
         "the noise and a second sample: ∞-MoE against σ = 0": (OURS, "infinity-sigma0"),
+        "sparsity, noise and a second sample together: ∞-MoE against the dense gate": (OURS, "infinity-glu"),
         "the sparsity, with the noise: ∞-MoE against keeping every neuron": (OURS, "infinity-no-topn"),
         "learning W_z: ∞-MoE against W_z as drawn": (OURS, "infinity-frozen-wz"),
         "learning a discrete router: MoE against hashing token ids": ("moe", "moe-hash"),
@@ -215,8 +259,8 @@ def _answers(store: Store, section: Section) -> str:
         "masks over blocks of 16 neurons against single ones": ("infinity-blocks16", OURS),
         "masks over blocks of 32": ("infinity-blocks32", OURS),
         "masks over blocks of 64": ("infinity-blocks64", OURS),
-        "an eighth kept, one sample": ("infinity-keep8", OURS),
-        "a sixteenth kept, one sample": ("infinity-keep16", OURS),
+        "an eighth kept, one sample, against a quarter and two": ("infinity-keep8", OURS),
+        "a sixteenth kept, one sample, against a quarter and two": ("infinity-keep16", OURS),
         "W_z without weight decay": ("infinity-wz-decay0", OURS),
         "W_z at half the learning rate": ("infinity-wz-lr-half", OURS),
         "W_z at twice the learning rate": ("infinity-wz-lr-double", OURS),
@@ -226,8 +270,29 @@ def _answers(store: Store, section: Section) -> str:
         difference = store.difference(arm, base, scale.tokens)
         count = "0" if difference is None else str(difference.count)
         rows.append([text, text_of(difference, 4, sign=True), count])
-    head = ("what is worth how much", "loss, nats", "seeds")
-    return "**What the gain is made of**\n\n" + markdown_table(head, rows) + "\n\n" + _sigma(store, section)
+    for text, (arm, base) in list(parts.items())[:4]:
+        difference = store.difference(arm, base, scale.tokens)
+        section.claims.append(Claim(f"not in the paper: {text}", nats(difference), better(difference)))
+    head = ("what is worth how much", "change of the loss, nats", "seeds")
+    return (
+        "**What the gain is made of** (below 0: the first is better)\n\n"
+        + markdown_table(head, rows)
+        + _gate_note(store)
+        + "\n\n"
+        + _sigma(store, section)
+    )
+
+
+def _gate_note(store: Store) -> str:
+    """What the comparison of the gate leaves unequal."""
+    gate, none = (store.runs(arm, store.scale.tokens) for arm in ("infinity-glu", "dense-wide"))
+    if not gate or not none:
+        return ""
+    parameters, flops = (gate[0].cost[key] / none[0].cost[key] for key in ("total_with_wz", "flops_executed"))
+    return (
+        f"\n\nThe dense gate comes with {parameters:.2f} times the parameters of the plain layer and {flops:.2f} times "
+        "its FLOPs; `dense-swiglu-plus` is the rival of its size."
+    )
 
 
 def _sigma(store: Store, section: Section) -> str:
@@ -244,12 +309,15 @@ def _sigma(store: Store, section: Section) -> str:
     overlap = interval([row["overlap_ratio"] for row in rows])
     union = interval([row["union_ratio"] for row in rows])
     void = overlap.mean > 0.9
-    alive = ratio.low > _ALIVE
+    first = [run.values["curve"]["sigma_to_mu"][0] for run in store.runs(OURS, store.scale.tokens) if not run.diverged]
+    shrinks = interval(first).mean / ratio.mean
+    alive = "alive" if shrinks < _SHRUNK else f"shrinks {shrinks:.1f}-fold, and lives" if ratio.low > _ALIVE else "dies"
     section.claims.append(
         Claim(
-            f"not in the paper: the learned σ stays alive (above {_ALIVE} of μ)",
-            f"rms σ over rms μ {ratio.text(2)}, two samples share {overlap.text(2)} of their units",
-            ONE_SEED if ratio.half_width is None else HOLDS if alive else FAILS,
+            f"not in the paper: whether the learned σ stays alive (rms σ over rms μ above {_ALIVE} at the end)",
+            f"from {interval(first).text(2)} at the start to {ratio.text(2)}; two samples share {overlap.text(2)} of "
+            "their units",
+            ONE_SEED if ratio.half_width is None else alive,
             "two samples share more than 90 % of their units: the K dial is void" if void else "",
         )
     )
@@ -285,7 +353,10 @@ def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
     )
     section.pictures.append(("Loss over the keep ratio", picture))
     head = ("loss, nats", *(ratio_text(r) for r in ratios))
-    return "**The keep ratio at inference**\n\n" + markdown_table(head, rows)
+    return (
+        "**The keep ratio at inference** (each at its own K: 2 where trained at 1/4, 1 at 1/8 and 1/16; all three at "
+        "K = 1 stand under elastic compute)\n\n" + markdown_table(head, rows)
+    )
 
 
 def _mask_scales(store: Store) -> str:
@@ -310,8 +381,9 @@ def _mask_scales(store: Store) -> str:
         ratios = sorted(line)
         rows.append([rule, *(text_of(line[ratio], sign=True) for ratio in ratios)])
     head = ("`mask_scale`", *(ratio_text(ratio) for ratio in ratios))
-    return "**The mask's size away from the trained ratio** (loss minus that at 1/4, nats)\n\n" + markdown_table(
-        head, rows
+    return (
+        "**The mask's size away from the trained ratio** (∞-MoE, K = 2; loss minus that at 1/4, nats): left alone, "
+        "kept for Gaussian scores, or kept token by token\n\n" + markdown_table(head, rows)
     )
 
 

@@ -1,14 +1,17 @@
 """Pictures of the results: intervals drawn, units on the axes, colours and markers as in `eval.plots`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infmoe.eval.plots import COLOURS, MARKERS, figure, save
+from infmoe.layers.point import ratio_text
 from infmoe.reproduce.statistics import Interval
 
 Line = Mapping[float, Interval]
+_CROWDED = 8  # ticks whose labels still stand beside each other
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def lines(
     few_ticks: bool = False,
     rows: int = 1,
     levels: Sequence[float | None] | None = None,
+    within: float | None = None,
 ) -> Path:
     """One panel for each title, one line with intervals for each name.
 
@@ -50,9 +54,11 @@ def lines(
         panels: a panel's title, and its lines: name -> x -> interval.
         x_label, y_label: axes, with units; one for all panels, or one each.
         title: of the whole picture.
-        few_ticks: a linear axis with its own ticks, for many points; else a logarithmic one with a tick at each.
+        few_ticks: an axis with its own ticks, for many points; else a logarithmic one with a tick at each. It is
+            linear, but for a picture that shows only what is `within`.
         rows: of panels.
         levels: what guessing gives, a dotted line in each panel that has one.
+        within: how far above a panel's lowest mean its picture ends; None: all is shown.
     """
     fig, axes = figure(len(panels) // rows, rows=rows, width=4.6, height=3.9 if rows == 1 else 3.4)
     x_labels = [x_label] * len(panels) if isinstance(x_label, str) else x_label
@@ -61,35 +67,45 @@ def lines(
     for ax, (panel, drawn), x_text, y_text, chance in zip(axes, panels, x_labels, y_labels, chances, strict=True):
         for i, (name, line) in enumerate(drawn.items()):
             xs = sorted(line)
+            alone = all(line[x].half_width is None for x in xs)
             ax.errorbar(
                 xs,
                 [line[x].mean for x in xs],
-                [line[x].half_width or 0.0 for x in xs],
-                label=name,
+                [_error(line[x]) for x in xs],
+                label=f"{name} (one seed)" if alone else name,
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
+                markerfacecolor="white" if alone else None,
                 linestyle=("-", "--", "-.", ":")[i % 4],
                 markersize=5,
                 capsize=3,
             )
         ticks = sorted({x for line in drawn.values() for x in line})
         if few_ticks:
+            if within is not None:
+                ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(lambda x, _: _tick(x))
         else:
             ax.set_xscale("log", base=2)
-            ax.set_xticks(ticks, [_tick(x) for x in ticks])
+            ax.set_xticks(ticks, [_tick(x) for x in ticks], rotation=60 if len(ticks) > _CROWDED else 0)
             ax.minorticks_off()
         if chance is not None:
             ax.axhline(chance, color="#777777", linestyle=":", linewidth=1.5, label="chance", zorder=0)
         ax.set(xlabel=x_text, ylabel=y_text, title=panel)
+        if within is not None and drawn:
+            lowest = min(value.mean for line in drawn.values() for value in line.values())
+            ax.set_ylim(lowest - within / 4, lowest + within)
         if drawn:
             ax.legend(fontsize=8)
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle(title, fontsize=11, wrap=True)
     return save(fig, path)
 
 
 def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str) -> Path:
-    """One horizontal bar with its interval for each name, the first at the top; 0 is a line."""
+    """One horizontal bar with its interval for each name, the first at the top; 0 is a line.
+
+    What a single seed gave has no interval, and a hollow marker.
+    """
     fig, axes = figure(width=7.2, height=1.2 + 0.27 * len(values))
     ax = axes[0]
     places = range(len(values), 0, -1)
@@ -98,17 +114,22 @@ def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str
         ax.errorbar(
             interval.mean,
             place,
-            xerr=interval.half_width or 0.0,
+            xerr=_error(interval),
             color=COLOURS[1 if interval.mean < 0 else 2],
+            markerfacecolor="white" if interval.half_width is None else None,
             marker="o" if interval.mean < 0 else "s",
             capsize=3,
         )
-    ax.set_yticks(list(places), list(values))
+    names = [f"{name} (one seed)" if value.half_width is None else name for name, value in values.items()]
+    ax.set_yticks(list(places), names)
     ax.set(xlabel=x_label, title=title)
     return save(fig, path)
 
 
+def _error(interval: Interval) -> float:
+    """What is drawn of an interval: nothing of a single value's."""
+    return math.nan if interval.half_width is None else interval.half_width
+
+
 def _tick(x: float) -> str:
-    if 0 < x < 1 and abs(1 / x - round(1 / x)) < 1e-9:
-        return f"1/{round(1 / x)}"
-    return f"{x / 1e6:g}M" if x >= 1e6 else f"{x:g}"
+    return f"{x / 1e6:g}M" if x >= 1e6 else ratio_text(x)

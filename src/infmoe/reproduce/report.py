@@ -29,9 +29,10 @@ _TITLE = "# Evidence"
 _INTRODUCTION = """\
 What the paper claims, and what comes out when it is trained anew. This page is written by `infmoe report` from the
 files under `results/`; each run's file names its configuration, seed, data, versions, machine and commit. Losses are
-in nats per token on whole held-out documents; “±” is a 95 % interval over seeds (Student's t), and differences are
-paired by seed. Every arm sees the same tokens in the same order. Tier 1 adds seeds until its intervals are narrow,
-which makes them hold the mean a little less often than 95 %."""
+in nats per token on held-out documents, of which each scale says how much is read; “±” is a 95 % interval over
+training seeds (Student's t), which says nothing of other documents, and differences are paired by seed. NOVELS stands
+for text files of one's own; the data's hash is below. Every arm sees the same tokens in the same order. Tier 1 adds
+seeds until its intervals are narrow, which makes them hold the mean a little less often than 95 %."""
 
 
 def render_section(name: str, store: Store, *, draw: bool = True) -> Section:
@@ -93,7 +94,19 @@ def _scale_parts(results: Path, scale: Scale, draw: bool) -> list[str]:
             parts.append(f"![{title}](../{_relative(picture, results.parent)})")
         parts.append(f"`{section.command}`")
     parts += ["### Learning rates", _learning_rates(store)]
+    if draw:
+        for name, section in made.items():
+            write_section(store, name, section)
     return parts
+
+
+def write_section(store: Store, name: str, section: Section) -> Path:
+    """One table or figure as a file beside its pictures; returns the file."""
+    path = store.folder / f"{name}.md"
+    pictures = "".join(f"![{title}]({picture.name})\n\n" for title, picture in section.pictures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# {section.title}\n\n{section.body}\n\n{pictures}`{section.command}`\n")
+    return path
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -14,6 +14,7 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable at this scale"
 UNDECIDED = "not decided: the interval contains 0"
 ONE_SEED = "not decided: one seed"
 MISSING = "not measured yet"
+VOID = "void: the samples hardly differ"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ def verdict_below(difference: Interval | None) -> str:
     if difference.half_width is None:
         return ONE_SEED
     return HOLDS if difference.high < 0 else FAILS if difference.low > 0 else UNDECIDED
+
+
+def better(difference: Interval | None) -> str:
+    """The verdict on a difference that is no claim of the paper's, and better below 0."""
+    verdict = verdict_below(difference)
+    return {HOLDS: "better", FAILS: "worse"}.get(verdict, verdict)
 
 
 def nats(difference: Interval | None, digits: int = 3) -> str:

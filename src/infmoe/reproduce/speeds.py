@@ -15,11 +15,15 @@ def _rows(store: Store) -> list[dict[str, Any]]:
 
 
 def speeds(store: Store) -> dict[str, dict[str, Any]]:
-    """Arm -> µs per token of training in bfloat16, ms per token of decoding; empty where nothing was measured."""
+    """Arm -> µs per token of training in bfloat16 (`train_us`) and float32 (`train_us_fp32`), ms per token of decoding.
+
+    Empty where nothing was measured.
+    """
     found: dict[str, dict[str, Any]] = {}
     for row in _rows(store):
-        if row["unit"] == "tokens/s" and row.get("precision") == "bf16":
-            found.setdefault(row["arm"], {})["train_us"] = 1e6 / row["median"]
+        if row["unit"] == "tokens/s":
+            key = "train_us" if row.get("precision") == "bf16" else "train_us_fp32"
+            found.setdefault(row["arm"], {})[key] = 1e6 / row["median"]
         elif row["unit"] == "ms" and row.get("keep_ratio") is None:
             found.setdefault(row["arm"], {})["decode_ms"] = row["median"]
     return found

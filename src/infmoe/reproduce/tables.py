@@ -16,6 +16,7 @@ from infmoe.reproduce.section import (
     UNDECIDED,
     Claim,
     Section,
+    better,
     command,
     markdown_table,
     mean_loss,
@@ -84,7 +85,7 @@ def table1(store: Store, gallery: Gallery) -> Section:
                 f"∞-MoE beats {name}, in held-out loss",
                 nats(difference),
                 verdict_below(difference),
-                _budget_note(rival),
+                _budget_note(store, rival),
             )
         )
         margin = mean_difference(store, "infinity", rival, scale.tokens, "margin")
@@ -92,18 +93,12 @@ def table1(store: Store, gallery: Gallery) -> Section:
             Claim(
                 f"not in the paper: ∞-MoE against {name} in the right answer's margin, mean over the tasks",
                 nats(margin),
-                MISSING if margin is None else _better(minus(margin)),
+                MISSING if margin is None else better(minus(margin)),
             )
         )
     rivals(section, store, gallery, ("dense", "switch", "moe"), scale.tokens)
     section.claims.append(_router_claim())
     return section
-
-
-def _better(difference: Interval) -> str:
-    """The verdict on a difference that is better below 0."""
-    verdict = verdict_below(difference)
-    return {HOLDS: "better", FAILS: "worse"}.get(verdict, verdict)
 
 
 def _accuracies(store: Store) -> str:
@@ -321,8 +316,19 @@ def table6(store: Store, gallery: Gallery) -> Section:
     return section
 
 
-def _budget_note(rival: str) -> str:
-    return {"dense": "equal active parameters, half the total"}.get(rival, "equal total and active, W_z left out")
+def _budget_note(store: Store, rival: str) -> str:
+    """How much of each budget ∞-MoE takes over the rival."""
+    ours, theirs = (store.runs(arm, store.scale.tokens) for arm in ("infinity", rival))
+    if not ours or not theirs:
+        return ""
+    budgets = {
+        "total parameters without W_z": "total",
+        "with it": "total_with_wz",
+        "active ones without W_z": "active",
+        "executed FLOPs": "flops_executed",
+    }
+    shares = [f"{ours[0].cost[key] / theirs[0].cost[key]:.2f} ({name})" for name, key in budgets.items()]
+    return f"∞-MoE takes, over the rival: {', '.join(shares)}"
 
 
 def _router_claim() -> Claim:
