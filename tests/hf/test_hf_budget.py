@@ -88,8 +88,45 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(folder):
     for wrong in (0.0, -1.0, float("nan"), "5", True):
         with pytest.raises(InfMoEError, match="above 0"):
             profile.choose(latency_budget_ms=wrong)
-    with pytest.raises(InfMoEError, match="must be a number"):
-        profile.choose(max_loss_increase="1")
+    for wrong in ("1", float("nan")):
+        with pytest.raises(InfMoEError, match="must be a number"):
+            profile.choose(max_loss_increase=wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"use_cache": False}, "leave use_cache=False out"),
+        ({"guidance_scale": 1.5}, "leave guidance_scale out"),
+        ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "leave prompt_lookup_num_tokens out"),
+        ({"routing": Routing(backend="eager")}, "leave routing.backend out"),
+        ({"cache_implementation": "paged"}, "paged generation passes no dials on"),
+    ],
+)
+def test_a_latency_is_refused_where_it_does_not_hold(model, folder, given, words):
+    with pytest.raises(InfMoEError, match=re.escape(words)):
+        model.generate(tokens(1, 5), max_new_tokens=2, latency_budget_ms=2.6, profile=folder, **given)
+
+
+def test_dials_do_not_get_lost_in_paged_generation(model):
+    with pytest.raises(InfMoEError, match="paged generation passes no dials on"):
+        model.generate(tokens(1, 5), max_new_tokens=2, num_samples=1, cache_implementation="paged")
+
+
+@pytest.mark.parametrize("ffn", ["dense", "switch"])
+def test_a_model_without_dials_takes_no_budget(ffn, tmp_path):
+    model = tiny_model(ffn=ffn)
+    with pytest.raises(InfMoEError, match=f"ffn='{ffn}' has none"):
+        model.generate(tokens(1, 5), max_new_tokens=2, max_loss_increase=0.1, profile=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("latency_budget_ms", "argument of `generate`"), ("backend", "Routing(backend"), ("rank_damping", "the config")],
+)
+def test_a_forward_pass_says_where_what_is_not_its_own_belongs(model, key, words):
+    with pytest.raises(InfMoEError, match=re.escape(words)):
+        model(tokens(1, 5), **{key: 1.0})
 
 
 def test_generate_runs_what_was_picked_and_says_so(model, folder, caplog):

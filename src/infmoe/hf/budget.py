@@ -176,9 +176,9 @@ class Profile:
                 f"{self.cached_tokens[0]} to {self.cached_tokens[1]} tokens cached"
             )
             return Choice(best, reason)
-        if not _is_number(max_loss_increase):
-            raise InfMoEError(f"max_loss_increase must be a number, got {max_loss_increase!r}")
         assert max_loss_increase is not None
+        if not _is_number(max_loss_increase) or math.isnan(max_loss_increase):
+            raise InfMoEError(f"max_loss_increase must be a number, got {max_loss_increase!r}")
         fitting = [p for p in self.points if p.increase <= max_loss_increase]
         if not fitting:
             nearest = min(self.points, key=lambda p: p.increase)
@@ -193,6 +193,9 @@ class Profile:
             f"({best.increase:+.4f})"
         )
         return Choice(best, reason)
+
+
+_WITHOUT_DIALS = ("dense", "switch")
 
 
 def profile_name(rows: int) -> str:
@@ -281,6 +284,8 @@ def pick(model: Any, profile: Profile | Path | str | None, *, rows: int, **budge
     Raises:
         InfMoEError: no profile, one that does not fit, or a budget that can't be met.
     """
+    if model.config.ffn in _WITHOUT_DIALS:
+        raise InfMoEError(f"a budget turns dials, and ffn={model.config.ffn!r} has none: leave it out")
     timed = budget.get("latency_budget_ms") is not None
     if not isinstance(profile, Profile):
         profile = _find(model, profile, rows, timed)

@@ -49,8 +49,9 @@ class InfMoEGenerationMixin(GenerationMixin):
         budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
         self.picked = None
         if any(value is not None for value in budget.values()):
-            self._refuse_dials_beside_a_budget(kwargs)
-            rows = self._rows_of(args, kwargs, timed=latency_budget_ms is not None)
+            timed = latency_budget_ms is not None
+            self._refuse_dials_beside_a_budget(kwargs, timed=timed)
+            rows = self._rows_of(args, kwargs, timed=timed)
             self.picked = pick(self, profile, rows=rows, **budget)
             if self.picked.reason != self._said:
                 _LOG.warning("picked %s", self.picked.reason)
@@ -59,7 +60,17 @@ class InfMoEGenerationMixin(GenerationMixin):
             kwargs |= {"routing_mode" if name == "mode" else name: v for name, v in dials.items() if v is not None}
         elif profile is not None:
             raise InfMoEError("a profile alone chooses nothing: give latency_budget_ms or max_loss_increase")
+        if self._setting_of("cache_implementation", args, kwargs) == "paged" and any(
+            kwargs.get(name) is not None for name in (*DIALS, "routing_mode", "routing")
+        ):
+            raise InfMoEError("paged generation passes no dials on: leave them out, or cache_implementation='paged'")
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _setting_of(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a call of `generate` runs with: its own, its generation config's, the model's; None: nobody says."""
+        of_call = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        places = (kwargs.get(name), getattr(of_call, name, None), getattr(self.generation_config, name, None))
+        return next((value for value in places if value is not None), None)
 
     def _rows_of(self, args: tuple, kwargs: dict[str, Any], *, timed: bool) -> int:
         """Sequences that a call of `generate` runs at once.
@@ -68,23 +79,25 @@ class InfMoEGenerationMixin(GenerationMixin):
             InfMoEError: for a latency, a way to generate whose steps are not of one token a row.
         """
         if timed:
-            for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
-                if kwargs.get(name) is not None:
+            for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "guidance_scale"):
+                if self._setting_of(name, args, kwargs) not in (None, 1, 1.0):
                     raise InfMoEError(f"a latency budget is for plain generation, a token a step: leave {name} out")
+            if self._setting_of("use_cache", args, kwargs) is False:
+                raise InfMoEError("a latency budget is for cached generation: leave use_cache=False out")
         given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
         inputs = next((value for value in given if value is not None), None)
 
-        def setting(name: str) -> int:
-            of_call = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-            places = (kwargs.get(name), getattr(of_call, name, None), getattr(self.generation_config, name, None))
-            return next((int(value) for value in places if value is not None), 1)
-
         batch_size = 1 if inputs is None else len(inputs)
-        return batch_size * max(setting("num_beams"), setting("num_return_sequences"))
+        repeats = [self._setting_of(name, args, kwargs) or 1 for name in ("num_beams", "num_return_sequences")]
+        return batch_size * max(repeats)
 
     @staticmethod
-    def _refuse_dials_beside_a_budget(kwargs: dict[str, Any]) -> None:
+    def _refuse_dials_beside_a_budget(kwargs: dict[str, Any], *, timed: bool) -> None:
         routing = kwargs.get("routing")
+        if timed and routing is not None and routing.backend is not None:
+            raise InfMoEError(
+                "a latency is of the backend that the profile was measured with: leave routing.backend out"
+            )
         given = [name for name in (*DIALS, "routing_mode") if kwargs.get(name) is not None]
         given += [name for name in (*DIALS, "mode") if routing is not None and getattr(routing, name) is not None]
         if given:

@@ -31,6 +31,16 @@ from infmoe.layers.routing import DIALS, FloatDial, IntDial, Mode
 _TRAINING_STATS_TOKENS = 512
 
 
+# What is set in another place, and where: a forward pass would hand it to the attention, which takes anything.
+_ELSEWHERE = {
+    **dict.fromkeys(("latency_budget_ms", "max_loss_increase", "profile"), "a budget is an argument of `generate`"),
+    "backend": "give routing=Routing(backend=...)",
+    **dict.fromkeys(
+        ("gate_norm", "rank_damping", "mask_scale"), "it belongs to the config, as from_pretrained takes it"
+    ),
+}
+
+
 @dataclass
 class InfMoEModelOutput(ModelOutput):
     """The backbone's output.
@@ -440,6 +450,8 @@ def _refuse_misnamed_dials(kwargs: dict) -> None:
     """Raise for a keyword that was meant as a dial: the attention and the loss would swallow it in silence."""
     dials = (*DIALS, "routing_mode")
     for key in kwargs:
+        if key in _ELSEWHERE:
+            raise InfMoEError(f"a forward pass takes no {key!r}: {_ELSEWHERE[key]}")
         if key == "mode":
             raise InfMoEError("unknown argument 'mode'; did you mean 'routing_mode'?")
         if difflib.get_close_matches(key, dials, n=1, cutoff=0.8):

@@ -214,7 +214,9 @@ class MoEFFN(ConditionalFFN):
     def _check_k(self, k: int) -> int:
         check_num_experts_per_tok(k)
         if k > self.num_experts:
-            raise InfMoEError(f"num_experts_per_tok {k} is more than the layer's {self.num_experts} experts")
+            raise InfMoEError(
+                f"num_experts_per_tok {k} is more than the layer's {self.num_experts} experts: use those or fewer"
+            )
         return k
 
     def _coactivated(self, logits_TE: Tensor, k: int, x_BTD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:

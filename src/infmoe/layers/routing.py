@@ -221,13 +221,15 @@ class Routing:
 def check_num_samples(value: int) -> None:
     """Raise unless `value` is a usable K."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InfMoEError(f"num_samples must be an integer of at least 1, got {value!r}")
+        raise InfMoEError(f"num_samples must be an integer of at least 1, or a tuple of them by row, got {value!r}")
 
 
 def check_keep_ratio(value: float) -> None:
     """Raise unless `value` is a usable keep ratio."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-        raise InfMoEError(f"keep_ratio must lie in (0, 1], e.g. 0.25 for the paper's 25 %, got {value!r}")
+        raise InfMoEError(
+            f"keep_ratio must lie in (0, 1], e.g. 0.25 for the paper's 25 %, or be a tuple by row, got {value!r}"
+        )
 
 
 def check_score_cut(value: float) -> None:

@@ -488,7 +488,7 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> None:
     infinity, experts = panels.values()
     for arm in (*_FIXED, *_ELASTIC):
         infinity[f"{arm}, keep ratio"] = over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal")
-    for arm in ("infinity", "infinity-elastic-k"):
+    for arm in SAMPLE_ARMS:
         infinity[f"{arm}, K"] = over_samples(store, arm), over_samples(store, arm, "flops_ideal")
     for arm in ELASTIC_EXPERTS:
         flops = over_k(store, arm, "flops_ideal")
