@@ -157,9 +157,8 @@ def variant_speed(*, quick: bool = False) -> Measured:
             forward = partial(_forward, tokens_BT=tokens_BT, routing=routing)
             arms.append(training_step(model, config, forward))
             labels.append((name, precision))
-    seconds = interleave(
-        arms, rounds=rounds, warmup=1 if quick else 6
-    )  # until the experts' products have their kernels
+    warmup = 1 if quick else 6  # until the experts' products have their kernels
+    seconds = interleave(arms, rounds=rounds, warmup=warmup)
     dials = [(K, ratio) for K in (1, 2) for ratio in KEEP_RATIOS]
     steps = [decode_step(model.eval(), None, prompt_length=DECODE_PROMPT) for model in models]
     infinity = models[names.index("infinity")]
