@@ -268,17 +268,15 @@ _TIER2_THEN = (
 TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 
 
-# Elastic compute: over the keep ratio, over the number of experts, and what is left
+# Elastic compute: over the keep ratio, over the number of experts, over K, and what is left
 ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
 ELASTIC_EXPERTS = (
     *("moe16-fine-k4", "emoe-k4", "matryoshka-k4", "moe16-fine", "emoe-k8", "matryoshka-k8", "moe16-fine-k16"),
 )
-ELASTIC_MORE = (
-    *("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich"),
-    *("infinity-elastic-k", "infinity-consistency"),
-)
+ELASTIC_K = ("infinity-elastic-k",)
+ELASTIC_MORE = ("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich", "infinity-consistency")
 # two passes a step: at half the tokens they take the FLOPs of the others
-TWO_PASSES = ("infinity-sandwich", "infinity-sandwich-distill", "infinity-consistency")
+TWO_PASSES = ("infinity-sandwich-distill", "infinity-sandwich", "infinity-consistency")
 
 
 def _elastic(scale: Scale) -> list[Group]:
@@ -286,8 +284,10 @@ def _elastic(scale: Scale) -> list[Group]:
     return [
         Group(ELASTIC_KEEP, scale.tokens, side),
         Group(ELASTIC_EXPERTS, scale.tokens, side),
+        Group(ELASTIC_K, scale.tokens, side),
+        Group(TWO_PASSES[:1], scale.tokens // 2, side),
         Group(ELASTIC_MORE, scale.tokens, side),
-        Group(TWO_PASSES, scale.tokens // 2, side),
+        Group(TWO_PASSES[1:], scale.tokens // 2, side),
     ]
 
 
@@ -325,9 +325,9 @@ _REST = ("table6", "table2", "figure3", "table1", "figure2", "table3", "table5",
 def _all(scale: Scale) -> list[Group]:
     """Everything, the most informative first."""
     first, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
-    keep, experts, more, half = EXPERIMENTS["elastic"](scale)
+    *elastic, elastic_more, half_more = EXPERIMENTS["elastic"](scale)
     few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come after what is new
-    mixed = [few, keep, experts, tier2, first, longer, more, half, tier2_then]
+    mixed = [few, *elastic, tier2, first, longer, elastic_more, half_more, tier2_then]
     return mixed + [group for name in _REST for group in EXPERIMENTS[name](scale)]
 
 
