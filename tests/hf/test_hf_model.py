@@ -51,8 +51,48 @@ def test_dials_may_be_set_on_loading(tmp_path):
     loaded = InfMoEForCausalLM.from_pretrained(tmp_path, num_samples=5, keep_ratio=0.5, mask_scale="fixed")
     assert (loaded.config.num_samples, loaded.config.keep_ratio) == (5, 0.5)
     assert all(block.mlp.mask_scale == "fixed" for block in loaded.transformer.h)
-    # keep_ratio is now the ratio that masks are scaled to, so the plain model at 0.5 is what it equals
-    assert torch.equal(loaded(ids).logits, model(ids, num_samples=5, keep_ratio=0.5).logits)
+    # the ratio that masks are scaled to is still the one of training
+    at_once = InfMoEForCausalLM.from_pretrained(tmp_path, mask_scale="fixed")
+    assert torch.equal(loaded(ids).logits, at_once(ids, num_samples=5, keep_ratio=0.5).logits)
+    assert not torch.equal(loaded(ids).logits, model(ids, num_samples=5, keep_ratio=0.5).logits)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "dials", "options"),
+    [
+        ("infinity", {"keep_ratio": 0.5}, {"mask_scale": "fixed"}),
+        ("infinity", {"keep_ratio": 0.5}, {"mask_scale": "rms"}),
+        ("moe", {"num_experts_per_tok": 4}, {"gate_norm": "trained"}),
+        ("moe", {"num_experts_per_tok": 4}, {"rank_damping": 0.25}),
+        ("moe", {"num_experts_per_tok": 4}, {"ideal_experts_per_tok": 3}),
+    ],
+)
+def test_a_dial_set_for_good_gives_what_it_gives_in_a_call(ffn, dials, options, tmp_path):
+    model, ids = tiny_model(ffn, **options), tokens(2, 9)
+    expected = model(ids, **dials).logits
+    assert not torch.equal(expected, model(ids).logits)
+    folder = tmp_path / "0"
+    model.save_pretrained(folder)
+    for i in range(2):  # saved as opened, it is opened once more
+        loaded = InfMoEForCausalLM.from_pretrained(folder, **dials)
+        assert torch.equal(loaded(ids).logits, expected)
+        folder = tmp_path / str(i + 1)
+        loaded.save_pretrained(folder)
+    own = InfMoEForCausalLM.from_pretrained(folder).config
+    assert {name: getattr(own, name) for name in dials} == dials
+    assert (own.trained_keep_ratio, own.trained_experts_per_tok) == (
+        (None, 2) if ffn == "moe" else (model.config.keep_ratio, None)
+    )
+
+
+def test_a_config_of_before_there_were_trained_dials_takes_them_from_its_dials(tmp_path):
+    tiny_model("moe").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    assert values.pop("trained_experts_per_tok") == 2
+    path.write_text(json.dumps(values))
+    config = InfMoEForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=4).config
+    assert (config.num_experts_per_tok, config.trained_experts_per_tok) == (4, 2)
 
 
 @EACH

@@ -535,7 +535,7 @@ def test_one_operator_from_a_few_tokens_to_their_mask_gives_the_same_bits(case, 
     assert on_two_threads.stats.counts_U.equal(at_once.stats.counts_U)
     rescaled = layer.mask_scale == "rms" and "keep_ratio" in dials
     assert len(calls) == 2 * (case not in STEP_BY_STEP and not rescaled)
-    monkeypatch.setattr(type(layer), "_few_token_maps", lambda *args: None)
+    monkeypatch.setattr(type(layer), "_few_token_call", lambda *args: None)
     in_steps = layer(x, routing(len(x), backend=backend, **dials))
     assert at_once.y_BTD.equal(in_steps.y_BTD)
     for name, expected in in_steps.stats._asdict().items():

@@ -38,6 +38,14 @@ def _no_backend_in_the_environment(monkeypatch):
     monkeypatch.delenv("INFMOE_BACKEND", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    """Choices that were made under what a test patches stay in that test."""
+    dispatch._chosen.cache_clear()
+    yield
+    dispatch._chosen.cache_clear()
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty cache folder, and no calibration in memory."""
@@ -56,6 +64,7 @@ def measured(folder, monkeypatch):
 
 def another_process():
     dispatch._calibrations.clear()
+    dispatch._chosen.cache_clear()
 
 
 def in_file(entry):

@@ -17,6 +17,8 @@ _HF_KEYS = frozenset(
         "torch_dtype",
     )
 )
+# A dial's value in training: what the config said when it was made, whatever the dial is set to afterwards.
+_TRAINED = {"trained_keep_ratio": "keep_ratio", "trained_experts_per_tok": "num_experts_per_tok"}
 _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
@@ -63,6 +65,7 @@ class InfMoEConfig(PreTrainedConfig):
     z_dim: int | None = None
     num_samples: int | None = None
     keep_ratio: float | int | None = None
+    trained_keep_ratio: float | int | None = None
     routing_mode: str | None = None
     router_hidden_size: int | None = None
     sigma_activation: str | None = None
@@ -81,6 +84,7 @@ class InfMoEConfig(PreTrainedConfig):
     # switch and moe
     num_experts: int | None = None
     num_experts_per_tok: int | None = None
+    trained_experts_per_tok: int | None = None
     balance_loss_weight: float | int | None = None
     z_loss_weight: float | int | None = None
     capacity_factor: float | int | None = None
@@ -101,6 +105,9 @@ class InfMoEConfig(PreTrainedConfig):
         for name, default in ffn_class(self.ffn).option_defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
+        for name, dial in _TRAINED.items():
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self, dial))
         super().__post_init__(**kwargs)
 
     def check_options(self) -> None:

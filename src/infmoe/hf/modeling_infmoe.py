@@ -90,6 +90,13 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout`, but that nothing is called where nothing is dropped: there are two a layer in every token."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if self.training and self.p > 0 else input
+
+
 class InfMoEAttention(nn.Module):
     """GPT-2's causal self-attention."""
 
@@ -102,7 +109,7 @@ class InfMoEAttention(nn.Module):
         self.is_causal = True
         self.c_attn = Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = Linear(config.hidden_size, config.hidden_size)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(
         self,
@@ -142,7 +149,7 @@ class InfMoEBlock(GradientCheckpointingLayer):
         self.attn = InfMoEAttention(config, layer_idx)
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = ffn_class(config.ffn).from_config(config, layer_idx)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(
         self,
@@ -210,7 +217,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([InfMoEBlock(config, i) for i in range(config.num_hidden_layers)])
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False

@@ -3,7 +3,7 @@
 import torch
 
 from infmoe.layers.mask_weights import Dials
-from infmoe.ops.masked_ffn.result import MaskStats
+from infmoe.layers.metrics import RoutingStats
 
 State = tuple[int, ...]
 
@@ -30,13 +30,24 @@ class UnionDensity:
             ]
         )
 
-    def measure(self, mask: MaskStats, dials: Dials, state: State, num_tokens: int) -> None:
+    def is_settled(self, dials: Dials, state: State) -> bool:
+        """Whether what is expected stays: it was measured, or never will be."""
+        return not _one_setting(dials) or _setting(dials, state) in self._measured
+
+    def measure(self, stats: RoutingStats, dials: Dials, state: State, num_tokens: int) -> None:
         """Remember what a setting's first call found, where all rows run the same one, on the CPU."""
-        one_setting = len(dials.num_samples) == len(dials.keep_ratios) == 1
-        if not one_setting or num_tokens == 0 or torch.compiler.is_compiling():
+        if not _one_setting(dials) or num_tokens == 0 or torch.compiler.is_compiling():
             return
-        setting = (dials.num_samples[0], dials.keep_ratios[0], dials.score_cut, state)
-        if setting not in self._measured and mask.union.device.type == "cpu":
-            share = float(mask.union) / num_tokens
+        setting = _setting(dials, state)
+        if setting not in self._measured and stats.union.device.type == "cpu":
+            share = float(stats.union) / num_tokens
             if 0.0 < share <= 1.0:
                 self._measured[setting] = share
+
+
+def _one_setting(dials: Dials) -> bool:
+    return len(dials.num_samples) == len(dials.keep_ratios) == 1
+
+
+def _setting(dials: Dials, state: State) -> tuple:
+    return dials.num_samples[0], dials.keep_ratios[0], dials.score_cut, state

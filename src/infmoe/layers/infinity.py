@@ -16,6 +16,7 @@ from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.activations import activation, ffn_width
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
 from infmoe.layers.density import UnionDensity
+from infmoe.layers.few_token_call import CallMemory, FewTokenCall
 from infmoe.layers.gaussian import mean_mask_second_moment
 from infmoe.layers.linear import Linear, affine, is_hooked, is_plain, product
 from infmoe.layers.mask_weights import (
@@ -58,6 +59,7 @@ class InfinityFFN(ConditionalFFN):
         z_dim: int = 64,
         num_samples: int = 2,
         keep_ratio: float = 0.25,
+        trained_keep_ratio: float | None = None,
         routing_mode: Mode = "sample",
         router_hidden_size: int | None = None,
         sigma_activation: SigmaActivation = "softplus",
@@ -85,12 +87,14 @@ class InfinityFFN(ConditionalFFN):
             num_samples: K that a call uses unless it says otherwise; the paper's 2.
             keep_ratio: fraction of the units that one sample keeps unless a call says otherwise; the
                 paper's 25 %; 1 keeps all (the control without top-N).
+            trained_keep_ratio: the ratio at which `mask_scale` leaves masks as they are; None: `keep_ratio`. A
+                checkpoint keeps it, so that opening it with another ratio changes no more than the ratio.
             routing_mode: mode that a call uses unless it says otherwise.
             router_hidden_size, sigma_activation, initial_sigma, min_sigma, max_sigma: see `GaussianRouter`.
             block_size: neurons that share one score; 1 is the paper's.
             selection: "exact" keeps the top N % (Eq. 6); "statistical" what lies above the mean of the scores
                 plus a normal quantile of their deviations, N % where scores are Gaussian (linear time).
-            mask_scale: how masks are scaled at a keep ratio other than `keep_ratio`: "none"; "fixed", by a
+            mask_scale: how masks are scaled at a keep ratio other than `trained_keep_ratio`: "none"; "fixed", by a
                 constant that keeps the mask's expected square for Gaussian scores; "rms", by the token's own
                 ratio of the two masks' rms.
             wz_bias: give the scores a bias.
@@ -110,6 +114,8 @@ class InfinityFFN(ConditionalFFN):
         super().__init__(hidden_size, intermediate_size, **shared)
         check_num_samples(num_samples)
         check_keep_ratio(keep_ratio)
+        if trained_keep_ratio is not None:
+            check_keep_ratio(trained_keep_ratio, "trained_keep_ratio")
         if routing_mode not in MODES:
             raise unknown_name("routing_mode", routing_mode, MODES)
         if selection not in SELECTIONS:
@@ -131,10 +137,12 @@ class InfinityFFN(ConditionalFFN):
         self.selection: Selection = selection
         self.num_units = self.width // block_size
         self.num_samples, self.keep_ratio = num_samples, keep_ratio
+        self.trained_keep_ratio = trained_keep_ratio or keep_ratio
         self.routing_mode: Mode = routing_mode if sigma_activation != "none" else "mu"
         self.mask_scale, self.score_dtype, self.noise_seed = mask_scale, score_dtype, noise_seed
         self.wz_lr_factor, self.wz_weight_decay = wz_lr_factor, wz_weight_decay
         self._density = UnionDensity()
+        self._calls = CallMemory()
 
         self.router = GaussianRouter(
             hidden_size,
@@ -174,29 +182,46 @@ class InfinityFFN(ConditionalFFN):
             out = self.forward(x_BTD[None], routing)
             return out._replace(y_BTD=out.y_BTD[0])
         routing = (routing or Routing()).at_layer(self.layer_index)
+        if (known := self._calls.find(self, x_BTD, routing)) is not None:
+            return self._few(x_BTD, routing, known)
         dials = self._dials(routing, batch_size=x_BTD.shape[0])
-
         ffn, router_state = self._plain_weights(), self._router_state()
         backend = self._backend(x_BTD, routing, dials, ffn, router_state)
         num_tokens = x_BTD.shape[0] * x_BTD.shape[1]
         count_every = stats_stride(num_tokens, routing.max_stats_tokens)
-        maps = self._few_token_maps(x_BTD, backend, dials, ffn)
-        if maps is not None:
-            sparse = ffn if backend == "sparse" else None
-            out_BTX, mask_stats, sigma, sigma_to_mu = self._route(x_BTD, routing, dials, count_every, maps, sparse)
-            y_BTD = out_BTX if sparse is not None else self._gated(self._products(x_BTD), out_BTX)
+        call = self._few_token_call(x_BTD, backend, dials, count_every, ffn)
+        if call is not None:
+            out = self._few(x_BTD, routing, call)
+            if self._density.is_settled(dials, router_state):
+                self._calls.keep(self, x_BTD, routing, call)
         else:
-            indices = self._draw(x_BTD, routing, dials)
-            run = {"eager": self._eager, "fused": self._fused, "sparse": self._sparse, "triton": self._triton}[backend]
-            y_BTD, mask_stats = run(x_BTD, indices.z_BTKZ, dials, count_every)
-            sigma, sigma_to_mu = self._spread_stats(indices, count_every)
-        looked = -(-num_tokens // count_every)
+            out = self._many(x_BTD, routing, dials, backend, count_every)
         if not torch.is_grad_enabled():
-            self._density.measure(mask_stats, dials, router_state, looked)
+            self._density.measure(out.stats, dials, router_state, -(-num_tokens // count_every))
+        return out
+
+    def _few(self, x_BTD: Tensor, routing: Routing, call: FewTokenCall) -> FFNOutput:
+        """Few tokens, in one operator, or in one up to the mask."""
+        routed = few_tokens.route(x_BTD, noise_key(**self._noise_coordinates(x_BTD, routing)), call.given)
+        y_BTD = routed.result
+        if call.backend == "fused":
+            w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D = call.ffn
+            pre_BTF = few_tokens.linear(x_BTD, w1_FD, None)
+            gate_BTF = None if w3_FD is None else few_tokens.linear(x_BTD, w3_FD, None)
+            y_BTD = fused.gated_linear(pre_BTF, b1_F, gate_BTF, b3_F, y_BTD, w2_DF, b2_D, self.hidden_act)
+        _, counts_U, union, overlap, sigma, sigma_to_mu, tokens, zero = routed
+        return FFNOutput(y_BTD, zero, RoutingStats(tokens, counts_U, union, overlap, sigma, sigma_to_mu, dropped=zero))
+
+    def _many(self, x_BTD: Tensor, routing: Routing, dials: Dials, backend: str, count_every: int) -> FFNOutput:
+        """Any number of tokens, step by step."""
+        indices = self._draw(x_BTD, routing, dials)
+        run = {"eager": self._eager, "fused": self._fused, "sparse": self._sparse, "triton": self._triton}[backend]
+        y_BTD, mask_stats = run(x_BTD, indices.z_BTKZ, dials, count_every)
+        sigma, sigma_to_mu = self._spread_stats(indices, count_every)
+        looked = -(-x_BTD.shape[0] * x_BTD.shape[1] // count_every)
         zero = torch.zeros((), device=x_BTD.device)
         tokens = torch.full((), float(looked), device=x_BTD.device)
-        stats = RoutingStats(tokens, *mask_stats, sigma, sigma_to_mu, dropped=zero)
-        return FFNOutput(y_BTD, zero, stats)
+        return FFNOutput(y_BTD, zero, RoutingStats(tokens, *mask_stats, sigma, sigma_to_mu, dropped=zero))
 
     def chosen_backend(self, x_BTD: Tensor, routing: Routing | None = None) -> str:
         """The backend that a call would run on (see `infmoe.ops.dispatch`)."""
@@ -212,10 +237,10 @@ class InfinityFFN(ConditionalFFN):
             return None
         return few_tokens.FFN(*w1, *w3, *w2)
 
-    def _few_token_maps(
-        self, x_BTD: Tensor, backend: str, dials: Dials, ffn: few_tokens.FFN | None
-    ) -> few_tokens.RouterMaps | None:
-        """What one operator needs to go from x to the mask: of the usual router, for few tokens, else None."""
+    def _few_token_call(
+        self, x_BTD: Tensor, backend: str, dials: Dials, count_every: int, ffn: few_tokens.FFN | None
+    ) -> FewTokenCall | None:
+        """How one operator goes from x to the mask, or on to y: for few tokens and the usual router, else None."""
         if (
             backend not in ("fused", "sparse")
             or dials.mode != "sample"
@@ -230,34 +255,28 @@ class InfinityFFN(ConditionalFFN):
             return None
         if not (few_tokens.few_rows(x_BTD, mu[0]) and sigma[0].dtype == x_BTD.dtype and sigma[0].is_contiguous()):
             return None
-        return None if self._scale_needs_scores(dials) else few_tokens.RouterMaps(*mu, *sigma, *w_z)
-
-    def _route(
-        self,
-        x_BTD: Tensor,
-        routing: Routing,
-        dials: Dials,
-        count_every: int,
-        maps: few_tokens.RouterMaps,
-        sparse: few_tokens.FFN | None,
-    ) -> tuple[Tensor, MaskStats, Tensor, Tensor]:
-        """The mean mask of few tokens, or the layer's output; statistics, and the sums that describe the spread."""
-        router = self.router
-        even = len(dials.num_samples) == 1 and (self.mask_scale == "none" or dials.keep_ratios == (self.keep_ratio,))
-        return few_tokens.route(
-            x_BTD,
-            maps,
+        if self._scale_needs_scores(dials):
+            return None
+        B, T, _ = x_BTD.shape
+        K, weight_NK = max(dials.num_samples), None
+        even = len(dials.num_samples) == 1 and (
+            self.mask_scale == "none" or dials.keep_ratios == (self.trained_keep_ratio,)
+        )
+        if not even:
+            weight_NK = self._weights(x_BTD.device, None, dials).expand(B, T, K).reshape(B * T, K).contiguous()
+        given = few_tokens.route_of(
+            few_tokens.RouterMaps(*mu, *sigma, *w_z),
             (router.sigma_activation, router.min_sigma, router.max_sigma),
-            noise_key(**self._noise_coordinates(x_BTD, routing)),
-            max(dials.num_samples),
+            K,
             num_kept(dials.keep_ratios, self.num_units),
-            None if even else self._weights(x_BTD.device, None, dials),
+            weight_NK,
             count_every=count_every,
             selection=self.selection,
             score_dtype=self._rounded_to,
             mask_dtype=x_BTD.dtype,
-            sparse=None if sparse is None else (sparse, self.hidden_act),
+            sparse=(ffn, self.hidden_act) if backend == "sparse" else None,
         )
+        return FewTokenCall(backend, given, ffn)
 
     # What the backends take: input, indices, dials, and the stride of the tokens that the statistics look at.
     # They return the output and the masks' statistics.
@@ -459,13 +478,13 @@ class InfinityFFN(ConditionalFFN):
         return torch.bfloat16 if computes_in == torch.bfloat16 else torch.float32
 
     def _scale_needs_scores(self, dials: Dials) -> bool:
-        return self.mask_scale == "rms" and any(ratio != self.keep_ratio for ratio in dials.keep_ratios)
+        return self.mask_scale == "rms" and any(ratio != self.trained_keep_ratio for ratio in dials.keep_ratios)
 
     def _weights(self, device: torch.device, scores_BTKU: Tensor | None, dials: Dials) -> Tensor:
         """Each sample's weight in the mean mask (see `sample_weights`)."""
         return sample_weights(
             dials,
-            trained_ratio=self.keep_ratio,
+            trained_ratio=self.trained_keep_ratio,
             mask_scale=self.mask_scale,
             device=device,
             scores_BTKU=scores_BTKU,

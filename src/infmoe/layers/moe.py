@@ -52,6 +52,7 @@ class MoEFFN(ConditionalFFN):
         hidden_act: str = "gelu_new",
         num_experts: int = 4,
         num_experts_per_tok: int = 2,
+        trained_experts_per_tok: int | None = None,
         balance_loss_weight: float = 0.01,
         z_loss_weight: float = 0.0,
         expert_router: ExpertRouter = "learned",
@@ -71,14 +72,17 @@ class MoEFFN(ConditionalFFN):
             hidden_act: a name from `ACTIVATIONS`.
             num_experts: E; must divide `intermediate_size`.
             num_experts_per_tok: k, where `Routing` does not say.
+            trained_experts_per_tok: the k that the gates are measured against at another one (`gate_norm`,
+                `rank_damping`), and that `ideal_experts_per_tok` is to be above; None: `num_experts_per_tok`. A
+                checkpoint keeps it, so that opening it with another k changes no more than the k.
             balance_loss_weight: weight of the load-balancing loss; its value at perfect balance.
             z_loss_weight: weight of the mean squared logsumexp of the logits, which keeps them small.
             expert_router: "learned", "hash" (needs `Routing.token_ids`) or "random".
             gate_norm: which experts a learned router's gates are a softmax over: those "selected" (they sum to 1
                 at every k, and more experts dilute the first ones), "all" (they sum to less), or the first
-                `num_experts_per_tok` ("trained": the first ones keep their weight at every k, and more come on
+                `trained_experts_per_tok` ("trained": the first ones keep their weight at every k, and more come on
                 top, so that they sum to more).
-            rank_damping: factor on the weights of the experts beyond the first `num_experts_per_tok`, before they
+            rank_damping: factor on the weights of the experts beyond the first `trained_experts_per_tok`, before they
                 are normalised (the "α dial": no training, and 1 leaves them alone).
             ideal_experts_per_tok: k_ideal of Elastic MoE (arXiv 2509.21892): in train mode a token's k experts
                 are sometimes drawn from its k_ideal best, all subsets equally likely, instead of being its k
@@ -105,6 +109,8 @@ class MoEFFN(ConditionalFFN):
                 raise InfMoEError(f"{name} must lie in [0, 1], got {value!r}")
         if coactivation_prob != 0.5 and ideal_experts_per_tok is None:
             raise InfMoEError("coactivation_prob goes with ideal_experts_per_tok: give both, or neither")
+        if trained_experts_per_tok is not None:
+            check_num_experts_per_tok(trained_experts_per_tok, "trained_experts_per_tok")
         if ideal_experts_per_tok is not None:
             check_num_experts_per_tok(ideal_experts_per_tok, "ideal_experts_per_tok")
         elastic = {
@@ -119,6 +125,7 @@ class MoEFFN(ConditionalFFN):
         self.hidden_act = hidden_act
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
+        self.trained_experts_per_tok = trained = trained_experts_per_tok or num_experts_per_tok
         self.balance_loss_weight = balance_loss_weight
         self.z_loss_weight = z_loss_weight
         self.expert_router = expert_router
@@ -130,10 +137,11 @@ class MoEFFN(ConditionalFFN):
         self.noise_seed = noise_seed
         self.experts = Experts(hidden_size, intermediate_size, num_experts, hidden_act)
         self._check_k(num_experts_per_tok)
-        if ideal_experts_per_tok is not None and not num_experts_per_tok <= ideal_experts_per_tok <= num_experts:
+        self._check_k(trained, "trained_experts_per_tok")
+        if ideal_experts_per_tok is not None and not trained <= ideal_experts_per_tok <= num_experts:
             raise InfMoEError(
-                f"ideal_experts_per_tok must lie between num_experts_per_tok ({num_experts_per_tok}) and num_experts "
-                f"({num_experts}), got {ideal_experts_per_tok}"
+                f"ideal_experts_per_tok must lie between the trained k ({trained}) and num_experts ({num_experts}), "
+                f"got {ideal_experts_per_tok}"
             )
         self.router = nn.Linear(hidden_size, num_experts, bias=False) if expert_router == "learned" else None
         self.reset_parameters()
@@ -211,12 +219,10 @@ class MoEFFN(ConditionalFFN):
         assert isinstance(k, int)  # `at_layer` took PerLayer apart
         return self._check_k(k)
 
-    def _check_k(self, k: int) -> int:
-        check_num_experts_per_tok(k)
+    def _check_k(self, k: int, name: str = "num_experts_per_tok") -> int:
+        check_num_experts_per_tok(k, name)
         if k > self.num_experts:
-            raise InfMoEError(
-                f"num_experts_per_tok {k} is more than the layer's {self.num_experts} experts: use those or fewer"
-            )
+            raise InfMoEError(f"{name} {k} is more than the layer's {self.num_experts} experts: use those or fewer")
         return k
 
     def _coactivated(self, logits_TE: Tensor, k: int, x_BTD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -238,7 +244,7 @@ class MoEFFN(ConditionalFFN):
 
     def _gates(self, logits_TE: Tensor, top_Tk: Tensor) -> Tensor:
         """Weights of the selected experts, whose logits are `top_Tk`; see `gate_norm` and `rank_damping`."""
-        k, trained = top_Tk.shape[1], self.num_experts_per_tok
+        k, trained = top_Tk.shape[1], self.trained_experts_per_tok
         weighed_Tk = top_Tk
         if self.rank_damping != 1.0 and k > trained:
             damping_k = top_Tk.new_full((k,), self.rank_damping)

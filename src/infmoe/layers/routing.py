@@ -224,11 +224,11 @@ def check_num_samples(value: int) -> None:
         raise InfMoEError(f"num_samples must be an integer of at least 1, or a tuple of them by row, got {value!r}")
 
 
-def check_keep_ratio(value: float) -> None:
+def check_keep_ratio(value: float, name: str = "keep_ratio") -> None:
     """Raise unless `value` is a usable keep ratio."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise InfMoEError(
-            f"keep_ratio must lie in (0, 1], e.g. 0.25 for the paper's 25 %, or be a tuple by row, got {value!r}"
+            f"{name} must lie in (0, 1], e.g. 0.25 for the paper's 25 %, or be a tuple by row, got {value!r}"
         )
 
 

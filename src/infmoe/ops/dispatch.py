@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -143,12 +143,17 @@ def resolve(
     if torch.compiler.is_compiling():
         return _able(argument, device, dtype, gradients, plain, None)
     wanted = requested(argument)
-    name = _able(wanted, device, dtype, gradients, plain, width)
-    if name != "fused" or wanted != "auto" or tokens > MAX_SPARSE_TOKENS:
+    site = Site(tokens, density, hidden_size, width, matrices, _name(dtype), torch.get_num_threads())
+    return _chosen(wanted, device, dtype, gradients, plain, site)
+
+
+@lru_cache(maxsize=4096)  # a model that decodes asks the same for every layer and token
+def _chosen(wanted: str, device: str, dtype: torch.dtype, gradients: bool, plain: bool, site: Site) -> str:
+    name = _able(wanted, device, dtype, gradients, plain, site.width)
+    if name != "fused" or wanted != "auto" or site.tokens > MAX_SPARSE_TOKENS:
         return name
     if _sparse_reason(device, dtype, gradients, plain) is not None:
         return name
-    site = Site(tokens, density, hidden_size, width, matrices, _name(dtype), torch.get_num_threads())
     return "sparse" if _sparse_wins(site) else "fused"
 
 
@@ -252,6 +257,7 @@ def _between(grid: list[float], x: float) -> tuple[int, float]:
 
 
 _calibrations: dict[str, Calibration] = {}
+_forgotten = 0  # how often
 
 
 def calibration(site: Site) -> Calibration:
@@ -325,6 +331,11 @@ def calibrate(site: Site) -> Calibration:
             hopeless = bool(ratios) and min(ratios[-1]) > 1.5  # more tokens won't mend it
             ratios.append(ratios[-1] if hopeless else tuple(ratio(N, density) for density in _DENSITIES))
     return Calibration(_TOKENS, _DENSITIES, tuple(ratios))
+
+
+def generation() -> int:
+    """Another number after `forget`: what was chosen before may be chosen otherwise."""
+    return _forgotten
 
 
 def explain() -> str:
@@ -417,6 +428,9 @@ def _write(geometry: str, known: Calibration) -> None:
 
 def forget() -> None:
     """Drop every calibration of this process and in the cache folder, so that the next call measures anew."""
+    global _forgotten
+    _forgotten += 1
     _calibrations.clear()
+    _chosen.cache_clear()
     with contextlib.suppress(OSError):
         (cache_dir() / "calibration.json").unlink(missing_ok=True)

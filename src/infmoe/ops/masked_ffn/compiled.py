@@ -105,7 +105,7 @@ def _register_shapes() -> None:
           w1, *rest):  # fmt: skip
         mask = x.new_empty(x.shape[0], w_z.shape[0], dtype=torch.bfloat16 if mask_bf16 else torch.float32)
         result = mask if w1 is None else torch.empty_like(x)
-        return result, mask.new_empty(w_z.shape[0], dtype=torch.float32), mask.new_empty(4, dtype=torch.float32)
+        return result, mask.new_empty(w_z.shape[0], dtype=torch.float32), mask.new_empty(6, dtype=torch.float32)
 
     @library.register_fake("infmoe::normal_noise")
     def _(seed, step, layer, stream, position, num_samples, dim):

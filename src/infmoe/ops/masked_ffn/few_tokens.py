@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from infmoe.ops.masked_ffn import compiled
 from infmoe.ops.masked_ffn.compiled import ACTIVATIONS, SIGMA_ACTIVATIONS, rows
-from infmoe.ops.masked_ffn.result import MaskStats, Selection
+from infmoe.ops.masked_ffn.result import Selection
 from infmoe.ops.tracing import plain_wanted
 
 # Up to so many rows the kernels' own product is as fast as torch's, or faster; found by hand, no bench records it.
@@ -28,11 +28,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels' own product is to multiply `x` (..., I) by `weight` (O, I)."""
+    dtype = x.dtype
     return (
-        0 < x.shape[:-1].numel() <= _FEW_ROWS.get(x.dtype, 0)
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype
+        not torch.is_grad_enabled()
+        and 0 < x.numel() <= _FEW_ROWS.get(dtype, 0) * weight.shape[1]
+        and x.is_cpu
+        and weight.dtype == dtype
         and weight.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
         and not plain_wanted()
@@ -70,21 +71,83 @@ class FFN(NamedTuple):
     b2_D: Tensor | None
 
 
-def route(
-    x_BTD: Tensor,
+class Route(NamedTuple):
+    """What `route` is given beside x and the noise's key: the same for every token of a model that decodes.
+
+    Attributes:
+        before, after: the operator's arguments before and after the key.
+    """
+
+    before: tuple
+    after: tuple
+
+
+class Routed(NamedTuple):
+    """What `route` returns; all but the result float32.
+
+    Attributes:
+        result: the mean mask (B, T, U), or the output (B, T, D).
+        counts_U, union, overlap: see `MaskStats`.
+        sigma, sigma_to_mu: the two sums of `fused.spread_stats`.
+        tokens: how many tokens were looked at.
+        zero: 0.
+    """
+
+    result: Tensor
+    counts_U: Tensor
+    union: Tensor
+    overlap: Tensor
+    sigma: Tensor
+    sigma_to_mu: Tensor
+    tokens: Tensor
+    zero: Tensor
+
+
+def route_of(
     maps: RouterMaps,
     sigma_form: tuple[str, float, float],
-    noise_key: tuple[Tensor, Tensor, int, Tensor, Tensor],
     num_samples: int,
     num_kept: tuple[int, ...],
-    weight_BTK: Tensor | None,
+    weight_NK: Tensor | None,
     *,
     count_every: int = 1,
     selection: Selection = "exact",
     score_dtype: torch.dtype = torch.float32,
     mask_dtype: torch.dtype = torch.float32,
     sparse: tuple[FFN, str] | None = None,
-) -> tuple[Tensor, MaskStats, Tensor, Tensor]:
+) -> Route:
+    """What `route` is to do.
+
+    Args:
+        maps: the router's and W_z.
+        sigma_form: "softplus" or "exp", and what sigma is clamped to.
+        num_samples: K.
+        weight_NK: each sample's weight in the mean, contiguous; None: 1 / K each.
+        num_kept, count_every, selection, score_dtype: see `fused.top_mask`.
+        mask_dtype: of the mask, where that is what is asked for.
+        sparse: weights and activation of the FFN, of which only the kept neurons are read (see `sparse_ffn`): the
+            same call goes on to its output.
+    """
+    activation, min_sigma, max_sigma = sigma_form
+    neurons: tuple = (None,) * 6 + (0,)
+    if sparse is not None:
+        neurons = (*_operands(*sparse[0]), ACTIVATIONS[sparse[1]])
+    after = (
+        num_samples,
+        maps.w_z_UZ.contiguous(),
+        maps.b_z_U,
+        score_dtype == torch.bfloat16,
+        num_kept,
+        weight_NK,
+        count_every,
+        selection == "statistical",
+        mask_dtype == torch.bfloat16,
+        *neurons,
+    )
+    return Route((*maps[:4], SIGMA_ACTIVATIONS[activation], min_sigma, max_sigma), after)
+
+
+def route(x_BTD: Tensor, noise_key: tuple[Tensor, Tensor, int, Tensor, Tensor], given: Route) -> Routed:
     """From few tokens to their mean mask in one call: linear router, noise, z, W_z z and selection (Eq. 5 and 6).
 
     What `few_rows` allows. The same numbers as `linear`, `noise.normal_noise`, `fused.spread`, `fused.top_mask` and
@@ -92,46 +155,20 @@ def route(
 
     Args:
         x_BTD: float32 or bfloat16.
-        maps: the router's and W_z.
-        sigma_form: "softplus" or "exp", and what sigma is clamped to.
         noise_key: see `noise.noise_key`.
-        num_samples: K.
-        weight_BTK: see `fused.top_mask`; None: 1 / K each.
-        num_kept, count_every, selection, score_dtype: see `fused.top_mask`.
-        mask_dtype: of the mask, where that is what is asked for.
-        sparse: weights and activation of the FFN, of which only the kept neurons are read (see `sparse_ffn`): the
-            same call goes on to its output.
-
-    Returns:
-        The mask (B, T, U), or the output (B, T, D); the mask's statistics; the two sums of `fused.spread_stats`.
+        given: see `route_of`.
     """
-    B, T, _ = x_BTD.shape
-    if weight_BTK is not None:
-        weight_BTK = weight_BTK.expand(B, T, num_samples).reshape(B * T, num_samples).contiguous()
-    activation, min_sigma, max_sigma = sigma_form
-    neurons: tuple = (None,) * 6 + (0,)
-    if sparse is not None:
-        neurons = (*_operands(*sparse[0]), ACTIVATIONS[sparse[1]])
+    B, T, D = x_BTD.shape
     result_NX, counts_U, sums = torch.ops.infmoe.route(
-        rows(x_BTD),
-        *maps[:4],
-        SIGMA_ACTIVATIONS[activation],
-        min_sigma,
-        max_sigma,
-        *noise_key,
-        num_samples,
-        maps.w_z_UZ.contiguous(),
-        maps.b_z_U,
-        score_dtype == torch.bfloat16,
-        num_kept,
-        weight_BTK,
-        count_every,
-        selection == "statistical",
-        mask_dtype == torch.bfloat16,
-        *neurons,
+        x_BTD.reshape(B * T, D).contiguous(), *given.before, *noise_key, *given.after
     )
-    union, overlap, mean_sigma, sigma_to_mu = sums.unbind()
-    return result_NX.view(B, T, -1), MaskStats(counts_U, union, overlap), mean_sigma, sigma_to_mu
+    return Routed(result_NX.view(B, T, -1), counts_U, *sums.unbind())
+
+
+def copies_hold(ffn: FFN, given: Route) -> bool:
+    """Whether the copy of W2 that `given` holds, if it does, is still of these weights; see `_columns`."""
+    w2t = given.after[-3]
+    return w2t is None or torch.ops.infmoe.like_its_transpose(ffn.w2_DF, w2t)
 
 
 def sparse_ffn(

@@ -601,7 +601,8 @@ Tensor normal_noise(Tensor seed, Tensor step, int64_t layer, Tensor stream, Tens
 
 // Router, noise, z, W_z z and selection in one call, and with W1 the FFN too, of which only the kept neurons are read:
 // at one token the calls between them cost more than they do, and so would tensors between them.
-// Returns mask or y, the counts, and what `top_mask` sums (union, overlap), then what `spread_stats` does.
+// Returns mask or y, the counts, and what `top_mask` sums (union, overlap), then what `spread_stats` does, how many
+// tokens were looked at, and a 0: the caller needs both as tensors, and to make them there costs more.
 std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Tensor> b_mu, Tensor w_sigma,
                                          std::optional<Tensor> b_sigma, int64_t sigma_act, double min_sigma,
                                          double max_sigma, Tensor seed, Tensor step, int64_t layer, Tensor stream,
@@ -646,13 +647,14 @@ std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Te
     std::fill(given, given + N * K, 1.f / static_cast<float>(K));
   }
   Tensor result = ffn ? make(x, {N, D}, is_bf16(x)) : make(x, {N, U}, mask_bf16);
-  Tensor counts = zeros(x, U), sums = make(x, {4}, false);
+  Tensor counts = zeros(x, U), sums = make(x, {6}, false);
   std::unique_ptr<float[]> mask(ffn ? new float[N * U] : nullptr);
   a.mask = mask ? MutableData{mask.get(), false} : out(result);
   float* to = to_floats(sums);
   score_and_select(a, data(w_z, "w_z"), z_bias.get(), round_bf16, num_kept, count_every, statistical, to_floats(counts),
                    to);
   sum_spreads(mu, sigma, N, Z, count_every, to + 2);
+  to[4] = static_cast<float>((N + count_every - 1) / count_every), to[5] = 0.f;
   if (ffn) ffn->run(inputs.get(), mask.get(), N, out(result));
   return {result, counts, sums};
 }
