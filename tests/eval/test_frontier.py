@@ -6,10 +6,11 @@ import json
 import pytest
 from helpers import tiny_model
 
+from infmoe.checkpoint import resolve_checkpoint
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
 from infmoe.eval.frontier import check_budgets, mark_frontier, measure_frontier, schedules, token_times
-from infmoe.hf import model_cost
+from infmoe.hf import InfMoEForCausalLM, model_cost
 from infmoe.hf.budget import Profile, profile_name
 from infmoe.layers import Routing
 from infmoe.layers.point import Point, ratio_text
@@ -42,6 +43,46 @@ def test_the_command_measures_every_point_and_schedule(profile_dir, opened):
     assert len(budgets) == 3
     assert all(row["steps"] >= 200 and 0 <= row["met"] <= 1 for row in budgets)
     assert {row["picked"] for row in budgets} <= {p.label() for p in points}
+
+
+@pytest.fixture(scope="module")
+def moe_dir(tmp_path_factory, tiny_run):
+    """A mixture of experts beside the data of the tiny run."""
+    folder = tmp_path_factory.mktemp("moe")
+    config = InfMoEForCausalLM.from_pretrained(resolve_checkpoint(tiny_run.run, warn=print)).config
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    model = tiny_model("moe", **{name: getattr(config, name) for name in sizes}, num_experts=4)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_frontier_of_a_mixture_of_experts(moe_dir, tiny_run, capsys):
+    words = ["frontier", str(moe_dir), "--data", str(tiny_run.data), "--windows", "8", "--rounds", "2"]
+    assert main([*words, "--num-experts-per-tok", "1,2,4", "--schedules", "2", "--budgets", "2"]) == 0
+    values = json.loads((moe_dir / profile_name(1)).read_text())
+    points = [Point.of(row) for row in values["points"]]
+    assert points[:3] == [Point(num_experts_per_tok=k) for k in (2, 1, 4)]
+    schedules_found = [set(point.num_experts_per_tok) for point in points[3:]]
+    assert schedules_found
+    assert all(len(found) > 1 and found <= {1, 2, 4} for found in schedules_found)
+    assert values["budgets"][0]["picked"] in {point.label() for point in points}
+    capsys.readouterr()
+    generate = ["generate", str(moe_dir), "--max-new-tokens", "2", "--max-loss-increase", "100"]
+    assert main([*generate, "--dtype", "float16"]) == 2
+    assert "bfloat16" in capsys.readouterr().err
+    assert main([*generate, "--device", "cuda:77"]) == 2
+    assert "no device 'cuda:77'" in capsys.readouterr().err
+
+
+def test_a_profile_in_another_type(tiny_run, tmp_path, capsys):
+    words = ["frontier", str(tiny_run.run), "--out", str(tmp_path), "--keep-ratio", "1/8,1/2", "--num-samples", "1"]
+    assert main([*words, "--dtype", "bfloat16", "--windows", "8", "--rounds", "2", "--schedules", "0"]) == 0
+    profile = Profile.load(tmp_path)
+    assert profile.machine["dtype"] == "bfloat16"
+    generate = ["generate", str(tiny_run.run), "--max-new-tokens", "2", "--profile", str(tmp_path)]
+    assert main([*generate, "--max-loss-increase", "100", "--dtype", "bfloat16"]) == 0
+    assert main([*generate, "--max-loss-increase", "100"]) == 2
+    assert "dtype bfloat16 there, float32 here" in capsys.readouterr().err
 
 
 def test_generate_picks_from_it(profile_dir, tiny_run, capsys):

@@ -15,7 +15,7 @@ from infmoe.hf.budget import Profile, fingerprint, profile_name, profile_values,
 from infmoe.layers import PerLayer, Routing
 from infmoe.layers.point import Point
 
-# dials, loss, increase, median ms, ms of 95 %
+# dials, loss, increase (with a standard error of `SE`, but for the model's own), median ms, ms of 95 %
 POINTS = [
     (Point(2, 0.25), 3.00, 0.00, 4.0, 5.0),
     (Point(1, 0.25), 3.02, 0.02, 3.0, 4.0),
@@ -25,6 +25,9 @@ POINTS = [
     (Point(4, 0.5), 3.01, 0.01, 7.0, 8.0),  # on nobody's frontier
 ]
 
+SE = 0.002
+AT_MOST = 1.645 * SE
+
 
 def rows():
     return [
@@ -32,6 +35,7 @@ def rows():
             **{name: getattr(p, name) for name in ("num_samples", "keep_ratio", "num_experts_per_tok", "mode")},
             "loss": loss,
             "increase": increase,
+            "increase_se": SE if increase else 0.0,
             "token_ms": ms,
             "token_ms_p95": p95,
         }
@@ -68,7 +72,11 @@ def test_a_latency_budget_buys_the_lowest_loss_that_it_can(folder, budget, picke
 
 
 @pytest.mark.parametrize(
-    ("most", "picked"), [(-0.01, 4), (0.0, 0), (0.02, 1), (0.049, 1), (0.05, 2), (0.2, 3), (9.0, 3)]
+    ("most", "picked"),
+    [
+        *((-0.01 + AT_MOST, 4), (0.0, 0), (0.02, 0), (0.02 + AT_MOST, 1), (0.05, 1), (0.05 + AT_MOST, 2)),
+        *((0.2, 2), (0.2 + AT_MOST, 3), (9.0, 3)),
+    ],
 )
 def test_a_loss_budget_buys_the_least_time(folder, most, picked):
     choice = Profile.load(folder).choose(max_loss_increase=most)
@@ -80,7 +88,7 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(folder):
     profile = Profile.load(folder)
     with pytest.raises(InfMoEError, match=re.escape("nearest is mu keep=1/16 with 1.80 ms")):
         profile.choose(latency_budget_ms=1.79)
-    with pytest.raises(InfMoEError, match=re.escape("nearest is K=8 keep=1/4 with -0.0100")):
+    with pytest.raises(InfMoEError, match=re.escape("nearest is K=8 keep=1/4 with -0.0067 at most")):
         profile.choose(max_loss_increase=-0.5)
     for wrong in ({}, {"latency_budget_ms": 1.0, "max_loss_increase": 1.0}):
         with pytest.raises(InfMoEError, match="either"):
@@ -216,9 +224,20 @@ def test_other_weights_and_other_surroundings_are_refused(model, folder, monkeyp
         Profile.load(folder).check(tiny_model())
 
 
-def test_the_fingerprint_tells_dtypes_and_values_apart():
+def test_the_fingerprint_is_of_the_checkpoint_however_it_is_opened(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    for how in ({}, {"dtype": torch.bfloat16}, {"keep_ratio": 0.5, "num_samples": 3}, {"pad_token_id": 0}):
+        assert fingerprint(type(model).from_pretrained(tmp_path, **how)) == fingerprint(model)
+
+
+def test_another_type_is_another_profile_and_the_remedy_measures_it(folder):
+    with pytest.raises(InfMoEError, match=r"dtype float32 there, bfloat16 here.*frontier runs/mine --dtype bfloat16`"):
+        Profile.load(folder).check(tiny_model().bfloat16())
+
+
+def test_the_fingerprint_tells_checkpoints_apart():
     assert fingerprint(tiny_model()) == fingerprint(tiny_model())
-    assert fingerprint(tiny_model()) != fingerprint(tiny_model().bfloat16())
     assert fingerprint(tiny_model()) != fingerprint(tiny_model(num_hidden_layers=3))
     assert fingerprint(tiny_model("moe")) != fingerprint(tiny_model("moe", gate_norm="all"))
     assert fingerprint(tiny_model()) != fingerprint(tiny_model(keep_ratio=0.5))
@@ -227,6 +246,11 @@ def test_the_fingerprint_tells_dtypes_and_values_apart():
     with torch.no_grad():
         wide.transformer.h[0].mlp.w1.weight[:, 1:] += 1.0
     assert fingerprint(wide) != before
+    small_step = fingerprint(wide)
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            parameter += 1e-5
+    assert fingerprint(wide) != small_step
 
 
 def test_the_bound_lies_above_the_percentile_nineteen_times_in_twenty():
@@ -239,9 +263,16 @@ def test_the_bound_lies_above_the_percentile_nineteen_times_in_twenty():
     assert upper_p95([3.0, 1.0, 2.0]) == 3.0
 
 
-ROW = {"keep_ratio": 0.25, "loss": 3.0, "increase": 0.0, "token_ms": 1.0, "token_ms_p95": 2.0}
+ROW = {
+    "keep_ratio": 0.25,
+    "loss": 3.0,
+    "increase": 0.0,
+    "increase_se": 0.0,
+    "token_ms": 1.0,
+    "token_ms_p95": 2.0,
+}
 EMPTY = {
-    "version": 1,
+    "version": 2,
     "points": [],
     "checkpoint": "a",
     "machine": {},
@@ -258,7 +289,8 @@ EMPTY = {
         ("{", "no JSON"),
         ("[]", "no profile of this version"),
         ('{"version": 99}', "no profile of this version"),
-        ('{"version": 1, "points": [{}]}', "damaged"),
+        ('{"version": 1, "points": [{}]}', "no profile of this version"),
+        ('{"version": 2, "points": [{}]}', "damaged"),
         (json.dumps(EMPTY), "no points"),
         (json.dumps(EMPTY | {"points": [ROW | {"loss": float("nan")}]}), "not finite"),
         (json.dumps(EMPTY | {"points": [ROW | {"keep_ratio": "abc"}]}), "damaged"),

@@ -30,5 +30,7 @@ ModeOption = Annotated[
     typer.Option("--mode", help="sample, mu (z = mu, deterministic), antithetic or qmc; default: the model's."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the routing noise.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: CUDA if there is any.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; default: the checkpoint's.")]
 WindowsOption = Annotated[int, typer.Option("--windows", min=2, help="Held-out windows of the model's context.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]

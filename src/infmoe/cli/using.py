@@ -11,6 +11,8 @@ import typer
 from infmoe.cli.app import (
     BatchOption,
     DataOption,
+    DeviceOption,
+    DtypeOption,
     ExpertsOption,
     Json,
     KeepOption,
@@ -48,6 +50,8 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Draw from this many likeliest tokens.")] = 50,
     seed: Annotated[int, typer.Option("--seed", help="Of the routing noise and of the drawing of tokens.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Continue a prompt, token by token."""
     from infmoe.eval.dials import grid, parse_mode, parse_ratios
@@ -55,7 +59,7 @@ def generate(
     from infmoe.eval.loading import open_model
     from infmoe.hf.budget import pick
 
-    opened = open_model(model_dir)
+    opened = open_model(model_dir, device, dtype)
     dials = {
         "--num-samples": num_samples,
         "--keep-ratio": keep_ratio,
@@ -250,6 +254,8 @@ def frontier(
         int, typer.Option("--budgets", min=0, help="Then generate under so many budgets and say how often each is met.")
     ] = 0,
     seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the profile; default: DIR.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -275,6 +281,8 @@ def frontier(
         rounds=rounds,
         budgets=budgets,
         seed=seed,
+        device=device,
+        dtype=dtype,
         out=out,
         quiet=as_json,
     )

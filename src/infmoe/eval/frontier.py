@@ -180,6 +180,8 @@ def measure_frontier(
     rounds: int = 12,
     budgets: int = 0,
     seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
     out: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -194,6 +196,7 @@ def measure_frontier(
         prompt_length: tokens in the cache before the first timed one; None: half the context, 128 at most.
         rounds: timing turns of every point, of `NEW_TOKENS` tokens each.
         budgets: this many budgets are tried afterwards (see `check_budgets`).
+        device, dtype: what the model runs on, and in; see `open_model`.
         out: the folder that the caller is going to write to: tried before anything is measured.
         quiet: no progress bar.
 
@@ -203,7 +206,7 @@ def measure_frontier(
     Raises:
         InfMoEError: nothing to open, a dial that the model does not have, or no way to write to `out`.
     """
-    opened = open_model(model_dir)
+    opened = open_model(model_dir, device, dtype)
     model, config = opened.model, opened.model.config
     routing_mode = parse_mode(mode)
     samples, ratios, experts = default_grid(
@@ -257,7 +260,6 @@ def measure_frontier(
             model, profile, count=budgets, steps=BUDGET_STEPS, prompt_length=prompt_length
         )
     return measured | {
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "data": data.folder.name,
         "windows": len(held_out.tokens_NT),
         "window": context,

@@ -14,8 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 from infmoe.checkpoint import resolve_checkpoint
 from infmoe.data import TokenData, load_tokenizer
 from infmoe.data.shards import sha256
-from infmoe.errors import InfMoEError
+from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf import InfMoEForCausalLM
+
+DTYPES = ("float32", "bfloat16")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,12 +98,19 @@ def check_vocabulary(size: int, model_size: int, what: str) -> None:
         )
 
 
-def open_model(path: Path | str, device: str | None = None) -> Opened:
+def open_model(path: Path | str, device: str | None = None, dtype: str | None = None) -> Opened:
     """Open a run folder (its newest valid checkpoint), a checkpoint, or a saved model.
 
+    Args:
+        path: the folder.
+        device: "cpu", "cuda", ...; None: CUDA if there is any.
+        dtype: of `DTYPES`; None: the checkpoint's.
+
     Raises:
-        InfMoEError: nothing there, a damaged file, or another architecture.
+        InfMoEError: nothing there, a damaged file, another architecture, no such type, or no such device.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
     checkpoint = resolve_checkpoint(path, warn=lambda line: print(line, file=sys.stderr))
     disable_progress_bar()  # a bar over a handful of tensors is noise
     try:
@@ -119,4 +128,8 @@ def open_model(path: Path | str, device: str | None = None) -> Opened:
             f"e.g. {strange[0]}): restore the folder"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Opened(model.eval().to(device), checkpoint)
+    try:
+        model = model.eval().to(device, None if dtype is None else getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:  # torch's own words for a device that is not there differ
+        raise InfMoEError(f"no device {device!r} to run on here: use cpu") from error
+    return Opened(model, checkpoint)
