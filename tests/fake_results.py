@@ -85,12 +85,19 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
     """A run's file, as if it had been trained to this loss, and scored on tasks unless told otherwise."""
     config = spec.config()
     model, cost = _built(json.dumps(config.model))
-    routing = {"entropy": 0.9, "effective_units": 500.0, "dead_ratio": 0.01, "sigma_to_mu": 0.3, "overlap_ratio": 0.8}
+    ours = model.ffn == "infinity"
+    routing = {
+        "entropy": 0.9,
+        "effective_units": 500.0,
+        "dead_ratio": 0.01,
+        "sigma_to_mu": 0.3 * ours,
+        "overlap_ratio": 0.8 if ours else 1.0,
+    }
     steps = [round(i * spec.tokens / 16) for i in range(1, 17)]
     curve: dict[str, list] = {"tokens": steps, "loss": [loss + 1.0] * 16, "val_tokens": [steps[-1]], "val_loss": [loss]}
+    curve |= {name: [value] * 16 for name, value in routing.items()}
     measures: dict[str, list] = {"held_out": [{"loss": loss}]}
-    if model.ffn == "infinity":
-        curve |= {name: [value] * 16 for name, value in routing.items()}
+    if ours:
         trained = {"num_samples": model.num_samples} if model.sigma_activation != "none" else {}
         ratios = [{**trained, "keep_ratio": r, "loss": loss + 1e-4 * abs(r - 0.25)} for r in (1 / 16, 0.125, 0.25, 0.5)]
         samples = [{"num_samples": k, "keep_ratio": model.keep_ratio, "loss": loss + 1e-4 / k} for k in (1, 2, 4, 8)]
@@ -119,7 +126,8 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
         ks = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= model.num_experts]
         slope = 0.002 if model.ideal_experts_per_tok else 0.02
         flops = {k: {"flops_ideal": 10**5 * k, "flops_executed": 10**5 * k} for k in ks}
-        rows = [{"num_experts_per_tok": k, "loss": loss + slope * abs(k - own)} | flops[k] for k in ks]
+        figures = {"overlap_ratio": 1.0, "union_ratio": 0.5, "sigma_to_mu": 0.0}
+        rows = [{"num_experts_per_tok": k, "loss": loss + slope * abs(k - own)} | flops[k] | figures for k in ks]
         measures["dials"] = rows
         beyond = [row for row in rows if row["num_experts_per_tok"] > own]
         if beyond and model.num_experts > 4:

@@ -10,7 +10,7 @@ from fake_results import DATA, fake_values, fill, spec_of
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
 from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_K, ELASTIC_KEEP, ELASTIC_MORE, TIER1, TIER2, TWO_PASSES
-from infmoe.reproduce.report import SECTIONS, render_page, render_section, write_report
+from infmoe.reproduce.report import SECTIONS, _setting, render_page, render_section, write_report
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -55,6 +55,13 @@ def test_the_page_says_what_the_results_say(filled, mini):
     assert "not measured yet" not in page
     for picture in re.findall(r"!\[.*?\]\(\.\./results/(.*?)\)", page):
         assert (filled.folder.parent.parent / picture).stat().st_size > 10_000, picture
+
+
+def test_files_that_no_table_asks_for_are_named_and_not_counted(filled):
+    before = _setting(filled)
+    stranger = filled.folder / "runs" / "infinity-7M-lr0.5-s1.json"
+    stranger.write_text("{}")
+    assert _setting(filled) == f"{before} Left out, because no table asks for them: {stranger.name}."
 
 
 def _row(body, start):

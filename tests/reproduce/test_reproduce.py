@@ -16,9 +16,10 @@ import pytest
 from fake_results import MINI
 
 from infmoe.cli import main
+from infmoe.data.manifest import Manifest
 from infmoe.errors import InfMoEError
 from infmoe.reproduce import measures, plan, work
-from infmoe.reproduce.command import Request, run_request
+from infmoe.reproduce.command import Request, repeats, run_request
 from infmoe.reproduce.measures import Measure
 from infmoe.reproduce.plan import Group
 from infmoe.reproduce.store import Store
@@ -238,12 +239,21 @@ def test_a_signal_to_stop_ends_with_a_checkpoint_and_the_signals_code(request_, 
         ({"name": "table4"}, "unknown table or figure 'table4'"),
         ({"scale": "huge"}, "unknown scale 'huge'; known: medium, small, tiny"),
         ({"scale": "small", "data": None, "corpus": "x"}, "trains on prepared data: give --data DIR"),
+        ({"scale": "small", "data": None, "corpus": "x"}, "--subset sample-100BT"),  # 10B tokens, and what is held out
+        ({"name": "table5", "scale": "medium", "data": None, "corpus": "x"}, "--subset sample-350BT"),
     ],
 )
 def test_bad_requests_name_the_fix(request_, changes, words):
     with pytest.raises(InfMoEError) as error:
         run_request(dataclasses.replace(request_, **changes))
     assert words in str(error.value)
+
+
+def test_data_that_is_read_more_than_once_is_said(mini, mini_data):
+    tokens = Manifest.read(mini_data).splits["train"].tokens
+    assert repeats(mini_data, [Group(("infinity",), tokens, (1, 1))]) is None
+    note = repeats(mini_data, [Group(("moe",), 10, (1, 1)), Group(("infinity",), 2 * tokens, (1, 1))])
+    assert f"has {tokens:,}: they read it 2.0 times" in note
 
 
 def test_other_data_is_refused(request_, tmp_path, mini_data):

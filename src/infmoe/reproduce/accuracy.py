@@ -88,7 +88,9 @@ def table1_accuracy(store: Store, arms: Sequence[str]) -> str:
     accuracy = {arm: scores(store, arm, tokens, "acc") for arm in arms}
     margin = {arm: scores(store, arm, tokens, "margin") for arm in arms}
     if not any(accuracy.values()):
-        return f"Zero-shot accuracy and margins: {MISSING} (`infmoe reproduce --tasks-dir DIR` scores the models)."
+        return (
+            f"Zero-shot accuracy and margins: {MISSING} (`infmoe reproduce table1 --tasks-dir DIR` scores the models)."
+        )
     rows = []
     for arm in arms:
         printed = dict(zip(paper.TABLE1_TASKS, paper.TABLE1["small"][arm][1], strict=True))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infmoe.data.manifest import Manifest
 from infmoe.errors import InfMoEError
 from infmoe.hf import model_cost
 from infmoe.hf.accounting import ModelCost
@@ -83,7 +84,9 @@ def run_request(request: Request) -> int:
     if wanted:
         require_writable(request.out)
         require_writable(request.work)
-        data = _data(request, scale)
+        data = _data(request, scale, wanted)
+        if request.worker is None and (note := repeats(data, wanted)) is not None:
+            print(note, file=sys.stderr)
         if request.smoke:
             smoke(request, store, wanted, data)
             return 0
@@ -95,7 +98,25 @@ def run_request(request: Request) -> int:
     return 0
 
 
-def _data(request: Request, scale: Scale) -> Path:
+def repeats(data: Path, wanted: list[Group]) -> str | None:
+    """A line that says so where runs read the data more than once; they go on, with another order in each epoch."""
+    tokens = Manifest.read(data).splits["train"].tokens
+    longest = max(group.tokens for group in wanted)
+    if longest <= tokens:
+        return None
+    return (
+        f"note: the longest runs train on {tokens_text(longest)} tokens, {data} has {tokens:,}: they read it "
+        f"{longest / tokens:.1f} times, where the paper reads its data once; give more data for that"
+    )
+
+
+def _subset(wanted: list[Group]) -> str:
+    """Of FineWeb's samples the smallest that is long enough, but for what is held out."""
+    longest = max(group.tokens for group in wanted)
+    return "sample-10BT" if longest < 9.5e9 else "sample-100BT" if longest < 9.5e10 else "sample-350BT"
+
+
+def _data(request: Request, scale: Scale, wanted: list[Group]) -> Path:
     """The prepared data, made from the corpus where there is one."""
     if (request.corpus is None) == (request.data is None):
         raise InfMoEError(
@@ -106,7 +127,7 @@ def _data(request: Request, scale: Scale) -> Path:
     if scale.vocab is None:
         raise InfMoEError(
             f"scale {scale.name!r} trains on prepared data: give --data DIR, made by "
-            "`infmoe data hub:HuggingFaceFW/fineweb --subset sample-10BT --tokenizer FOLDER --out DIR` "
+            f"`infmoe data hub:HuggingFaceFW/fineweb --subset {_subset(wanted)} --tokenizer FOLDER --out DIR` "
             "with GPT-2's tokenizer"
         )
     from infmoe.data import parse_source, prepare

@@ -434,7 +434,8 @@ def _adaptive(store: Store, section: Section) -> str:
             continue
         for rule, text in rules.items():
             gaps = [paired(found.get(rule, {}).get(s, {}), found["ratio"].get(s, {})) for s in shares]
-            rows.append([f"{arm}; {text}", *(text_of(gap, 4, sign=True) for gap in gaps)])
+            seeds = seeds_text(store.runs(arm, tokens))
+            rows.append([f"{arm}; {text}", *(text_of(gap, 4, sign=True) for gap in gaps), seeds])
             if rule == "cut" and judged is None:
                 judged = arm, gaps
     if judged is None:
@@ -448,7 +449,8 @@ def _adaptive(store: Store, section: Section) -> str:
             _all_below(gaps) if off <= _EQUAL_SHARE else f"not decided: shares differ by {off:.0%}",
         )
     )
-    head = ("loss minus that of one share for all, nats, K = 1", *(f"mean share {ratio_text(s)}" for s in shares))
+    columns = (f"mean share {ratio_text(s)}" for s in shares)
+    head = ("loss minus that of one share for all, nats, K = 1", *columns, "seeds")
     return (
         "**Confidence-adaptive compute** (`Routing(score_cut=…)`, cuts found on training text; mean shares on held-out "
         f"text differ from the wanted one by at most {off:.1%})\n\n" + markdown_table(head, rows)

@@ -204,11 +204,13 @@ class Measure:
         take: measures.
         applies: whether it is taken of a model of this configuration, trained as this run.
         keys: figures that every row must have, all finite.
+        labels: what every row must have beside them.
     """
 
     take: Callable[[Context], Points]
     applies: Callable[[Any, RunSpec], bool]
     keys: tuple[str, ...] = ("loss",)
+    labels: tuple[str, ...] = ()
 
 
 def _has_dials(config: Any, spec: RunSpec) -> bool:
@@ -229,15 +231,19 @@ def _of(*arms: str) -> Callable[[Any, RunSpec], bool]:
     return lambda config, spec: spec.arm.name in arms and spec.tokens == spec.scale.tokens
 
 
+COUNTS = frozenset(("flops_ideal", "flops_executed", "num_samples", "num_experts_per_tok"))  # the others are floats
+_ROUTED = ("loss", "flops_ideal", "flops_executed", "union_ratio", "overlap_ratio", "sigma_to_mu")
 MEASURES: dict[str, Measure] = {
     "held_out": Measure(held_out, lambda config, spec: True),
-    "dials": Measure(dials, _has_dials),
-    "gate_norms": Measure(gate_norms, _of("moe", "moe16")),
-    "rank_dampings": Measure(rank_dampings, _of(*DAMPED_ARMS)),
-    "modes": Measure(modes, _of("infinity")),
-    "adaptive": Measure(adaptive, _of(*ADAPTIVE_ARMS)),
-    "mask_scales": Measure(mask_scales, _of("infinity")),
-    ZERO_SHOT: Measure(zero_shot, _keeps_its_tokens, ("acc", "margin", "margin_low", "margin_high")),
+    "dials": Measure(dials, _has_dials, _ROUTED),
+    "gate_norms": Measure(gate_norms, _of("moe", "moe16"), ("loss", "num_experts_per_tok"), ("gate_norm",)),
+    "rank_dampings": Measure(rank_dampings, _of(*DAMPED_ARMS), ("loss", "num_experts_per_tok", "rank_damping")),
+    "modes": Measure(modes, _of("infinity"), ("loss", "num_samples"), ("mode",)),
+    "adaptive": Measure(adaptive, _of(*ADAPTIVE_ARMS), ("loss", "share"), ("rule", "layer_shares")),
+    "mask_scales": Measure(mask_scales, _of("infinity"), ("loss", "keep_ratio"), ("mask_scale",)),
+    ZERO_SHOT: Measure(
+        zero_shot, _keeps_its_tokens, ("acc", "acc_se", "margin", "margin_low", "margin_high"), ("task",)
+    ),
 }
 
 

@@ -10,8 +10,8 @@ from infmoe.reproduce.controls import controls
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import SCALES, TUNING_SEED, RunSpec, Scale, groups
-from infmoe.reproduce.section import Section, markdown_table
-from infmoe.reproduce.store import Store, read_json
+from infmoe.reproduce.section import Section, command, markdown_table
+from infmoe.reproduce.store import MAX_SEEDS, Store, read_json
 
 SECTIONS: dict[str, Callable[[Store, Gallery], Section]] = {
     "table1": tables.table1,
@@ -117,7 +117,7 @@ def _setting(store: Store) -> str:
     """What all runs share."""
     data = store.data
     assert data is not None
-    runs = sorted((store.folder / "runs").glob("*.json"))
+    runs, strangers = _files(store)
     any_run = next((run for arm in ("infinity", "moe") for run in store.runs(arm, store.scale.tokens)), None)
     lines = [
         f"{len(runs)} runs. Data: {data['splits']['train']['tokens']:,} training tokens of "
@@ -146,7 +146,22 @@ def _setting(store: Store) -> str:
     ):
         if found:
             lines.append(f"{what}: {', '.join(sorted(found))}.")
+    if strangers:
+        lines.append(f"Left out, because no table asks for them: {', '.join(path.name for path in strangers)}.")
     return " ".join(lines)
+
+
+def _files(store: Store) -> tuple[list[Path], list[Path]]:
+    """The files of runs that are part of the plan, at any seed, and those that are not."""
+    planned = set()
+    for group in groups("all", store.scale):
+        for arm in map(store.scale.arm, group.arms):
+            planned |= {store.path(spec) for spec in store.tuning(arm)}
+            if (lr := store.lr(arm)) is not None:
+                seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + MAX_SEEDS)
+                planned |= {store.path(RunSpec(store.scale, arm, group.tokens, lr, seed)) for seed in seeds}
+    there = sorted((store.folder / "runs").glob("*.json"))
+    return [path for path in there if path in planned], [path for path in there if path not in planned]
 
 
 def _learning_rates(store: Store) -> str:
@@ -177,7 +192,7 @@ def _learning_rates(store: Store) -> str:
     return (
         f"Held-out loss after {tokens:g}M tokens, seed {TUNING_SEED}, which is not reported elsewhere.\n\n"
         + markdown_table(head, rows)
-        + f"\n\nVariations that take an arm's learning rate: {passed_on}."
+        + f"\n\nVariations that take an arm's learning rate: {passed_on}.\n\n`{command('all', scale)}`"
     )
 
 

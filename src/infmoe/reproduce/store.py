@@ -11,11 +11,13 @@ from typing import Any
 from infmoe.errors import InfMoEError
 from infmoe.provenance import write_json
 from infmoe.recipes import recipe
-from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, own_settings, settings
+from infmoe.reproduce.measures import COUNTS, MEASURES, ZERO_SHOT, own_settings, settings
 from infmoe.reproduce.plan import TUNING_SEED, Arm, Group, RunSpec, Scale
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.train.config import differing_keys
 
+_COST = ("total", "total_with_wz", "active", "active_with_wz", "active_union", "flops_executed", "flops_ideal")
+_COURSE = ("loss", "entropy", "effective_units", "dead_ratio", "sigma_to_mu", "overlap_ratio")
 _KEYS = {
     "config": dict,
     "data": dict,
@@ -290,19 +292,29 @@ def _damage(values: dict[str, Any]) -> str | None:
             return f"no {key!r}"
     if not isinstance(values["data"].get("sha256"), str):
         return "no SHA-256 of its data"
-    if not all(isinstance(values["cost"].get(name), int) for name in ("total", "total_with_wz", "flops_executed")):
-        return "no parameters and FLOPs"
+    for name in _COST:
+        if not isinstance(values["cost"].get(name), int):
+            return f"no cost {name!r}"
     if values.get("diverged"):
         return None
-    if not values["curve"].get("tokens"):
+    tokens = values["curve"].get("tokens")
+    if not isinstance(tokens, list) or not tokens:
         return "no course of training"
+    for name in _COURSE:
+        course = values["curve"].get(name)
+        if not isinstance(course, list) or len(course) != len(tokens):
+            return f"no course of {name!r}"
     for name, rows in values["measures"].items():
         if not isinstance(rows, list) or not rows:
             return f"an empty measure {name!r}"
-        keys = MEASURES[name].keys if name in MEASURES else ()
+        keys, labels = (MEASURES[name].keys, MEASURES[name].labels) if name in MEASURES else ((), ())
         for row in rows:
+            if not isinstance(row, dict):
+                return f"a point of {name!r} that is none"
             for key in keys:
-                value = row.get(key) if isinstance(row, dict) else None
-                if not isinstance(value, float) or not math.isfinite(value):
+                value = row.get(key)
+                if not isinstance(value, int if key in COUNTS else float) or not math.isfinite(value):
                     return f"a point of {name!r} without {'a loss' if key == 'loss' else key}"
+            if missing := [label for label in labels if label not in row]:
+                return f"a point of {name!r} without {missing[0]}"
     return None if "held_out" in values["measures"] else "no held-out loss"
