@@ -10,7 +10,7 @@ from infmoe.provenance import write_json
 from infmoe.reproduce.dial_curves import curve, means, useful_range, useful_ranges
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, TWO_PASSES, groups
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, EMOE_WEIGHTS, TWO_PASSES, groups
 from infmoe.train.config import ElasticConfig
 
 LOSSES = {"infinity": 3.4, "moe": 3.6, "infinity-keep4": 3.5, "infinity-keep8": 3.5, "infinity-keep16": 3.5}
@@ -176,7 +176,8 @@ def test_elastic_arms_train_as_their_names_say(mini):
     specs = {
         arm: mini.arm(arm) for group in groups("elastic", mini) for arm in group.arms if group.tokens == mini.tokens
     }
-    assert set(specs) >= {*ELASTIC_KEEP, *ELASTIC_EXPERTS, *TWO_PASSES}
+    assert set(specs) >= {*ELASTIC_KEEP, *ELASTIC_EXPERTS, *EMOE_WEIGHTS, *TWO_PASSES}
+    assert [specs[name].model["hierarchical_loss_weight"] for name in EMOE_WEIGHTS] == [0.0, 1e-4, 1e-3]
     for name, arm in specs.items():
         from infmoe.reproduce.plan import RunSpec
 
@@ -185,6 +186,6 @@ def test_elastic_arms_train_as_their_names_say(mini):
         assert elastic_run == any(word in name for word in ("elastic", "sandwich", "consistency", "matryoshka")), name
         assert config.elastic.passes == (2 if name in TWO_PASSES else 1)
         if name.startswith("emoe"):
-            k = int(name[-1])
+            k = int(name.split("-")[1][1:])
             assert config.model["num_experts_per_tok"] == k
             assert config.model["ideal_experts_per_tok"] == 2 * k

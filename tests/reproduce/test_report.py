@@ -9,7 +9,16 @@ from fake_results import DATA, fake_values, fill, spec_of
 
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_K, ELASTIC_KEEP, ELASTIC_MORE, TIER1, TIER2, TWO_PASSES
+from infmoe.reproduce.plan import (
+    ELASTIC_EXPERTS,
+    ELASTIC_K,
+    ELASTIC_KEEP,
+    ELASTIC_MORE,
+    EMOE_WEIGHTS,
+    TIER1,
+    TIER2,
+    TWO_PASSES,
+)
 from infmoe.reproduce.report import SECTIONS, _setting, render_page, render_section, write_report
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 def filled(store, mini):
     """Everything, as if it had been trained."""
     losses = {name: 3.5 + 0.01 * i for i, name in enumerate(dict.fromkeys((*TIER1, *TIER2)))}
-    trained_for = dict.fromkeys((*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_K, *ELASTIC_MORE), 3.45)
+    trained_for = dict.fromkeys((*ELASTIC_KEEP, *ELASTIC_EXPERTS, *EMOE_WEIGHTS, *ELASTIC_K, *ELASTIC_MORE), 3.45)
     losses = trained_for | losses | {"infinity-elastic": 3.44, "infinity-keep4": 3.45, "infinity-keep16": 3.43}
     losses |= {f"infinity-z{z}": 3.6 - 0.001 * z for z in mini.z_dims[:-1]}
     fill(store, losses | {"infinity": 3.4, "moe": 3.6, "dense-swiglu": 3.3}, mini.tokens)

@@ -80,6 +80,11 @@ def _elastic_arms() -> list[Arm]:
             Arm(f"emoe-k{k}", "moe16-fine", emoe, "moe"),
             Arm(f"matryoshka-k{k}", "moe16-fine", own, "moe", (f"elastic.num_experts_per_tok={upto}",)),
         ]
+        if k == 4:
+            arms += [
+                Arm(f"emoe-k4-w{weight:g}", "moe16-fine", emoe | {"hierarchical_loss_weight": weight}, "moe")
+                for weight in (0.0, 1e-4, 1e-3)
+            ]
     return [*arms, Arm("moe16-fine-k16", "moe16-fine", {"num_experts_per_tok": 16}, "moe")]
 
 
@@ -273,6 +278,7 @@ ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity
 ELASTIC_EXPERTS = (
     *("moe16-fine-k4", "emoe-k4", "matryoshka-k4", "moe16-fine", "emoe-k8", "matryoshka-k8", "moe16-fine-k16"),
 )
+EMOE_WEIGHTS = ("emoe-k4-w0", "emoe-k4-w0.0001", "emoe-k4-w0.001")  # of its router's loss
 ELASTIC_K = ("infinity-elastic-k",)
 ELASTIC_MORE = ("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich", "infinity-consistency")
 # two passes a step: at half the tokens they take the FLOPs of the others
@@ -283,6 +289,7 @@ def _elastic(scale: Scale) -> list[Group]:
     side = _side(scale)
     return [
         Group(ELASTIC_KEEP, scale.tokens, side),
+        Group(EMOE_WEIGHTS, scale.tokens, (1, 1)),
         Group(ELASTIC_EXPERTS, scale.tokens, side),
         Group(ELASTIC_K, scale.tokens, side),
         Group(TWO_PASSES[:1], scale.tokens // 2, side),
