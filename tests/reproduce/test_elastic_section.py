@@ -99,8 +99,8 @@ def test_the_alpha_dial_is_drawn_at_every_k_and_leaves_the_first_alone(store, mi
         next(x for x in body.splitlines() if x.startswith(t)) for t in ("| loss, nats | k′", "| moe16-fine-k4:")
     )
     (half,) = [line for line in body.splitlines() if line.startswith("| moe16-fine-k4, α = 0.5 | 3")]
-    ks = [int(cell.split()[-1]) for cell in head.split("|")[2:-1]]
-    cells = dict(zip(ks, half.split("|")[2:-1], strict=True))
+    ks = [int(cell.split()[-1]) for cell in head.split("|")[2:-2]]
+    cells = dict(zip(ks, half.split("|")[2:-2], strict=True))
     assert ks == [1, 2, 3, 4, 6, 8, 12, 16]
     assert [k for k in ks if "3.750" in cells[k]] == [6, 8, 12, 16]
     assert [half.split("|")[i] == plain.split("|")[i] for i in range(2, 6)] == [True] * 4
