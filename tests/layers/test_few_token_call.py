@@ -1,7 +1,9 @@
 """What a layer remembers of its calls for few tokens changes no result, and notices whatever changes."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -33,7 +35,8 @@ def layer_and_input(dtype=torch.float32, **options):
 
 
 def remembers(layer, x, given=SPARSE):
-    return layer._calls.find(layer, x, given) is not None
+    found = layer._calls.find(layer, x, given)
+    return found is not None and found.call is not None
 
 
 def settle(layer, x, given=SPARSE):
@@ -86,7 +89,7 @@ def replace_w1(layer):
 
 
 def wrap_w1(layer):
-    layer.w1 = nn.Sequential(layer.w1, nn.Identity())
+    layer.w1 = nn.Sequential(layer.w1, nn.Tanh())
 
 
 def replace_weight(layer):
@@ -94,7 +97,15 @@ def replace_weight(layer):
 
 
 def write_in_place(layer):
-    layer.router.mu.weight.add_(1.0)
+    layer.w2.weight.copy_(like_in_what_is_compared(layer))
+
+
+def like_in_what_is_compared(layer):
+    """Another W2, but for the entries by which its copy is checked."""
+    weight, step = layer.w2.weight, layer.width // layer.hidden_size
+    other = torch.randn_like(weight)
+    other[:, ::step].diagonal().copy_(weight[:, ::step].diagonal())
+    return other
 
 
 def write_behind_its_back(layer):
@@ -102,18 +113,26 @@ def write_behind_its_back(layer):
 
 
 def another_storage(layer):
-    weight = layer.w2.weight
-    data = torch.randn_like(weight)
-    step = layer.width // layer.hidden_size
-    data[:, ::step].diagonal().copy_(weight[:, ::step].diagonal())  # the entries that are compared
-    weight.data = data
+    layer.w2.weight.data = like_in_what_is_compared(layer)
 
 
 def take_the_bias_away(layer):
     layer.w2.bias = None
 
 
-OPTIONS = {"keep_ratio": 0.5, "num_samples": 3, "selection": "statistical", "score_dtype": "bfloat16"}
+OPTIONS = {
+    "keep_ratio": 0.125,
+    "num_samples": 3,
+    "selection": "statistical",
+    "score_dtype": "bfloat16",
+    "hidden_act": "relu",
+    "routing_mode": "mu",
+    "mask_scale": "fixed",
+    "trained_keep_ratio": 0.125,
+    "router.sigma_activation": "exp",
+    "router.min_sigma": 0.9,
+    "router.max_sigma": 0.1,
+}
 CHANGES = [
     *(replace_w1, wrap_w1, replace_weight, write_in_place, write_behind_its_back, another_storage),
     *(take_the_bias_away, *OPTIONS),
@@ -125,15 +144,87 @@ CHANGES = [
 def test_whatever_changes_is_noticed(change, backend):
     if change is wrap_w1 and backend == "sparse":
         pytest.skip("no sparse path for a wrapped W1")
-    layer, x = layer_and_input()
+    layer, x = layer_and_input(mask_scale="fixed" if change == "trained_keep_ratio" else "none", keep_ratio=0.5)
+    if change == "mask_scale":
+        layer.trained_keep_ratio = 0.25
     dials = {} if isinstance(change, str) else {"num_samples": 2, "keep_ratio": 0.25}
     given = routing(1, backend=backend, **dials)
-    settle(layer, x, given)
+    before = settle(layer, x, given)
     if isinstance(change, str):
-        setattr(layer, change, OPTIONS[change])
+        where, _, name = change.rpartition(".")
+        setattr(layer.get_submodule(where), name, OPTIONS[change])
     else:
         change(layer)
-    assert same(layer(x, given), anew(layer, x, given))
+    after = layer(x, given)
+    assert not same(after, before)
+    assert same(after, anew(layer, x, given))
+
+
+@pytest.mark.parametrize("name", ["router", "router.mu", "router.sigma", "w_z"])
+@pytest.mark.parametrize("backend", ["fused", "sparse"])
+def test_a_module_in_another_type_is_noticed(name, backend):
+    layer, x = layer_and_input(torch.bfloat16)
+    given = routing(1, num_samples=2, keep_ratio=0.25, backend=backend)
+    settle(layer, x, given)
+    layer.get_submodule(name).float()
+    found = []
+    for call in (lambda: layer(x, given), lambda: anew(layer, x, given)):
+        try:
+            found.append(call())
+        except RuntimeError as error:  # a router of another type than the layer's is no router of it
+            found.append(str(error))
+    assert found[0] == found[1] if isinstance(found[0], str) else same(*found)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_an_output_map_of_another_type_runs_in_the_layers(name):
+    layer, x = layer_and_input(torch.bfloat16)
+    parameter = getattr(layer.w2, name)
+    parameter.data = parameter.data.float()
+    given = routing(1, num_samples=2, keep_ratio=0.25, backend="fused")
+    for _ in range(3):
+        out = layer(x, given)
+        assert out.y_BTD.dtype == torch.bfloat16
+        assert out.y_BTD.isfinite().all()
+
+
+def test_what_the_operators_get_a_copy_of_is_not_remembered():
+    layer, x = layer_and_input()
+    layer.w_z.weight.data = layer.w_z.weight.data.T.contiguous().T
+    for _ in range(3):
+        layer(x, SPARSE)
+    layer.w_z.weight.data.mul_(-1.0)
+    assert same(layer(x, SPARSE), anew(layer, x, SPARSE))
+
+
+def test_what_changes_while_a_call_is_put_together_is_noticed():
+    layer, x = layer_and_input()
+    found = layer._calls.find(layer, x, SPARSE)
+    call = layer._few_token_call(x, "sparse", layer._dials(SPARSE, 1), 1)
+    replace_weight(layer)
+    layer._calls.keep(found, call)
+    assert not remembers(layer, x)
+
+
+def test_weights_that_were_replaced_are_let_go():
+    layer, x = layer_and_input()
+    settle(layer, x)
+    old = weakref.ref(layer.w1.weight)
+    replace_w1(layer)
+    layer(x, routing(1, num_samples=1, backend="sparse"))  # another setting
+    gc.collect()
+    assert old() is None
+
+
+def test_settings_that_run_step_by_step_are_remembered_as_such(monkeypatch):
+    layer, x = layer_and_input()
+    given = routing(1, mode="mu", backend="fused")
+    for _ in range(2):
+        out = layer(x, given)
+    found = layer._calls.find(layer, x, given)
+    assert found.call is None
+    assert found is layer._calls.find(layer, x, given)
+    assert same(layer(x, given), out)
 
 
 @pytest.mark.parametrize("name", ["router", "router.mu", "router.sigma", "w_z", "w1", "w2"])

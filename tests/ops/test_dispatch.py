@@ -38,14 +38,6 @@ def _no_backend_in_the_environment(monkeypatch):
     monkeypatch.delenv("INFMOE_BACKEND", raising=False)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_remembered():
-    """Choices that were made under what a test patches stay in that test."""
-    dispatch._chosen.cache_clear()
-    yield
-    dispatch._chosen.cache_clear()
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty cache folder, and no calibration in memory."""

@@ -20,7 +20,7 @@ from infmoe.eval.heldout import HeldOut
 from infmoe.eval.loading import open_model
 from infmoe.eval.sweep import default_grid, evaluate_points
 from infmoe.hf import model_cost
-from infmoe.hf.budget import Profile, profile_name, profile_values, upper_p95
+from infmoe.hf.budget import Profile, profile_name, profile_values, upper_increase, upper_p95
 from infmoe.layers.point import Point
 from infmoe.progress import point_progress
 from infmoe.provenance import provenance, require_writable
@@ -248,6 +248,7 @@ def measure_frontier(
     )
     for row, spent in zip(results, times, strict=True):
         row["increase"], row["increase_se"] = row.pop("delta"), row.pop("delta_se")
+        row["increase_at_most"] = upper_increase(row["increase"], row["increase_se"], len(held_out.tokens_NT))
         row["token_ms"] = statistics.median(spent)
         row["token_ms_p95"] = upper_p95(spent)
         row["tokens_timed"] = len(spent)

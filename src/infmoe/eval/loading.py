@@ -130,6 +130,11 @@ def open_model(path: Path | str, device: str | None = None, dtype: str | None = 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = model.eval().to(device, None if dtype is None else getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:  # torch's own words for a device that is not there differ
-        raise InfMoEError(f"no device {device!r} to run on here: use cpu") from error
+    except torch.OutOfMemoryError as error:
+        raise InfMoEError(
+            f"the model does not fit into {device!r}: use another --device, or --dtype bfloat16"
+        ) from error
+    except (RuntimeError, AssertionError) as error:  # torch has many words for a device that is not there
+        reason = str(error).strip().splitlines()[0]
+        raise InfMoEError(f"no device {device!r} to run on here ({reason}): use --device cpu") from error
     return Opened(model, checkpoint)

@@ -19,8 +19,7 @@ from infmoe.provenance import machine
 _VERSION = 2
 _MACHINE = ("system", "cpu", "cpu_capability", "threads", "accelerator")  # what a latency hangs on
 _SAMPLED = 64  # entries of each tensor that the fingerprint looks at, about
-_FIGURES = ("loss", "increase", "increase_se", "token_ms", "token_ms_p95")
-_CERTAIN = 1.645  # standard errors: what is measured lies within them 19 times in 20, on one side
+_FIGURES = ("loss", "increase", "increase_at_most", "token_ms", "token_ms_p95")
 # What changes neither loss nor time at a profile's points, which say themselves what the dials are.
 _WITHOUT_BEARING = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
@@ -36,7 +35,8 @@ class Measured:
         point: its dials.
         loss: held out, in nats per token.
         increase: of the loss over that at the checkpoint's own dials, paired over windows.
-        increase_se: the standard error of that.
+        increase_at_most: what the increase lies below, 19 times in 20; of this point by itself: see
+            `upper_increase`.
         token_ms: median time of a generated token, in ms.
         token_ms_p95: what 95 of 100 tokens take at most, with some certainty: see `upper_p95`.
     """
@@ -44,14 +44,9 @@ class Measured:
     point: Point
     loss: float
     increase: float
-    increase_se: float
+    increase_at_most: float
     token_ms: float
     token_ms_p95: float
-
-    @property
-    def increase_at_most(self) -> float:
-        """What the increase lies below, 19 times in 20."""
-        return self.increase + _CERTAIN * self.increase_se
 
 
 @dataclass(frozen=True)
@@ -151,9 +146,11 @@ class Profile:
             InfMoEError: it is of another checkpoint or another machine; names the command that makes one.
         """
         here = surroundings(model)
-        remedy = _remedy(self.source, self.rows, "measure again", device=here["device"], dtype=here["dtype"])
+        if here["dtype"] not in ("float32", "bfloat16"):
+            raise InfMoEError(f"profiles are of float32 and bfloat16, this model is in {here['dtype']}: open it in one")
+        remedy = _remedy(self.source, self.rows, "measure again", model)
         if fingerprint(model) != self.checkpoint:
-            raise InfMoEError(f"{self.path} is of other weights than this model's: {remedy}")
+            raise InfMoEError(f"{self.path} is of other weights, or another configuration, than this model's: {remedy}")
         other = [name for name in here if self.machine.get(name) != here[name]]
         if other:
             differences = ", ".join(f"{name} {self.machine.get(name)} there, {here[name]} here" for name in other)
@@ -228,6 +225,14 @@ def upper_p95(milliseconds: Sequence[float]) -> float:
     return ordered[min(rank, count) - 1]
 
 
+def upper_increase(increase: float, standard_error: float, windows: int) -> float:
+    """What an increase that was measured over so many windows lies below, 19 times in 20 (Student's t)."""
+    z, degrees = 1.6449, max(windows - 1, 1)
+    # Cornish and Fisher's expansion of t's quantile; within a hundredth from 6 windows on
+    t = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    return increase + t * standard_error
+
+
 def surroundings(model: nn.Module) -> dict[str, Any]:
     """What a latency hangs on beside the weights: the machine, and how the model runs there."""
     here, parameter = machine(), next(model.parameters())
@@ -252,14 +257,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _remedy(
-    source: str = "DIR", rows: int = 1, verb: str = "make it", *, device: str | None = None, dtype: str | None = None
-) -> str:
+def _remedy(source: str = "DIR", rows: int = 1, verb: str = "make it", model: nn.Module | None = None) -> str:
+    """The command that makes a profile, of this model if there is one."""
     more = "" if rows == 1 else f" --rows {rows}"
-    if dtype not in (None, "float32"):
-        more += f" --dtype {dtype}"
-    if device == "cpu" and torch.cuda.is_available():
-        more += " --device cpu"
+    if model is not None:
+        parameter = next(model.parameters())
+        more += f" --dtype {str(parameter.dtype).removeprefix('torch.')}"
+        if parameter.device.type == "cpu" and torch.cuda.is_available():
+            more += " --device cpu"
     return f"{verb} with `infmoe frontier {source}{more}`"
 
 
@@ -283,7 +288,7 @@ def profile_values(model: nn.Module, rows: list[dict[str, Any]], *, num_rows: in
 def fingerprint(model: nn.Module) -> str:
     """A hash that tells checkpoints apart: of the configuration, and of some entries of every parameter.
 
-    Of the entries as bfloat16, so that a checkpoint is itself in every type that it is opened in.
+    Of the entries as bfloat16, so that a checkpoint is itself in float32 and in bfloat16.
     """
     digest = hashlib.sha256()
     names = [name for name in type(model.config).__annotations__ if name not in _WITHOUT_BEARING]  # of its own
@@ -317,7 +322,7 @@ def pick(model: Any, profile: Profile | Path | str | None, *, rows: int, **budge
         profile = _find(model, profile, rows, timed)
     profile.check(model)
     if timed and rows != profile.rows:
-        remedy = _remedy(profile.source, rows, "measure that")
+        remedy = _remedy(profile.source, rows, "measure that", model)
         raise InfMoEError(f"{profile.path} was measured with {profile.rows} row(s) at once, not {rows}: {remedy}")
     return profile.choose(**budget)
 

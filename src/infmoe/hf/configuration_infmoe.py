@@ -35,6 +35,8 @@ class InfMoEConfig(PreTrainedConfig):
         intermediate_size: FFN neurons per layer, all experts together, in parameters of a plain FFN.
         hidden_act: "gelu", "gelu_new" (GPT-2's), "relu", "silu", "swiglu", "geglu".
         ffn: "dense", "switch", "moe", "infinity".
+        trained_keep_ratio, trained_experts_per_tok: what the dial was when the config was made, and stays whatever the
+            dial is set to afterwards, in `from_pretrained` or by hand; a config for another training is made anew.
         layer_norm_epsilon, initializer_range, attn_pdrop, resid_pdrop, embd_pdrop: as in GPT-2; no dropout by
             default (the paper names none).
     """

@@ -7,11 +7,13 @@ reading a megabyte of weights does. What the answers hang on is compared in ever
 import os
 from itertools import chain
 from operator import attrgetter, is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Parameter
 
+from infmoe.layers.linear import is_hooked
 from infmoe.layers.routing import Routing
 from infmoe.ops import dispatch
 from infmoe.ops.masked_ffn import few_tokens
@@ -22,17 +24,8 @@ _SAID = attrgetter(
     *("num_samples", "keep_ratio", "score_cut", "num_experts_per_tok", "mode", "max_stats_tokens", "backend")
 )
 _OPTIONS = attrgetter(
-    *(
-        "num_samples",
-        "keep_ratio",
-        "trained_keep_ratio",
-        "routing_mode",
-        "selection",
-        "mask_scale",
-        "score_dtype",
-        "hidden_act",
-    ),
-    *("router.sigma_activation", "router.min_sigma", "router.max_sigma"),
+    *("num_samples", "keep_ratio", "trained_keep_ratio", "routing_mode", "selection", "mask_scale", "score_dtype"),
+    *("hidden_act", "router.sigma_activation", "router.min_sigma", "router.max_sigma"),
 )
 
 
@@ -50,79 +43,97 @@ class FewTokenCall(NamedTuple):
     ffn: few_tokens.FFN
 
 
+class Lookup(NamedTuple):
+    """What `CallMemory.find` found.
+
+    Attributes:
+        call: how it was run before; None: not in one operator, or not known.
+        setting, state: what `CallMemory.keep` is to remember a new one by; taken before anything of the layer was
+            read, so that what changes meanwhile shows.
+    """
+
+    call: FewTokenCall | None
+    setting: tuple
+    state: "State"
+
+
 class CallMemory:
     """The calls that a layer has made, by setting, as long as the layer stays as it was. A copy of it is empty."""
 
     def __init__(self) -> None:
-        self._calls: dict[tuple, FewTokenCall] = {}
-        self._state: _State | None = None
+        self._calls: dict[tuple, Lookup] = {}
 
     def __reduce__(self):
         return CallMemory, ()
 
-    def find(self, layer: nn.Module, x_BTD: Tensor, routing: Routing) -> FewTokenCall | None:
-        """The call that this input and routing made before, if nothing has changed since."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    def find(self, layer: Any, x_BTD: Tensor, routing: Routing) -> Lookup | None:
+        """What is known of this setting; None for calls that are not remembered: of many tokens, with gradients."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x_BTD.is_cpu:
             return None
-        call = self._calls.get(_setting(x_BTD, routing))
-        if call is None or not x_BTD.is_cpu:
+        num_tokens = x_BTD.shape[0] * x_BTD.shape[1]
+        if type(num_tokens) is not int or num_tokens > few_tokens.MAX_ROWS or torch.is_autocast_enabled("cpu"):
             return None
-        assert self._state is not None
-        if self._state.holds(layer) and few_tokens.copies_hold(call.ffn, call.given):
-            return call
-        self._calls.clear()
-        return None
+        setting = (
+            *(x_BTD.shape, x_BTD.dtype, _SAID(routing)),
+            *(os.environ.get(ENVIRONMENT), torch.get_num_threads(), dispatch.generation()),
+        )
+        known = self._calls.get(setting)
+        if known is not None:
+            call = known.call
+            if known.state.holds(layer) and (call is None or few_tokens.copies_hold(call.ffn, call.given)):
+                return known
+        state = State(layer)
+        if any(not other.state.holds(layer) for other in self._calls.copy().values()):
+            self._calls.clear()  # what has changed is not kept alive
+        return Lookup(None, setting, state)
 
-    def keep(self, layer: nn.Module, x_BTD: Tensor, routing: Routing, call: FewTokenCall) -> None:
-        """Remember a call."""
-        if any(p.is_inference() for p in layer.parameters()):
-            return  # those have no version to tell a change by
-        if self._state is None or not self._state.holds(layer) or len(self._calls) >= _REMEMBERED:
+    def keep(self, found: Lookup, call: FewTokenCall | None) -> None:
+        """Remember how a setting is run."""
+        if not found.state.can_be_told_apart:
+            return
+        if len(self._calls) >= _REMEMBERED:
             self._calls.clear()
-            self._state = _State(layer)
-        self._calls[_setting(x_BTD, routing)] = call
+        self._calls[found.setting] = Lookup(call, found.setting, found.state)
 
 
-def _setting(x_BTD: Tensor, routing: Routing) -> tuple:
-    """What a call is told, and what else its choices look at."""
-    surroundings = (os.environ.get(ENVIRONMENT), torch.get_num_threads(), dispatch.generation())
-    return x_BTD.shape, x_BTD.dtype, _SAID(routing), surroundings
+class State:
+    """What a call finds of its layer: options, linear maps and their weights.
 
+    Attributes:
+        can_be_told_apart: whether a change of the weights would show: those without a version or an address may change
+            unseen, and so may what the operators are given a copy of, but for W2's.
+    """
 
-class _State:
-    """What a call found of its layer: options, and linear maps that are just that."""
-
-    def __init__(self, layer) -> None:
+    def __init__(self, layer: Any) -> None:
         router = layer.router
         maps = [m for m in (router.mu, router.sigma, layer.w_z, layer.w1, layer.w3, layer.w2) if m is not None]
-        called = [router, *maps]
+        self._called = [router, *maps]
         self._options = _OPTIONS(layer)
         self._tables = [layer._modules, router._modules, *(m._parameters for m in maps)]
         self._entries = self._listed()
-        self._hooks = [
-            hooks
-            for m in called
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
-        self._own = [m.__dict__ for m in called]  # a `forward` put there takes the place of the class's
-        self._sizes = list(map(len, self._own))
         self._weights = [entry for entry in self._entries if isinstance(entry, Tensor)]
-        self._versions = [w._version for w in self._weights]
-        self._w2 = layer.w2.weight
-        self._place = self._w2.data_ptr()
+        w2 = getattr(layer.w2, "weight", None)
+        self.can_be_told_apart = all(
+            type(w) in (Tensor, Parameter) and not w.is_inference() and (w is w2 or w.is_contiguous())
+            for w in self._weights
+        )
+        self._versions = self._seen() if self.can_be_told_apart else []
 
     def _listed(self) -> list:
         return list(chain.from_iterable(map(dict.values, self._tables)))
 
-    def holds(self, layer) -> bool:
+    def _seen(self) -> list:
+        """Versions, and addresses: `Module.to` puts other data into the same parameter, of the same version."""
+        return [w._version for w in self._weights] + [w.data_ptr() for w in self._weights]
+
+    def holds(self, layer: Any) -> bool:
         """Whether nothing has changed that the layer's modules show."""
         entries = self._listed()
         return (
-            not any(self._hooks)
+            layer._modules is self._tables[0]
             and len(entries) == len(self._entries)
             and all(map(is_, entries, self._entries))
-            and list(map(len, self._own)) == self._sizes
-            and [w._version for w in self._weights] == self._versions
-            and self._w2.data_ptr() == self._place
+            and not any(map(is_hooked, self._called))
+            and self._seen() == self._versions
             and _OPTIONS(layer) == self._options
         )

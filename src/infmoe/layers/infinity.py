@@ -182,18 +182,19 @@ class InfinityFFN(ConditionalFFN):
             out = self.forward(x_BTD[None], routing)
             return out._replace(y_BTD=out.y_BTD[0])
         routing = (routing or Routing()).at_layer(self.layer_index)
-        if (known := self._calls.find(self, x_BTD, routing)) is not None:
-            return self._few(x_BTD, routing, known)
+        found = self._calls.find(self, x_BTD, routing)
+        if found is not None and found.call is not None:
+            return self._few(x_BTD, routing, found.call)
         dials = self._dials(routing, batch_size=x_BTD.shape[0])
         ffn, router_state = self._plain_weights(), self._router_state()
         backend = self._backend(x_BTD, routing, dials, ffn, router_state)
         num_tokens = x_BTD.shape[0] * x_BTD.shape[1]
         count_every = stats_stride(num_tokens, routing.max_stats_tokens)
-        call = self._few_token_call(x_BTD, backend, dials, count_every, ffn)
+        call = self._few_token_call(x_BTD, backend, dials, count_every)
+        if found is not None and self._density.is_settled(dials, router_state):
+            self._calls.keep(found, call)
         if call is not None:
             out = self._few(x_BTD, routing, call)
-            if self._density.is_settled(dials, router_state):
-                self._calls.keep(self, x_BTD, routing, call)
         else:
             out = self._many(x_BTD, routing, dials, backend, count_every)
         if not torch.is_grad_enabled():
@@ -202,15 +203,17 @@ class InfinityFFN(ConditionalFFN):
 
     def _few(self, x_BTD: Tensor, routing: Routing, call: FewTokenCall) -> FFNOutput:
         """Few tokens, in one operator, or in one up to the mask."""
-        routed = few_tokens.route(x_BTD, noise_key(**self._noise_coordinates(x_BTD, routing)), call.given)
-        y_BTD = routed.result
-        if call.backend == "fused":
-            w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D = call.ffn
-            pre_BTF = few_tokens.linear(x_BTD, w1_FD, None)
-            gate_BTF = None if w3_FD is None else few_tokens.linear(x_BTD, w3_FD, None)
-            y_BTD = fused.gated_linear(pre_BTF, b1_F, gate_BTF, b3_F, y_BTD, w2_DF, b2_D, self.hidden_act)
-        _, counts_U, union, overlap, sigma, sigma_to_mu, tokens, zero = routed
-        return FFNOutput(y_BTD, zero, RoutingStats(tokens, counts_U, union, overlap, sigma, sigma_to_mu, dropped=zero))
+        out_BTX, counts_U, union, overlap, sigma, sigma_to_mu, tokens, zero = few_tokens.route(
+            x_BTD, noise_key(**self._noise_coordinates(x_BTD, routing)), call.given
+        )
+        stats = RoutingStats(tokens, counts_U, union, overlap, sigma, sigma_to_mu, dropped=zero)
+        if call.backend == "sparse":
+            return FFNOutput(out_BTX, zero, stats)
+        w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D = call.ffn
+        pre_BTF = few_tokens.linear(x_BTD, w1_FD, None)
+        gate_BTF = None if w3_FD is None else few_tokens.linear(x_BTD, w3_FD, None)
+        y_BTD = fused.gated_linear(pre_BTF, b1_F, gate_BTF, b3_F, out_BTX, w2_DF, b2_D, self.hidden_act)
+        return FFNOutput(y_BTD, zero, stats)
 
     def _many(self, x_BTD: Tensor, routing: Routing, dials: Dials, backend: str, count_every: int) -> FFNOutput:
         """Any number of tokens, step by step."""
@@ -237,17 +240,17 @@ class InfinityFFN(ConditionalFFN):
             return None
         return few_tokens.FFN(*w1, *w3, *w2)
 
-    def _few_token_call(
-        self, x_BTD: Tensor, backend: str, dials: Dials, count_every: int, ffn: few_tokens.FFN | None
-    ) -> FewTokenCall | None:
+    def _few_token_call(self, x_BTD: Tensor, backend: str, dials: Dials, count_every: int) -> FewTokenCall | None:
         """How one operator goes from x to the mask, or on to y: for few tokens and the usual router, else None."""
         if (
             backend not in ("fused", "sparse")
             or dials.mode != "sample"
             or dials.score_cut is not None
             or torch.compiler.is_compiling()
-            or ffn is None
         ):
+            return None
+        ffn = self._plain_weights()
+        if ffn is None or (backend == "fused" and any(w is not None and w.dtype != x_BTD.dtype for w in ffn)):
             return None
         router = self.router
         mu, sigma, w_z = affine(router.mu), affine(router.sigma), affine(self.w_z)

@@ -227,9 +227,7 @@ def check_num_samples(value: int) -> None:
 def check_keep_ratio(value: float, name: str = "keep_ratio") -> None:
     """Raise unless `value` is a usable keep ratio."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-        raise InfMoEError(
-            f"{name} must lie in (0, 1], e.g. 0.25 for the paper's 25 %, or be a tuple by row, got {value!r}"
-        )
+        raise InfMoEError(f"{name} must lie in (0, 1], e.g. 0.25 for the paper's 25 %, got {value!r}")
 
 
 def check_score_cut(value: float) -> None:

@@ -144,10 +144,11 @@ def resolve(
         return _able(argument, device, dtype, gradients, plain, None)
     wanted = requested(argument)
     site = Site(tokens, density, hidden_size, width, matrices, _name(dtype), torch.get_num_threads())
-    return _chosen(wanted, device, dtype, gradients, plain, site)
+    choose = _chosen if type(tokens) is int else _chosen.__wrapped__  # what traces by symbols can't be remembered by
+    return choose(wanted, device, dtype, gradients, plain, site)
 
 
-@lru_cache(maxsize=4096)  # a model that decodes asks the same for every layer and token
+@lru_cache(maxsize=4096)  # the layers of a model ask the same
 def _chosen(wanted: str, device: str, dtype: torch.dtype, gradients: bool, plain: bool, site: Site) -> str:
     name = _able(wanted, device, dtype, gradients, plain, site.width)
     if name != "fused" or wanted != "auto" or site.tokens > MAX_SPARSE_TOKENS:

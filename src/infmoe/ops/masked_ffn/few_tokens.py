@@ -17,6 +17,7 @@ from infmoe.ops.tracing import plain_wanted
 
 # Up to so many rows the kernels' own product is as fast as torch's, or faster; found by hand, no bench records it.
 _FEW_ROWS = {torch.float32: 8, torch.bfloat16: 1}
+MAX_ROWS = max(_FEW_ROWS.values())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,10 +77,12 @@ class Route(NamedTuple):
 
     Attributes:
         before, after: the operator's arguments before and after the key.
+        w2t_FD: the copy of W2 that is among them, if it is.
     """
 
     before: tuple
     after: tuple
+    w2t_FD: Tensor | None
 
 
 class Routed(NamedTuple):
@@ -130,8 +133,10 @@ def route_of(
     """
     activation, min_sigma, max_sigma = sigma_form
     neurons: tuple = (None,) * 6 + (0,)
+    w2t_FD = None
     if sparse is not None:
         neurons = (*_operands(*sparse[0]), ACTIVATIONS[sparse[1]])
+        w2t_FD = neurons[4]
     after = (
         num_samples,
         maps.w_z_UZ.contiguous(),
@@ -144,7 +149,7 @@ def route_of(
         mask_dtype == torch.bfloat16,
         *neurons,
     )
-    return Route((*maps[:4], SIGMA_ACTIVATIONS[activation], min_sigma, max_sigma), after)
+    return Route((*maps[:4], SIGMA_ACTIVATIONS[activation], min_sigma, max_sigma), after, w2t_FD)
 
 
 def route(x_BTD: Tensor, noise_key: tuple[Tensor, Tensor, int, Tensor, Tensor], given: Route) -> Routed:
@@ -167,8 +172,7 @@ def route(x_BTD: Tensor, noise_key: tuple[Tensor, Tensor, int, Tensor, Tensor], 
 
 def copies_hold(ffn: FFN, given: Route) -> bool:
     """Whether the copy of W2 that `given` holds, if it does, is still of these weights; see `_columns`."""
-    w2t = given.after[-3]
-    return w2t is None or torch.ops.infmoe.like_its_transpose(ffn.w2_DF, w2t)
+    return given.w2t_FD is None or torch.ops.infmoe.like_its_transpose(ffn.w2_DF, given.w2t_FD)
 
 
 def sparse_ffn(
