@@ -66,6 +66,17 @@ def over_samples(store: Store, arm: str, figure: str = "loss") -> Curve:
     )
 
 
+def at_mu(store: Store, arm: str, figure: str = "loss") -> Curve:
+    """Loss at z = mu and the trained keep ratio: a curve of one point, under "mu"."""
+    return curve(
+        store,
+        arm,
+        store.scale.tokens,
+        lambda row: "mu" if row.get("mode") == "mu" and row["keep_ratio"] == 0.25 else None,
+        figure=figure,
+    )
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Where a dial is useful.

@@ -9,6 +9,7 @@ from infmoe.reproduce.dial_curves import (
     RANGE,
     Curve,
     Stretch,
+    at_mu,
     curve,
     means,
     over_k,
@@ -218,14 +219,9 @@ def _samples(store: Store, section: Section) -> str:
     for arm, text in _SAMPLES.items():
         if line := over_samples(store, arm):
             base = line.get(1, {})
-            at_mu = curve(
-                store,
-                arm,
-                store.scale.tokens,
-                lambda row: "mu" if row.get("mode") == "mu" and row["keep_ratio"] == 0.25 else None,
-            ).get("mu", {})
+            mean = at_mu(store, arm).get("mu", {})
             gaps = [text_of(paired(line[k], base), 4, sign=True) if k in line else "–" for k in ks]
-            rows.append([f"{arm}: {text}", *gaps, text_of(paired(at_mu, base), 4, sign=True)])
+            rows.append([f"{arm}: {text}", *gaps, text_of(paired(mean, base), 4, sign=True)])
     for mode in ("antithetic", "qmc"):
         line = curve(
             store,
@@ -318,7 +314,7 @@ def _claim_emoe(store: Store, section: Section) -> None:
                 f"within {RANGE:g} nats of its best at k′ = {_ends(ours)}; plain {_ends(its)}; trained at {2 * k}: "
                 f"{_ends(directly)}; wider by {text_of(wider[0], 2, sign=True)} and {text_of(wider[1], 2, sign=True)} "
                 f"doublings; its best loss minus the plain one's: {nats(paired(best, plain_best))}",
-                _verdict_wider([gap for gap in wider if gap is not None], reach),
+                _verdict_wider([gap for gap in wider if gap is not None], reach, paired(best, plain_best)),
                 "16 experts end a range here, so it may reach further" if ended else "",
             )
         )
@@ -328,12 +324,15 @@ def _ends(ranges: Mapping[int, Stretch]) -> str:
     return _each([f"{stretch.low} … {stretch.high}" for stretch in ranges.values()])
 
 
-def _verdict_wider(wider: Sequence[Interval], reach: float) -> str:
+def _verdict_wider(wider: Sequence[Interval], reach: float, loss: Interval | None) -> str:
+    """Whether a range is wider than the others and reaches far enough; `loss` is its best minus the plain one's."""
     if any(gap.half_width is None for gap in wider):
         return ONE_SEED
     if reach < 2 or any(gap.high <= 0 for gap in wider):
         return FAILS
-    return HOLDS if all(gap.low > 0 for gap in wider) else UNDECIDED
+    if any(gap.low <= 0 for gap in wider):
+        return UNDECIDED
+    return "wider, and worse: its best is above the plain one's" if loss is not None and loss.low > 0 else HOLDS
 
 
 def _training_cost(store: Store) -> str:
@@ -500,6 +499,7 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> None:
         infinity[f"{arm}, keep ratio"] = over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal")
     for arm in SAMPLE_ARMS:
         infinity[f"{arm}, K"] = over_samples(store, arm), over_samples(store, arm, "flops_ideal")
+        infinity[f"{arm}, z = μ"] = at_mu(store, arm), at_mu(store, arm, "flops_ideal")
     for arm in _EXPERTS:
         flops = over_k(store, arm, "flops_ideal")
         experts[arm] = over_k(store, arm), flops

@@ -11,6 +11,7 @@ from infmoe.layers.point import ratio_text
 from infmoe.reproduce.statistics import Interval
 
 Line = Mapping[float, Interval]
+_LEGEND_INSIDE = 4  # lines; the names of more would lie over them
 _CROWDED = 8  # ticks whose labels still stand beside each other
 
 
@@ -95,7 +96,9 @@ def lines(
         if within is not None and drawn:
             lowest = min(value.mean for line in drawn.values() for value in line.values())
             ax.set_ylim(lowest - within / 4, lowest + within)
-        if drawn:
+        if len(drawn) > _LEGEND_INSIDE:
+            ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+        elif drawn:
             ax.legend(fontsize=8)
     fig.suptitle(title, fontsize=11, wrap=True)
     return save(fig, path)
