@@ -53,16 +53,20 @@ def test_the_useful_range_is_the_stretch_around_the_best():
     assert set(useful_ranges({1: {1: 3.0, 2: 3.0}, 2: {1: 3.1}})) == {1}
 
 
-def verdict_of_emoe(store, mini, k, seeds=3, **ranges):
-    """What the page says of runs whose loss is 3 within these ends of k′, and 4 beyond."""
-    arms = {4: ("emoe-k4", "moe16-fine-k4", "moe16-fine"), 8: ("emoe-k8", "moe16-fine", "moe16-fine-k16")}[k]
+def verdict_of_emoe(store, mini, k, seeds=3, more=0.0, **ranges):
+    """What the page says of runs whose loss is 3 within these ends of k′, and 4 beyond; Elastic MoE's is `more`."""
+    arms = {
+        4: ("emoe-k4-w0.0001", "moe16-fine-k4", "moe16-fine"),
+        8: ("emoe-k8-w0.0001", "moe16-fine", "moe16-fine-k16"),
+    }[k]
     fill(store, dict.fromkeys(arms, 3.5), mini.tokens, seeds=seeds)
     for arm, (low, high) in zip(arms, ranges.values(), strict=True):
         for run in store.runs(arm, mini.tokens):
             for row in run.values["measures"]["dials"]:
                 row["loss"] = 3.0 if low <= row["num_experts_per_tok"] <= high else 4.0
+                row["loss"] += more * arm.startswith("emoe")
             store.put(run.spec, run.values)
-    (claim,) = claims(store, f"Elastic MoE, trained with k = {k}")
+    (claim,) = claims(store, f"Elastic MoE (`{arms[0]}`), trained with k = {k}")
     return claim
 
 
@@ -80,6 +84,26 @@ def test_elastic_moe_is_held_against_plain_and_direct_training(store, mini, emoe
     assert claim.verdict == verdict
     for low, high in (emoe, plain, direct):
         assert f"{low} … {high}" in claim.measured
+
+
+def test_a_wider_range_at_a_higher_loss_is_said(store, mini):
+    claim = verdict_of_emoe(store, mini, 4, more=0.2, emoe=(2, 12), plain=(3, 6), direct=(6, 12))
+    assert claim.verdict == "wider, and worse: its best is above the plain one's"
+    assert "its best loss minus the plain one's: +0.200 ± 0.000 nats" in claim.measured
+
+
+def test_damping_is_held_against_elastic_moe_at_twice_the_trained_k(store, mini):
+    fill(store, {"emoe-k4-w0.0001": 3.7, "moe16-fine-k4": 3.5}, mini.tokens)
+    for run in store.runs("moe16-fine-k4", mini.tokens):
+        for row in run.values["measures"]["rank_dampings"]:
+            row["loss"] = 3.0 + row["rank_damping"] + (row["num_experts_per_tok"] == 8)
+        store.put(run.spec, run.values)
+    for run in store.runs("emoe-k4-w0.0001", mini.tokens):
+        for row in run.values["measures"]["dials"]:
+            row["loss"] = 4.5
+        store.put(run.spec, run.values)
+    (claim,) = claims(store, "damping the ranks beyond the trained k")
+    assert (claim.measured, claim.verdict) == ("-0.250 ± 0.000 nats", "holds")
 
 
 def test_one_seed_and_the_number_of_experts_are_said(store, mini):
@@ -177,7 +201,7 @@ def test_elastic_arms_train_as_their_names_say(mini):
         arm: mini.arm(arm) for group in groups("elastic", mini) for arm in group.arms if group.tokens == mini.tokens
     }
     assert set(specs) >= {*ELASTIC_KEEP, *ELASTIC_EXPERTS, *EMOE_WEIGHTS, *TWO_PASSES}
-    assert [specs[name].model["hierarchical_loss_weight"] for name in EMOE_WEIGHTS] == [0.0, 1e-4, 1e-3]
+    assert [specs[name].model["hierarchical_loss_weight"] for name in EMOE_WEIGHTS] == [0.01, 0.0, 1e-4, 1e-3, 0.01]
     for name, arm in specs.items():
         from infmoe.reproduce.plan import RunSpec
 

@@ -55,13 +55,14 @@ _ELASTIC = {
 }
 _EXPERTS = {
     "moe16-fine-k4": "plain, k = 4",
-    "emoe-k4": "Elastic MoE, k = 4 of 8",
-    "emoe-k4-w0": "the same without its router's loss",
-    "emoe-k4-w0.0001": "with a hundredth of its weight",
-    "emoe-k4-w0.001": "with a tenth of its weight",
+    "emoe-k4": "Elastic MoE, k = 4 of 8, λ = 0.01",
+    "emoe-k4-w0.001": "λ = 0.001",
+    "emoe-k4-w0.0001": "λ = 0.0001",
+    "emoe-k4-w0": "λ = 0, its draws alone",
     "matryoshka-k4": "Matryoshka, k = 1 … 8",
     "moe16-fine": "plain, k = 8 (direct, for k = 4)",
-    "emoe-k8": "Elastic MoE, k = 8 of 16",
+    "emoe-k8": "Elastic MoE, k = 8 of 16, λ = 0.01",
+    "emoe-k8-w0.0001": "λ = 0.0001",
     "matryoshka-k8": "Matryoshka, k = 1 … 16",
     "moe16-fine-k16": "plain, k = 16 (direct, for k = 8)",
 }
@@ -194,8 +195,8 @@ def _experts(store: Store, gallery: Gallery, section: Section) -> str:
         "**Loss over the number of experts: 16 experts of d_ff/8, gates renormalised over those that run**\n\n"
         + markdown_table(head, rows)
         + "\n\nα: the weights of ranks beyond the trained k are multiplied by it before they are renormalised; nothing "
-        "is trained for it. Elastic MoE's paper names neither the weight of its router's loss nor the probability of "
-        "its draws: 0.01, the balance loss's, and a half are ours."
+        "is trained for it. λ: the weight of Elastic MoE's router loss; its paper names neither that nor the "
+        "probability of its draws, which is a half here."
     )
 
 
@@ -277,6 +278,7 @@ def _useful_ranges(store: Store, section: Section) -> str:
             loss = interval([s.loss for s in stretches.values()])
             rows.append([name, _each(bests), text_of(loss), _each(ends), str(len(stretches))])
     _claim_emoe(store, section)
+    _claim_damping(store, section)
     if not rows:
         return ""
     head = ("method (dial)", "best at", "loss there, nats", f"within {RANGE:g} nats of it", "seeds")
@@ -292,15 +294,19 @@ def _each(texts: Sequence[str]) -> str:
 
 def _claim_emoe(store: Store, section: Section) -> None:
     """Elastic MoE's range against the plain one's and direct training's, paired by seed."""
-    for k, plain, direct in ((4, "moe16-fine-k4", "moe16-fine"), (8, "moe16-fine", "moe16-fine-k16")):
-        ours, its, directly = (useful_ranges(over_k(store, name)) for name in (f"emoe-k{k}", plain, direct))
+    plain, direct = {4: "moe16-fine-k4", 8: "moe16-fine"}, {4: "moe16-fine", 8: "moe16-fine-k16"}
+    for arm, k in (("emoe-k4-w0.0001", 4), ("emoe-k4-w0", 4), ("emoe-k8-w0.0001", 8)):
+        ours, its, directly = (useful_ranges(over_k(store, name)) for name in (arm, plain[k], direct[k]))
         wider = [
             paired(*({seed: stretch.octaves for seed, stretch in ranges.items()} for ranges in (ours, other)))
             for other in (its, directly)
         ]
+        alone = arm == "emoe-k4-w0"
         text = (
-            f"Elastic MoE, trained with k = {k}, is useful up to 2 to 3 times that k (arXiv 2509.21892), over "
-            f"more than plain top-k, and than training at {2 * k}"
+            ("not in the paper: the draws of Elastic MoE alone" if alone else f"Elastic MoE (`{arm}`)")
+            + f", trained with k = {k}, {'are' if alone else 'is'} useful up to 2 to 3 times that k"
+            + ("" if alone else " (arXiv 2509.21892)")
+            + f", over more than plain top-k, and than training at {2 * k}"
         )
         if wider[0] is None or wider[1] is None:
             section.claims.append(Claim(text, "–", MISSING))
@@ -318,6 +324,21 @@ def _claim_emoe(store: Store, section: Section) -> None:
                 "16 experts end a range here, so it may reach further" if ended else "",
             )
         )
+
+
+def _claim_damping(store: Store, section: Section) -> None:
+    """The α dial against Elastic MoE, at twice the trained k."""
+    emoe = over_k(store, "emoe-k4-w0.0001").get(8, {})
+    damped = _damped(store, "moe16-fine-k4").get(0.25, {}).get(8, {})
+    gap = paired(damped, emoe)
+    section.claims.append(
+        Claim(
+            "not in the paper: damping the ranks beyond the trained k (α = 0.25), for which nothing is trained, loses "
+            "less at twice that k than Elastic MoE",
+            nats(gap),
+            MISSING if gap is None else verdict_below(gap),
+        )
+    )
 
 
 def _ends(ranges: Mapping[int, Stretch]) -> str:

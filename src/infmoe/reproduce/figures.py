@@ -11,7 +11,8 @@ from infmoe.layers.point import ratio_text
 from infmoe.reproduce.statistics import Interval
 
 Line = Mapping[float, Interval]
-_LEGEND_INSIDE = 4  # lines; the names of more would lie over them
+_LEGEND_INSIDE = 4  # lines of a panel; the names of more would lie over them
+_COLUMNS = 2  # of a legend below the panels
 _CROWDED = 8  # ticks whose labels still stand beside each other
 
 
@@ -61,12 +62,16 @@ def lines(
         levels: what guessing gives, a dotted line in each panel that has one.
         within: how far above a panel's lowest mean its picture ends; None: all is shown.
     """
-    fig, axes = figure(len(panels) // rows, rows=rows, width=4.6, height=3.9 if rows == 1 else 3.4)
+    names = list(dict.fromkeys(name for _, drawn in panels for name in drawn))
+    outside = max((len(drawn) for _, drawn in panels), default=0) > _LEGEND_INSIDE
+    below = 0.2 * -(-len(names) // _COLUMNS) if outside else 0.0
+    fig, axes = figure(len(panels) // rows, rows=rows, width=4.6, height=(3.9 if rows == 1 else 3.4) + below / rows)
     x_labels = [x_label] * len(panels) if isinstance(x_label, str) else x_label
     y_labels = [y_label] * len(panels) if isinstance(y_label, str) else y_label
     chances = levels or [None] * len(panels)
     for ax, (panel, drawn), x_text, y_text, chance in zip(axes, panels, x_labels, y_labels, chances, strict=True):
-        for i, (name, line) in enumerate(drawn.items()):
+        for name, line in drawn.items():
+            i = names.index(name)  # one look in all panels
             xs = sorted(line)
             alone = all(line[x].half_width is None for x in xs)
             ax.errorbar(
@@ -82,13 +87,14 @@ def lines(
                 capsize=3,
             )
         ticks = sorted({x for line in drawn.values() for x in line})
+        tilted = not few_ticks and len(ticks) > _CROWDED
         if few_ticks:
             if within is not None:
                 ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(lambda x, _: _tick(x))
         else:
             ax.set_xscale("log", base=2)
-            ax.set_xticks(ticks, [_tick(x) for x in ticks], rotation=60 if len(ticks) > _CROWDED else 0)
+            ax.set_xticks(ticks, [_tick(x) for x in ticks], rotation=60 if tilted else 0)
             ax.minorticks_off()
         if chance is not None:
             ax.axhline(chance, color="#777777", linestyle=":", linewidth=1.5, label="chance", zorder=0)
@@ -96,10 +102,14 @@ def lines(
         if within is not None and drawn:
             lowest = min(value.mean for line in drawn.values() for value in line.values())
             ax.set_ylim(lowest - within / 4, lowest + within)
-        if len(drawn) > _LEGEND_INSIDE:
-            ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-        elif drawn:
+        if drawn and not outside:
             ax.legend(fontsize=8)
+    if outside:
+        handles: dict[str, Any] = {}
+        for ax in axes:
+            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        fig.legend(handles.values(), handles, fontsize=8, loc="outside lower center", ncols=_COLUMNS, frameon=False)
     fig.suptitle(title, fontsize=11, wrap=True)
     return save(fig, path)
 
