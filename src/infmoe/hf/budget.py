@@ -239,7 +239,7 @@ def surroundings(model: nn.Module) -> dict[str, Any]:
     return {name: here[name] for name in _MACHINE} | {
         "torch": torch.__version__,
         "device": parameter.device.type,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "dtype": _dtype(parameter),
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         "backend": dispatch.requested(None),
     }
@@ -253,6 +253,10 @@ def _measured(row: dict[str, Any]) -> Measured:
     return measured
 
 
+def _dtype(parameter: nn.Parameter) -> str:
+    return str(parameter.dtype).removeprefix("torch.")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -262,7 +266,7 @@ def _remedy(source: str = "DIR", rows: int = 1, verb: str = "make it", model: nn
     more = "" if rows == 1 else f" --rows {rows}"
     if model is not None:
         parameter = next(model.parameters())
-        more += f" --dtype {str(parameter.dtype).removeprefix('torch.')}"
+        more += f" --dtype {_dtype(parameter)}"
         if parameter.device.type == "cpu" and torch.cuda.is_available():
             more += " --device cpu"
     return f"{verb} with `infmoe frontier {source}{more}`"
