@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
-from infmoe.layers.linear import is_hooked
+from infmoe.layers.base import FFNOutput
+from infmoe.layers.linear import affine, is_hooked
+from infmoe.layers.metrics import RoutingStats
+from infmoe.layers.router import GaussianRouter
 from infmoe.layers.routing import Routing
 from infmoe.ops import dispatch
-from infmoe.ops.masked_ffn import few_tokens
+from infmoe.ops.masked_ffn import few_tokens, fused
+from infmoe.ops.noise import NoiseCoordinates
 from infmoe.ops.tracing import ENVIRONMENT
 
 _REMEMBERED = 64  # settings, of one layer; with more all are forgotten
@@ -30,17 +34,41 @@ _OPTIONS = attrgetter(
 
 
 class FewTokenCall(NamedTuple):
-    """How to run one setting.
+    """How to run one setting: in one operator, or in one up to the mask.
 
     Attributes:
         backend: "sparse", whose operator returns the layer's output, or "fused", whose operator returns the mask.
         given: what the operator is given.
         ffn: the weights.
+        hidden_act: the activation's name.
     """
 
     backend: str
     given: few_tokens.Route
     ffn: few_tokens.FFN
+    hidden_act: str
+
+    def __call__(self, x_BTD: Tensor, key: NoiseCoordinates) -> FFNOutput:
+        """The layer's output; `key` is its noise's (see `ops.noise.noise_key`)."""
+        out_BTX, counts_U, union, overlap, sigma, sigma_to_mu, tokens, zero = few_tokens.route(x_BTD, key, self.given)
+        stats = RoutingStats(tokens, counts_U, union, overlap, sigma, sigma_to_mu, dropped=zero)
+        if self.backend == "sparse":
+            return FFNOutput(out_BTX, zero, stats)
+        w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D = self.ffn
+        pre_BTF = few_tokens.linear(x_BTD, w1_FD, None)
+        gate_BTF = None if w3_FD is None else few_tokens.linear(x_BTD, w3_FD, None)
+        y_BTD = fused.gated_linear(pre_BTF, b1_F, gate_BTF, b3_F, out_BTX, w2_DF, b2_D, self.hidden_act)
+        return FFNOutput(y_BTD, zero, stats)
+
+
+def usual_maps(router: GaussianRouter, w_z: Module, x_BTD: Tensor) -> few_tokens.RouterMaps | None:
+    """The maps from x to the scores, where they are as the operators take them: plain, of x's type, for few rows."""
+    mu, sigma, scores = affine(router.mu), affine(router.sigma), affine(w_z)
+    if mu is None or sigma is None or scores is None or router.hidden is not None or is_hooked(router):
+        return None
+    if not (few_tokens.few_rows(x_BTD, mu[0]) and sigma[0].dtype == x_BTD.dtype and sigma[0].is_contiguous()):
+        return None
+    return few_tokens.RouterMaps(*mu, *sigma, *scores)
 
 
 class Lookup(NamedTuple):

@@ -16,7 +16,7 @@ from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.activations import activation, ffn_width
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
 from infmoe.layers.density import UnionDensity
-from infmoe.layers.few_token_call import CallMemory, FewTokenCall
+from infmoe.layers.few_token_call import CallMemory, FewTokenCall, usual_maps
 from infmoe.layers.gaussian import mean_mask_second_moment
 from infmoe.layers.linear import Linear, affine, is_hooked, is_plain, product
 from infmoe.layers.mask_weights import (
@@ -34,7 +34,7 @@ from infmoe.layers.samples import coordinates, spread_samples
 from infmoe.ops import dispatch, triton
 from infmoe.ops.masked_ffn import eager, few_tokens, fused
 from infmoe.ops.masked_ffn.result import SELECTIONS, MaskStats, MeanMask, Selection, counted, unpacked
-from infmoe.ops.noise import noise_key
+from infmoe.ops.noise import NoiseCoordinates, noise_key
 
 Products = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # W1 x and W3 x, each with its bias, if any
 SCORE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -184,7 +184,7 @@ class InfinityFFN(ConditionalFFN):
         routing = (routing or Routing()).at_layer(self.layer_index)
         found = self._calls.find(self, x_BTD, routing)
         if found is not None and found.call is not None:
-            return self._few(x_BTD, routing, found.call)
+            return found.call(x_BTD, self._noise_key(x_BTD, routing))
         dials = self._dials(routing, batch_size=x_BTD.shape[0])
         ffn, router_state = self._plain_weights(), self._router_state()
         backend = self._backend(x_BTD, routing, dials, ffn, router_state)
@@ -194,26 +194,12 @@ class InfinityFFN(ConditionalFFN):
         if found is not None and self._density.is_settled(dials, router_state):
             self._calls.keep(found, call)
         if call is not None:
-            out = self._few(x_BTD, routing, call)
+            out = call(x_BTD, self._noise_key(x_BTD, routing))
         else:
             out = self._many(x_BTD, routing, dials, backend, count_every)
         if not torch.is_grad_enabled():
             self._density.measure(out.stats, dials, router_state, -(-num_tokens // count_every))
         return out
-
-    def _few(self, x_BTD: Tensor, routing: Routing, call: FewTokenCall) -> FFNOutput:
-        """Few tokens, in one operator, or in one up to the mask."""
-        out_BTX, counts_U, union, overlap, sigma, sigma_to_mu, tokens, zero = few_tokens.route(
-            x_BTD, noise_key(**self._noise_coordinates(x_BTD, routing)), call.given
-        )
-        stats = RoutingStats(tokens, counts_U, union, overlap, sigma, sigma_to_mu, dropped=zero)
-        if call.backend == "sparse":
-            return FFNOutput(out_BTX, zero, stats)
-        w1_FD, b1_F, w3_FD, b3_F, w2_DF, b2_D = call.ffn
-        pre_BTF = few_tokens.linear(x_BTD, w1_FD, None)
-        gate_BTF = None if w3_FD is None else few_tokens.linear(x_BTD, w3_FD, None)
-        y_BTD = fused.gated_linear(pre_BTF, b1_F, gate_BTF, b3_F, out_BTX, w2_DF, b2_D, self.hidden_act)
-        return FFNOutput(y_BTD, zero, stats)
 
     def _many(self, x_BTD: Tensor, routing: Routing, dials: Dials, backend: str, count_every: int) -> FFNOutput:
         """Any number of tokens, step by step."""
@@ -252,13 +238,8 @@ class InfinityFFN(ConditionalFFN):
         ffn = self._plain_weights()
         if ffn is None or (backend == "fused" and any(w is not None and w.dtype != x_BTD.dtype for w in ffn)):
             return None
-        router = self.router
-        mu, sigma, w_z = affine(router.mu), affine(router.sigma), affine(self.w_z)
-        if mu is None or sigma is None or w_z is None or router.hidden is not None or is_hooked(router):
-            return None
-        if not (few_tokens.few_rows(x_BTD, mu[0]) and sigma[0].dtype == x_BTD.dtype and sigma[0].is_contiguous()):
-            return None
-        if self._scale_needs_scores(dials):
+        maps = usual_maps(self.router, self.w_z, x_BTD)
+        if maps is None or self._scale_needs_scores(dials):
             return None
         B, T, _ = x_BTD.shape
         K, weight_NK = max(dials.num_samples), None
@@ -268,8 +249,8 @@ class InfinityFFN(ConditionalFFN):
         if not even:
             weight_NK = self._weights(x_BTD.device, None, dials).expand(B, T, K).reshape(B * T, K).contiguous()
         given = few_tokens.route_of(
-            few_tokens.RouterMaps(*mu, *sigma, *w_z),
-            (router.sigma_activation, router.min_sigma, router.max_sigma),
+            maps,
+            (self.router.sigma_activation, self.router.min_sigma, self.router.max_sigma),
             K,
             num_kept(dials.keep_ratios, self.num_units),
             weight_NK,
@@ -279,7 +260,7 @@ class InfinityFFN(ConditionalFFN):
             mask_dtype=x_BTD.dtype,
             sparse=(ffn, self.hidden_act) if backend == "sparse" else None,
         )
-        return FewTokenCall(backend, given, ffn)
+        return FewTokenCall(backend, given, ffn, self.hidden_act)
 
     # What the backends take: input, indices, dials, and the stride of the tokens that the statistics look at.
     # They return the output and the masks' statistics.
@@ -441,6 +422,9 @@ class InfinityFFN(ConditionalFFN):
                 dials.mode, max(dials.num_samples), self.router.noise_dim, self._noise_coordinates(x_BTD, routing)
             )
         return self.router(x_BTD, noise_BTKN)
+
+    def _noise_key(self, x_BTD: Tensor, routing: Routing) -> NoiseCoordinates:
+        return noise_key(**self._noise_coordinates(x_BTD, routing))
 
     def _noise_coordinates(self, x_BTD: Tensor, routing: Routing) -> dict[str, Any]:
         """What the noise of this call is a function of."""

@@ -22,6 +22,8 @@ _MUL1 = 0xBF58476D1CE4E5B9 - 2**64
 _MUL2 = 0x94D049BB133111EB - 2**64
 _SAMPLE_STRIDE = 2**32  # counters of one sample; samples never share a counter
 
+NoiseCoordinates = tuple[Tensor, Tensor, int, Tensor, Tensor]  # seed, step, layer, streams, positions
+
 
 def normal_noise(
     num_samples: int,
@@ -61,7 +63,7 @@ def normal_noise(
 
 def noise_key(
     seed: int | Tensor, step: int | Tensor, layer: int, stream_B: Tensor, position_BT: Tensor
-) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+) -> NoiseCoordinates:
     """The coordinates of `normal_noise` as the operators take them: contiguous int64, on `position_BT`'s device.
 
     Raises:

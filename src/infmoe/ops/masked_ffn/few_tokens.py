@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from infmoe.ops.masked_ffn import compiled
 from infmoe.ops.masked_ffn.compiled import ACTIVATIONS, SIGMA_ACTIVATIONS, rows
 from infmoe.ops.masked_ffn.result import Selection
+from infmoe.ops.noise import NoiseCoordinates
 from infmoe.ops.tracing import plain_wanted
 
 # Up to so many rows the kernels' own product is as fast as torch's, or faster; found by hand, no bench records it.
@@ -152,7 +153,7 @@ def route_of(
     return Route((*maps[:4], SIGMA_ACTIVATIONS[activation], min_sigma, max_sigma), after, w2t_FD)
 
 
-def route(x_BTD: Tensor, noise_key: tuple[Tensor, Tensor, int, Tensor, Tensor], given: Route) -> Routed:
+def route(x_BTD: Tensor, noise_key: NoiseCoordinates, given: Route) -> Routed:
     """From few tokens to their mean mask in one call: linear router, noise, z, W_z z and selection (Eq. 5 and 6).
 
     What `few_rows` allows. The same numbers as `linear`, `noise.normal_noise`, `fused.spread`, `fused.top_mask` and
