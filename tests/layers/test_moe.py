@@ -382,6 +382,31 @@ def test_an_unknown_gate_norm_is_refused():
         make_layer(8, 16, gate_norm="train")
 
 
+@pytest.mark.parametrize("expert_router", ["learned", "random"])
+def test_the_scaling_factor_multiplies_the_output(expert_router):
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "expert_router": expert_router}
+    plain = make_layer(8, 16, **options).eval()
+    scaled = make_layer(8, 16, routed_scaling_factor=2.0, **options).eval()
+    scaled.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 7, 8)
+    assert torch.equal(scaled(x).y_BTD, 2.0 * plain(x).y_BTD)
+    assert torch.equal(scaled(x).aux_loss, plain(x).aux_loss)
+
+
+def test_scaled_by_k_it_starts_as_large_as_a_dense_layer_of_the_active_width():
+    torch.manual_seed(0)
+    x = torch.randn(4, 64, 64)
+    dense = DenseFFN(64, 8 * 32)(x).y_BTD
+    layer = MoEFFN(64, 16 * 32, num_experts=16, num_experts_per_tok=8, routed_scaling_factor=8.0)
+    assert layer(x).y_BTD.std().item() == pytest.approx(dense.std().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scaling_factor_that_is_no_size_is_refused(factor):
+    with pytest.raises(InfMoEError, match="routed_scaling_factor must be above 0"):
+        make_layer(8, 16, routed_scaling_factor=factor)
+
+
 # Elastic MoE (arXiv 2509.21892)
 
 

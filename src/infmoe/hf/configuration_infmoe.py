@@ -92,6 +92,7 @@ class InfMoEConfig(PreTrainedConfig):
     capacity_factor: float | int | None = None
     expert_router: str | None = None
     gate_norm: str | None = None
+    routed_scaling_factor: float | int | None = None
     rank_damping: float | int | None = None
     ideal_experts_per_tok: int | None = None
     coactivation_prob: float | int | None = None

@@ -36,7 +36,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("latency_budget_ms", "max_loss_increase", "profile"), "a budget is an argument of `generate`"),
     "backend": "give routing=Routing(backend=...)",
     **dict.fromkeys(
-        ("gate_norm", "rank_damping", "mask_scale"), "it belongs to the config, as from_pretrained takes it"
+        ("gate_norm", "routed_scaling_factor", "rank_damping", "mask_scale"),
+        "it belongs to the config, as from_pretrained takes it",
     ),
 }
 

@@ -19,8 +19,8 @@ from infmoe.layers.metrics import RoutingStats
 from infmoe.layers.router import GaussianRouter
 from infmoe.layers.routing import Routing
 from infmoe.ops import dispatch
+from infmoe.ops.coordinates import NoiseCoordinates
 from infmoe.ops.masked_ffn import few_tokens, fused
-from infmoe.ops.noise import NoiseCoordinates
 from infmoe.ops.tracing import ENVIRONMENT
 
 _REMEMBERED = 64  # settings, of one layer; with more all are forgotten

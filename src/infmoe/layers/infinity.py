@@ -32,9 +32,10 @@ from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation
 from infmoe.layers.routing import MODES, Mode, NoiseKey, PerLayer, Routing, check_keep_ratio, check_num_samples
 from infmoe.layers.samples import coordinates, spread_samples
 from infmoe.ops import dispatch, triton
+from infmoe.ops.coordinates import NoiseCoordinates
 from infmoe.ops.masked_ffn import eager, few_tokens, fused
 from infmoe.ops.masked_ffn.result import SELECTIONS, MaskStats, MeanMask, Selection, counted, unpacked
-from infmoe.ops.noise import NoiseCoordinates, noise_key
+from infmoe.ops.noise import noise_key
 
 Products = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # W1 x and W3 x, each with its bias, if any
 SCORE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}

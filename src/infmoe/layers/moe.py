@@ -57,6 +57,7 @@ class MoEFFN(ConditionalFFN):
         z_loss_weight: float = 0.0,
         expert_router: ExpertRouter = "learned",
         gate_norm: GateNorm = "selected",
+        routed_scaling_factor: float = 1.0,
         rank_damping: float = 1.0,
         ideal_experts_per_tok: int | None = None,
         coactivation_prob: float = 0.5,
@@ -82,6 +83,8 @@ class MoEFFN(ConditionalFFN):
                 at every k, and more experts dilute the first ones), "all" (they sum to less), or the first
                 `trained_experts_per_tok` ("trained": the first ones keep their weight at every k, and more come on
                 top, so that they sum to more).
+            routed_scaling_factor: factor on all gates, a learned router's or not (DeepSeek's). Gates that sum to 1
+                make the layer start at 1/k of the size of a dense one of k experts' width; k makes them equal.
             rank_damping: factor on the weights of the experts beyond the first `trained_experts_per_tok`, before they
                 are normalised (the "α dial": no training, and 1 leaves them alone).
             ideal_experts_per_tok: k_ideal of Elastic MoE (arXiv 2509.21892): in train mode a token's k experts
@@ -107,6 +110,8 @@ class MoEFFN(ConditionalFFN):
         for name, value in (("rank_damping", rank_damping), ("coactivation_prob", coactivation_prob)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
                 raise InfMoEError(f"{name} must lie in [0, 1], got {value!r}")
+        if not 0.0 < routed_scaling_factor < math.inf:
+            raise InfMoEError(f"routed_scaling_factor must be above 0, and finite, got {routed_scaling_factor!r}")
         if coactivation_prob != 0.5 and ideal_experts_per_tok is None:
             raise InfMoEError("coactivation_prob goes with ideal_experts_per_tok: give both, or neither")
         if trained_experts_per_tok is not None:
@@ -130,6 +135,7 @@ class MoEFFN(ConditionalFFN):
         self.z_loss_weight = z_loss_weight
         self.expert_router = expert_router
         self.gate_norm: GateNorm = gate_norm
+        self.routed_scaling_factor = routed_scaling_factor
         self.rank_damping = rank_damping
         self.ideal_experts_per_tok = ideal_experts_per_tok
         self.coactivation_prob = coactivation_prob
@@ -170,7 +176,7 @@ class MoEFFN(ConditionalFFN):
             gate_dtype = torch.promote_types(x_BTD.dtype, torch.float32)
             gate_Tk = torch.full(expert_Tk.shape, 1.0 / k, dtype=gate_dtype, device=x_BTD.device)
             aux_loss = torch.zeros((), device=x_BTD.device)
-        y_TD = self.experts(x_TD, expert_Tk, gate_Tk)
+        y_TD = self.experts(x_TD, expert_Tk, gate_Tk * self.routed_scaling_factor)
         stats = expert_stats(expert_Tk, self.num_experts, routing.max_stats_tokens)
         return FFNOutput(y_TD.view(x_BTD.shape), aux_loss, stats)
 

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from infmoe.errors import InfMoEError
 from infmoe.ops import dispatch
+from infmoe.ops.coordinates import NoiseCoordinates
 
 # splitmix64 (Steele, Lea, Flood 2014) in two's complement: int64 multiplication wraps.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MUL1 = 0xBF58476D1CE4E5B9 - 2**64
 _MUL2 = 0x94D049BB133111EB - 2**64
 _SAMPLE_STRIDE = 2**32  # counters of one sample; samples never share a counter
-
-NoiseCoordinates = tuple[Tensor, Tensor, int, Tensor, Tensor]  # seed, step, layer, streams, positions
 
 
 def normal_noise(

@@ -19,8 +19,9 @@ class Arm:
         name: in file names and tables.
         variant: the recipe's.
         model: fields of the model's config, over the recipe's.
-        settings: of the run, over the recipe's, as on the command line.
         tuned_as: the arm whose learning rate it takes; None: it has a grid of its own.
+        settings: of the run, over the recipe's, as on the command line.
+        lr_factor: on that learning rate.
     """
 
     name: str
@@ -28,6 +29,11 @@ class Arm:
     model: Mapping[str, Any] = field(default_factory=dict)
     tuned_as: str | None = None
     settings: tuple[str, ...] = ()
+    lr_factor: float = 1.0
+
+
+# Tier 1 at the rates that it was not tuned to: at 0.002 and 0.004 there is then a run of every arm.
+_OTHER_RATES = {"infinity": 2.0, "infinity-glu": 0.5, "moe": 2.0, "dense-swiglu": 2.0, "dense-wide": 0.5}
 
 
 def _arms() -> dict[str, Arm]:
@@ -48,6 +54,7 @@ def _arms() -> dict[str, Arm]:
         Arm("infinity-wz-lr-half", "infinity", {"wz_lr_factor": 0.5}, "infinity"),
         Arm("infinity-wz-lr-double", "infinity", {"wz_lr_factor": 2.0}, "infinity"),
     ]
+    arms += [Arm(f"{name}-lr{factor:g}x", name, {}, name, lr_factor=factor) for name, factor in _OTHER_RATES.items()]
     return {arm.name: arm for arm in [*arms, *_elastic_arms()]}
 
 
@@ -85,7 +92,17 @@ def _elastic_arms() -> list[Arm]:
             ),
             Arm(f"matryoshka-k{k}", "moe16-fine", own, "moe", (f"elastic.num_experts_per_tok={upto}",)),
         ]
-    return [*arms, Arm("moe16-fine-k16", "moe16-fine", {"num_experts_per_tok": 16}, "moe")]
+    arms.append(Arm("moe16-fine-k16", "moe16-fine", {"num_experts_per_tok": 16}, "moe"))
+    return [*arms, *_scaled_arms()]
+
+
+def _scaled_arms() -> list[Arm]:
+    """MoE whose gates sum to k: as large at the start as ∞-MoE, or as a dense layer of the active width."""
+    chosen = {"moe": ("moe", 2), **{f"moe16-fine-k{k}": ("moe16-fine", k) for k in (4, 8, 16)}}
+    return [
+        Arm(f"{name}-scaled", variant, {"num_experts_per_tok": k, "routed_scaling_factor": float(k)}, "moe")
+        for name, (variant, k) in chosen.items()
+    ]
 
 
 ARMS = _arms()
@@ -260,6 +277,7 @@ class Group:
 
 
 TIER1 = ("infinity", "moe", "dense-swiglu", "infinity-glu", "dense-wide")
+OTHER_RATES = tuple(f"{name}-lr{factor:g}x" for name, factor in _OTHER_RATES.items())
 # Tier 2, the more informative half first
 _TIER2_FIRST = (
     *("infinity-sigma0", "infinity-no-topn", "infinity-frozen-wz", "infinity-keep8", "infinity-keep16"),
@@ -280,6 +298,8 @@ ELASTIC_EXPERTS = (
     *("moe16-fine", "emoe-k8-w0.0001", "matryoshka-k8", "moe16-fine-k16"),
 )
 EMOE_WEIGHTS = ("emoe-k4", "emoe-k4-w0", "emoe-k4-w0.0001", "emoe-k4-w0.001", "emoe-k8")  # of its router's loss
+# whether what separates the arms above is the size of their outputs
+ELASTIC_SCALED = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled", "moe16-fine-k16-scaled", "moe-scaled")
 ELASTIC_K = ("infinity-elastic-k",)
 ELASTIC_MORE = ("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich", "infinity-consistency")
 # two passes a step: at half the tokens they take the FLOPs of the others
@@ -291,6 +311,7 @@ def _elastic(scale: Scale) -> list[Group]:
     return [
         Group(ELASTIC_KEEP, scale.tokens, side),
         Group(EMOE_WEIGHTS, scale.tokens, (1, 1)),
+        Group(ELASTIC_SCALED, scale.tokens, (1, 1)),
         Group(ELASTIC_EXPERTS, scale.tokens, side),
         Group(ELASTIC_K, scale.tokens, side),
         Group(TWO_PASSES[:1], scale.tokens // 2, side),
@@ -321,22 +342,24 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
     "figure4": lambda s: [],
     "controls": lambda s: [
         Group(TIER1, s.tokens, s.seeds),
+        Group(OTHER_RATES, s.tokens, _side(s)),
         Group(("infinity", *_TIER2_FIRST), s.tokens, _side(s)),
         Group(TIER1, s.long_tokens, _side(s)),
         Group(("infinity", *_TIER2_THEN), s.tokens, _side(s)),
     ],
     "elastic": _elastic,
 }
-_REST = ("table6", "table2", "figure3", "table1", "figure2", "table3", "table5", "figure4")
+_REST = ("table6", "figure3", "table1", "figure2", "table3", "table5", "figure4")
 
 
 def _all(scale: Scale) -> list[Group]:
     """Everything, the most informative first."""
-    first, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
-    *elastic, elastic_more, half_more = EXPERIMENTS["elastic"](scale)
-    few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come after what is new
-    mixed = [few, *elastic, tier2, first, longer, elastic_more, half_more, tier2_then]
-    return mixed + [group for name in _REST for group in EXPERIMENTS[name](scale)]
+    first, rates, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
+    keep, weights, scaled, experts, samples, half, elastic_more, half_more = EXPERIMENTS["elastic"](scale)
+    few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come last
+    soon = [few, keep, weights, scaled, rates, experts, samples, half, tier2, *EXPERIMENTS["table2"](scale)]
+    tables = [group for name in _REST for group in EXPERIMENTS[name](scale)]
+    return [*soon, longer, *tables, tier2_then, elastic_more, half_more, first]
 
 
 def groups(name: str, scale: Scale, seeds: int | None = None) -> list[Group]:

@@ -201,7 +201,7 @@ class Store:
         """The learning rate of an arm; None while its tuning runs are not finished."""
         specs = self.tuning(arm)
         if not specs:
-            return recipe(f"{self.scale.name}/{arm.variant}").optim.lr
+            return recipe(f"{self.scale.name}/{arm.variant}").optim.lr * arm.lr_factor
         done = [self.get(spec) for spec in specs]
         if not all(done):
             return None
@@ -210,7 +210,7 @@ class Store:
             raise InfMoEError(
                 f"every learning rate of {specs[0].arm.name} diverged ({best.path}): widen the grid downwards"
             )
-        return best.spec.lr
+        return best.spec.lr * arm.lr_factor
 
     # Comparisons
 

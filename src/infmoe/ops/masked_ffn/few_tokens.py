@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from infmoe.ops.coordinates import NoiseCoordinates
 from infmoe.ops.masked_ffn import compiled
 from infmoe.ops.masked_ffn.compiled import ACTIVATIONS, SIGMA_ACTIVATIONS, rows
 from infmoe.ops.masked_ffn.result import Selection
-from infmoe.ops.noise import NoiseCoordinates
 from infmoe.ops.tracing import plain_wanted
 
 # Up to so many rows the kernels' own product is as fast as torch's, or faster; found by hand, no bench records it.
