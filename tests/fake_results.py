@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from infmoe.hf import InfMoEConfig, model_cost
-from infmoe.reproduce.measures import TASK_KEEP_RATIOS, TASK_SAMPLES, own_settings, settings
+from infmoe.reproduce.measures import EXPERT_COUNTS, TASK_KEEP_RATIOS, TASK_SAMPLES, own_settings, settings
 from infmoe.reproduce.plan import SCALES, RunSpec
 from infmoe.reproduce.store import Store
 
@@ -123,7 +123,7 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
         measures["mask_scales"] = [{"mask_scale": rule, **row} for rule in ("fixed", "rms") for row in ratios]
     elif model.ffn == "moe" and model.expert_router == "learned":
         own = model.num_experts_per_tok
-        ks = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= model.num_experts]
+        ks = [k for k in EXPERT_COUNTS if k <= model.num_experts]
         slope = 0.002 if model.ideal_experts_per_tok else 0.02
         flops = {k: {"flops_ideal": 10**5 * k, "flops_executed": 10**5 * k} for k in ks}
         figures = {"overlap_ratio": 1.0, "union_ratio": 0.5, "sigma_to_mu": 0.0}

@@ -10,7 +10,8 @@ from infmoe.provenance import write_json
 from infmoe.reproduce.dial_curves import curve, means, useful_range, useful_ranges
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, EMOE_WEIGHTS, TWO_PASSES, groups
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, ELASTIC_UNSCALED, TWO_PASSES, groups
+from infmoe.reproduce.store import Store
 from infmoe.train.config import ElasticConfig
 
 LOSSES = {"infinity": 3.4, "moe": 3.6, "infinity-keep4": 3.5, "infinity-keep8": 3.5, "infinity-keep16": 3.5}
@@ -35,6 +36,13 @@ def test_an_elastic_checkpoint_is_judged_at_every_ratio(store, mini, loss, worse
     assert claim.verdict == far_from_fixed
 
 
+def test_what_passes_twice_is_judged_at_equal_training_flops_too(store, mini):
+    fill(store, LOSSES | {"infinity-sandwich-distill": 3.4}, mini.tokens)
+    fill(store, {"infinity-sandwich-distill": 3.6}, mini.tokens // 2)
+    found = {claim.reason: claim.verdict for claim in claims(store, "at 1/4 is within 0.01") if claim.reason}
+    assert found == {"two passes a token: twice the training FLOPs": "holds", "equal training FLOPs": "does not hold"}
+
+
 def test_one_seed_and_none_decide_nothing(store, mini):
     (claim,) = claims(store, "`infinity-elastic`, at every ratio")
     assert claim.verdict == "not measured yet"
@@ -56,8 +64,8 @@ def test_the_useful_range_is_the_stretch_around_the_best():
 def verdict_of_emoe(store, mini, k, seeds=3, more=0.0, **ranges):
     """What the page says of runs whose loss is 3 within these ends of k′, and 4 beyond; Elastic MoE's is `more`."""
     arms = {
-        4: ("emoe-k4-w0.0001", "moe16-fine-k4", "moe16-fine"),
-        8: ("emoe-k8-w0.0001", "moe16-fine", "moe16-fine-k16"),
+        4: ("emoe-k4-w0.0001-scaled", "moe16-fine-k4-scaled", "moe16-fine-k8-scaled"),
+        8: ("emoe-k8-w0.0001-scaled", "moe16-fine-k8-scaled", "moe16-fine-k16-scaled"),
     }[k]
     fill(store, dict.fromkeys(arms, 3.5), mini.tokens, seeds=seeds)
     for arm, (low, high) in zip(arms, ranges.values(), strict=True):
@@ -92,18 +100,68 @@ def test_a_wider_range_at_a_higher_loss_is_said(store, mini):
     assert "its best loss minus the plain one's: +0.200 ± 0.000 nats" in claim.measured
 
 
+def test_a_loss_that_may_be_worse_is_not_called_a_gain(store, mini):
+    claim = verdict_of_emoe(store, mini, 4, emoe=(2, 12), plain=(3, 6), direct=(6, 12))
+    assert claim.verdict == "holds"
+    for run in store.runs("emoe-k4-w0.0001-scaled", mini.tokens):
+        for row in run.values["measures"]["dials"]:
+            row["loss"] += 0.1 * (run.spec.seed == 2)
+        store.put(run.spec, run.values)
+    (claim,) = claims(store, "Elastic MoE (`emoe-k4-w0.0001-scaled`)")
+    assert claim.verdict == "wider; whether worse is not decided"
+
+
+def test_ranges_are_compared_by_the_seeds_that_all_have(store, mini):
+    store.scale = dataclasses.replace(store.scale, side_seeds=3)
+    ranges = {"emoe": (2, 12), "plain": (3, 6), "direct": (6, 12)}
+    verdict_of_emoe(store, mini, 4, **ranges)
+    # the third seed of Elastic MoE ends early, and has no plain one beside it
+    store.path(store.runs("moe16-fine-k4-scaled", mini.tokens)[2].spec).unlink()
+    run = store.runs("emoe-k4-w0.0001-scaled", mini.tokens)[2]
+    for row in run.values["measures"]["dials"]:
+        row["loss"] = 3.0 + (row["num_experts_per_tok"] != 4)
+    store.put(run.spec, run.values)
+    (claim,) = claims(Store(store.folder.parent, store.scale), "Elastic MoE (`emoe-k4-w0.0001-scaled`)")
+    assert claim.verdict == "not decided: 2 of 3 seeds"
+    assert "at k′ = 2 … 12; plain" in claim.measured
+
+
+@pytest.mark.parametrize(("less", "verdict"), [(-0.05, "holds"), (0.015, "does not hold"), (0.0, "does not hold")])
+def test_more_experts_are_held_against_the_plain_model_at_its_own(store, mini, less, verdict):
+    fill(store, {"moe16-fine-k4-scaled": 3.5, "matryoshka-k4-scaled": 3.5}, mini.tokens)
+    for run in store.runs("matryoshka-k4-scaled", mini.tokens):
+        plain = store.run("moe16-fine-k4-scaled", mini.tokens, run.spec.seed)
+        for row in run.values["measures"]["dials"]:
+            row["loss"] = plain.loss + (less if row["num_experts_per_tok"] == 7 else 1.0)
+        store.put(run.spec, run.values)
+    (claim,) = claims(store, "more experts than the trained 4")
+    assert claim.verdict == verdict
+    assert f"matryoshka-k4-scaled {less:+.3f} ± 0.000 nats (3 seeds) at k′ = 7" in claim.measured
+    body = elastic(store, Gallery(store.folder)).body
+    (row,) = [
+        line for line in body.splitlines() if line.startswith("| matryoshka-k4-scaled: Matryoshka, k = 1 … 8, minus")
+    ]
+    assert f"{less:+.3f} ± 0.000 (k′ = 7)" in row
+
+
+def test_the_size_of_the_output_is_compared_seed_by_seed(store, mini):
+    fill(store, {"moe16-fine": 3.6, "moe16-fine-k8-scaled": 3.5}, mini.tokens)
+    body = elastic(store, Gallery(store.folder)).body
+    assert "| moe16-fine | 8 | 3.602 ± 0.002 | 3.502 ± 0.002 | -0.100 ± 0.000 | 3 |" in body
+
+
 def test_damping_is_held_against_elastic_moe_at_twice_the_trained_k(store, mini):
-    fill(store, {"emoe-k4-w0.0001": 3.7, "moe16-fine-k4": 3.5}, mini.tokens)
-    for run in store.runs("moe16-fine-k4", mini.tokens):
+    fill(store, {"emoe-k4-w0.0001-scaled": 3.7, "moe16-fine-k4-scaled": 3.5}, mini.tokens)
+    for run in store.runs("moe16-fine-k4-scaled", mini.tokens):
         for row in run.values["measures"]["rank_dampings"]:
             row["loss"] = 3.0 + row["rank_damping"] + (row["num_experts_per_tok"] == 8)
         store.put(run.spec, run.values)
-    for run in store.runs("emoe-k4-w0.0001", mini.tokens):
+    for run in store.runs("emoe-k4-w0.0001-scaled", mini.tokens):
         for row in run.values["measures"]["dials"]:
             row["loss"] = 4.5
         store.put(run.spec, run.values)
     (claim,) = claims(store, "damping the ranks beyond the trained k")
-    assert (claim.measured, claim.verdict) == ("-0.250 ± 0.000 nats", "holds")
+    assert (claim.measured, claim.verdict) == ("-0.250 ± 0.000 nats (3 seeds)", "holds")
 
 
 def test_one_seed_and_the_number_of_experts_are_said(store, mini):
@@ -113,16 +171,16 @@ def test_one_seed_and_the_number_of_experts_are_said(store, mini):
 
 
 def test_the_alpha_dial_is_drawn_at_every_k_and_leaves_the_first_alone(store, mini):
-    fill(store, {"moe16-fine-k4": 3.5}, mini.tokens)
-    for run in store.runs("moe16-fine-k4", mini.tokens):
+    fill(store, {"moe16-fine-k4-scaled": 3.5}, mini.tokens)
+    for run in store.runs("moe16-fine-k4-scaled", mini.tokens):
         for row in run.values["measures"]["rank_dampings"]:
             row["loss"] = 3.25 + row["rank_damping"]
         store.put(run.spec, run.values)
     body = elastic(store, Gallery(store.folder)).body
     head, plain = (
-        next(x for x in body.splitlines() if x.startswith(t)) for t in ("| loss, nats | k′", "| moe16-fine-k4:")
+        next(x for x in body.splitlines() if x.startswith(t)) for t in ("| loss, nats | k′", "| moe16-fine-k4-scaled:")
     )
-    (half,) = [line for line in body.splitlines() if line.startswith("| moe16-fine-k4, α = 0.5 | 3")]
+    (half,) = [line for line in body.splitlines() if line.startswith("| moe16-fine-k4-scaled, α = 0.5 | 3")]
     ks = [int(cell.split()[-1]) for cell in head.split("|")[2:-2]]
     cells = dict(zip(ks, half.split("|")[2:-2], strict=True))
     assert ks == [1, 2, 3, 4, 6, 8, 12, 16]
@@ -163,16 +221,27 @@ def test_the_time_of_decoding_stands_beside_moes(store, mini):
 
 
 def test_two_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini):
-    fill(store, dict.fromkeys(TWO_PASSES, 3.5) | {"infinity": 3.4, "infinity-elastic": 3.45}, mini.tokens)
+    one_pass = {"infinity": 3.4, "infinity-elastic": 3.45, "infinity-keep4": 3.3}
+    fill(store, dict.fromkeys(TWO_PASSES, 3.5) | one_pass, mini.tokens)
     fill(store, dict.fromkeys(TWO_PASSES, 3.9), mini.tokens // 2)
     body = elastic(store, Gallery(store.folder)).body
-    for arm in TWO_PASSES:
-        (row,) = [line for line in body.splitlines() if line.startswith(f"| {arm} |")]
-        assert "| 3.502" in row
-        assert "| 3.902" in row
+    rivals = dict.fromkeys(TWO_PASSES, ("infinity-keep4", "infinity-elastic")) | {"infinity-consistency": ("infinity",)}
+    for arm, rival in [(ours, its) for ours in TWO_PASSES for its in rivals[ours]]:
+        whole, half = (line for line in body.splitlines() if line.startswith(f"| {arm} minus {rival} |"))
+        assert f"| equal tokens, twice the FLOPs | {3.5 - one_pass[rival]:+.3f} ± 0.000 |" in whole
+        assert f"| equal FLOPs, half the tokens | {3.9 - one_pass[rival]:+.3f} ± 0.000 |" in half
+
+
+def test_training_flops_count_passes_and_draws(store, mini):
+    fill(store, {"infinity-sandwich": 3.5, "moe16-fine-k4-scaled": 3.5, "matryoshka-k4-scaled": 3.5}, mini.tokens)
+    body = elastic(store, Gallery(store.folder)).body
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:3] for line in body.splitlines() if line.startswith("| ")}
     run = store.runs("infinity-sandwich", mini.tokens)[0]
-    flops = 2 * 3 * run.cost["flops_executed"] * mini.tokens
-    assert f"{flops:.3g}" in body
+    assert rows["infinity-sandwich"] == ["2", f"{2 * 3 * run.cost['flops_executed'] * mini.tokens:.3g}"]
+    run = store.runs("moe16-fine-k4-scaled", mini.tokens)[0]
+    assert rows["moe16-fine-k4-scaled"] == ["1", f"{3 * run.cost['flops_executed'] * mini.tokens:.3g}"]
+    # drawn from 1 to 8 experts, which were measured at 1e5 FLOPs an expert
+    assert rows["matryoshka-k4-scaled"] == ["1", f"{3 * 4.5e5 * mini.tokens:.3g}"]
 
 
 def test_adaptive_compute_is_judged_by_its_intervals(store, mini):
@@ -200,8 +269,19 @@ def test_elastic_arms_train_as_their_names_say(mini):
     specs = {
         arm: mini.arm(arm) for group in groups("elastic", mini) for arm in group.arms if group.tokens == mini.tokens
     }
-    assert set(specs) >= {*ELASTIC_KEEP, *ELASTIC_EXPERTS, *EMOE_WEIGHTS, *TWO_PASSES}
-    assert [specs[name].model["hierarchical_loss_weight"] for name in EMOE_WEIGHTS] == [0.01, 0.0, 1e-4, 1e-3, 0.01]
+    assert set(specs) >= {*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_UNSCALED, *TWO_PASSES}
+    weights = {name: specs[name].model["hierarchical_loss_weight"] for name in specs if name.startswith("emoe")}
+    assert weights == {
+        "emoe-k4": 0.01,
+        "emoe-k4-w0.001": 1e-3,
+        "emoe-k4-w0.0001": 1e-4,
+        "emoe-k4-w0": 0.0,
+        "emoe-k8": 0.01,
+        "emoe-k8-w0.0001": 1e-4,
+        "emoe-k4-w0.0001-scaled": 1e-4,
+        "emoe-k4-w0-scaled": 0.0,
+        "emoe-k8-w0.0001-scaled": 1e-4,
+    }
     for name, arm in specs.items():
         from infmoe.reproduce.plan import RunSpec
 
@@ -213,3 +293,5 @@ def test_elastic_arms_train_as_their_names_say(mini):
             k = int(name.split("-")[1][1:])
             assert config.model["num_experts_per_tok"] == k
             assert config.model["ideal_experts_per_tok"] == 2 * k
+        if name.endswith("-scaled") and name != "infinity-elastic-scaled":
+            assert config.model["routed_scaling_factor"] == config.model["num_experts_per_tok"]

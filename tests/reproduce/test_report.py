@@ -14,7 +14,7 @@ from infmoe.reproduce.plan import (
     ELASTIC_K,
     ELASTIC_KEEP,
     ELASTIC_MORE,
-    EMOE_WEIGHTS,
+    ELASTIC_UNSCALED,
     TIER1,
     TIER2,
     TWO_PASSES,
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 def filled(store, mini):
     """Everything, as if it had been trained."""
     losses = {name: 3.5 + 0.01 * i for i, name in enumerate(dict.fromkeys((*TIER1, *TIER2)))}
-    trained_for = dict.fromkeys((*ELASTIC_KEEP, *ELASTIC_EXPERTS, *EMOE_WEIGHTS, *ELASTIC_K, *ELASTIC_MORE), 3.45)
+    trained_for = dict.fromkeys((*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_UNSCALED, *ELASTIC_K, *ELASTIC_MORE), 3.45)
     losses = trained_for | losses | {"infinity-elastic": 3.44, "infinity-keep4": 3.45, "infinity-keep16": 3.43}
     losses |= {f"infinity-z{z}": 3.6 - 0.001 * z for z in mini.z_dims[:-1]}
     fill(store, losses | {"infinity": 3.4, "moe": 3.6, "dense-swiglu": 3.3}, mini.tokens)
@@ -45,7 +45,7 @@ def test_the_page_says_what_the_results_say(filled, mini):
     page = render_page(filled.folder.parent.parent)
     assert "on a CPU: at least 3.50 times | not testable at this scale" in page
     row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats MoE, in held-out loss"))
-    assert "-0.200 ± 0.001 nats | holds |" in row
+    assert "-0.200 ± 0.001 nats (3 seeds) | holds |" in row
     row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats dense, Switch"))
     assert "not testable at this scale" in row
     for text, arm, base in (
@@ -57,7 +57,7 @@ def test_the_page_says_what_the_results_say(filled, mini):
         a, b = (filled.losses(name, mini.tokens)[1] for name in (arm, base))
         assert f"| {a - b:+.4f} ± 0.0000 |" in row, row
     row = next(line for line in page.splitlines() if "against dense SwiGLU" in line)
-    assert "+0.100 ± 0.000 nats | worse |" in row
+    assert "+0.100 ± 0.000 nats (3 seeds) | worse |" in row
     for name in (*TIER1, *TIER2):
         assert re.search(rf"^\| {re.escape(name)} \|", page, re.M), name
     assert "two samples share 80% of their units" in page
@@ -97,7 +97,7 @@ def test_accuracies_stand_beside_the_papers_and_sat_is_never_race(filled, mini):
     assert "a standard error of 2.0 points" in body
     page = render_page(filled.folder.parent.parent)
     row = next(line for line in page.splitlines() if "∞-MoE against MoE in the right answer's margin" in line)
-    assert "+0.245 ± 0.001 nats | better |" in row
+    assert "+0.245 ± 0.001 nats (3 seeds) | better |" in row
 
 
 def test_figure_2_shows_the_tasks_over_the_dials(filled):
@@ -171,7 +171,7 @@ def test_equal_budgets_take_the_arm_that_comes_nearest(store, mini):
             store.put(run.spec, run.values | {"cost": own})
     section = render_section("controls", store)
     (ideal,) = [c for c in section.claims if "against MoE" in c.text and "ideal FLOPs" in c.text]
-    assert (ideal.verdict, ideal.reason) == ("better", "∞-MoE with K = 1, 1/4, 3 seeds")
+    assert (ideal.verdict, ideal.reason) == ("better", "∞-MoE with K = 1, 1/4")
     assert ideal.measured.startswith("-0.15")
     (executed,) = [c for c in section.claims if "against MoE" in c.text and "executed FLOPs" in c.text]
     assert executed.verdict == "not testable at this scale"
@@ -223,7 +223,7 @@ def test_check_fails_when_the_page_or_a_result_changes(filled, tmp_path, monkeyp
 def test_one_seed_is_shown_and_decides_nothing(store, mini):
     fill(store, {"infinity": 3.4, "moe": 3.6}, mini.tokens, seeds=1)
     row = next(line for line in render_page(store.folder.parent.parent).splitlines() if "∞-MoE beats MoE, in" in line)
-    assert "| -0.200 nats | not decided: one seed |" in row
+    assert "| -0.200 nats (one seed) | not decided: one seed |" in row
 
 
 def test_a_picture_that_is_missing_is_named(filled, tmp_path):

@@ -196,8 +196,7 @@ def _budget_claim(store: Store, first: Mapping[str, Finished], rival: str, title
         over = ", ".join(f"{share:.2f}" for share in shares)
         return Claim(text, "–", OPEN, f"no arm within a tenth: {over} of the rival's")
     difference = store.difference(nearest[0], rival, store.scale.tokens)
-    seeds = "" if difference is None else f", {difference.count} seeds" if difference.count > 1 else ""
-    return Claim(text, nats(difference), better(difference), f"∞-MoE with {_STAND_INS[nearest[0]]}{seeds}")
+    return Claim(text, nats(difference), better(difference), f"∞-MoE with {_STAND_INS[nearest[0]]}")
 
 
 def _equal_training(store: Store) -> str:

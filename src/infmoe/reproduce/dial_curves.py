@@ -33,7 +33,7 @@ def curve(
 
 def means(found: Curve) -> dict[Any, Interval]:
     """The curve over seeds, in the axis's order."""
-    return {at: interval(list(losses.values())) for at, losses in sorted(found.items())}
+    return {at: interval(list(losses.values())) for at, losses in sorted(found.items()) if losses}
 
 
 def ratio_of(run_samples: int | None) -> Callable[[Mapping[str, Any]], Any]:

@@ -48,6 +48,8 @@ def lines(
     rows: int = 1,
     levels: Sequence[float | None] | None = None,
     within: float | None = None,
+    linear: bool = False,
+    one_scale: bool = False,
 ) -> Path:
     """One panel for each title, one line with intervals for each name.
 
@@ -61,6 +63,8 @@ def lines(
         rows: of panels.
         levels: what guessing gives, a dotted line in each panel that has one.
         within: how far above a panel's lowest mean its picture ends; None: all is shown.
+        linear: an axis in steps of one, for whole numbers.
+        one_scale: both axes of every panel are the same.
     """
     names = list(dict.fromkeys(name for _, drawn in panels for name in drawn))
     outside = max((len(drawn) for _, drawn in panels), default=0) > _LEGEND_INSIDE
@@ -88,7 +92,9 @@ def lines(
             )
         ticks = sorted({x for line in drawn.values() for x in line})
         tilted = not few_ticks and len(ticks) > _CROWDED
-        if few_ticks:
+        if linear:
+            ax.set_xticks(ticks)
+        elif few_ticks:
             if within is not None:
                 ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(lambda x, _: _tick(x))
@@ -100,10 +106,17 @@ def lines(
             ax.axhline(chance, color="#777777", linestyle=":", linewidth=1.5, label="chance", zorder=0)
         ax.set(xlabel=x_text, ylabel=y_text, title=panel)
         if within is not None and drawn:
-            lowest = min(value.mean for line in drawn.values() for value in line.values())
+            compared = [lines for _, lines in panels] if one_scale else [drawn]
+            lowest = min(value.mean for lines in compared for line in lines.values() for value in line.values())
             ax.set_ylim(lowest - within / 4, lowest + within)
         if drawn and not outside:
             ax.legend(fontsize=8)
+    if one_scale:
+        for ax in axes[1:]:
+            ax.sharex(axes[0])
+            ax.sharey(axes[0])
+        for ax in axes:
+            ax.autoscale_view()
     if outside:
         handles: dict[str, Any] = {}
         for ax in axes:
@@ -140,8 +153,8 @@ def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str
 
 
 def _error(interval: Interval) -> float:
-    """What is drawn of an interval: nothing of a single value's."""
-    return math.nan if interval.half_width is None else interval.half_width
+    """What is drawn of an interval: nothing of one or two values', whose 95 % would fill the picture."""
+    return interval.half_width if interval.half_width is not None and interval.count > 2 else math.nan
 
 
 def _tick(x: float) -> str:

@@ -26,7 +26,7 @@ from infmoe.reproduce.plan import TUNING_SEED, RunSpec, Scale
 Points = list[dict[str, Any]]
 SAMPLES = (1, 2, 3, 4, 8, 16)
 KEEP_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0)
-EXPERT_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+EXPERT_COUNTS = tuple(range(1, 17))
 RANK_DAMPINGS = (0.25, 0.5)
 CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
 _SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
@@ -36,7 +36,7 @@ TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 ZERO_SHOT = "zero_shot"
 # the arms that the page shows a measure of
 ADAPTIVE_ARMS = ("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic")
-DAMPED_ARMS = ("moe16-fine-k4", "moe16-fine")
+DAMPED_ARMS = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled", "moe16-fine-k4", "moe16-fine")
 SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
 _SCORING = 2  # which zero-shot items are chosen, and what their figures mean; raised whenever that changes
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor

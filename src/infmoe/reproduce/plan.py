@@ -76,33 +76,34 @@ def _elastic_arms() -> list[Arm]:
         Arm("infinity-elastic-k", "infinity", {}, "infinity", ("elastic.num_samples=[1,2,3,4]",)),
         Arm("infinity-consistency", "infinity", {}, "infinity", ("elastic.consistency_weight=1.0",)),
     ]
-    for k in (4, 8):
-        own = {"num_experts_per_tok": k}
-        # The paper names neither the probability nor the loss's weight: a half, and weights from none to the balance
-        # loss's own; of those above 0 the least gave the lowest loss with one seed, and is what is compared.
-        emoe = own | {"ideal_experts_per_tok": 2 * k}
-        weights = {"": 0.01, "-w0.0001": 1e-4} | ({"-w0": 0.0, "-w0.001": 1e-3} if k == 4 else {})
-        upto = list(range(1, 2 * k + 1))
-        if k == 4:
-            arms.append(Arm("moe16-fine-k4", "moe16-fine", own, "moe"))
-        arms += [
-            *(
-                Arm(f"emoe-k{k}{suffix}", "moe16-fine", emoe | {"hierarchical_loss_weight": weight}, "moe")
-                for suffix, weight in weights.items()
-            ),
-            Arm(f"matryoshka-k{k}", "moe16-fine", own, "moe", (f"elastic.num_experts_per_tok={upto}",)),
-        ]
-    arms.append(Arm("moe16-fine-k16", "moe16-fine", {"num_experts_per_tok": 16}, "moe"))
-    return [*arms, *_scaled_arms()]
+    return [*arms, *_expert_arms()]
 
 
-def _scaled_arms() -> list[Arm]:
-    """MoE whose gates sum to k: as large at the start as ∞-MoE, or as a dense layer of the active width."""
-    chosen = {"moe": ("moe", 2), **{f"moe16-fine-k{k}": ("moe16-fine", k) for k in (4, 8, 16)}}
-    return [
-        Arm(f"{name}-scaled", variant, {"num_experts_per_tok": k, "routed_scaling_factor": float(k)}, "moe")
-        for name, (variant, k) in chosen.items()
-    ]
+def _expert_arms() -> list[Arm]:
+    """16 experts for every number of them: plain, drawn, and trained at more; gates sum to k, or (first tried) to 1."""
+    arms = []
+    for suffix, scaled in (("-scaled", True), ("", False)):
+        for k in (4, 8, 16):
+            own: dict[str, Any] = {"num_experts_per_tok": k} | ({"routed_scaling_factor": float(k)} if scaled else {})
+            if scaled or k != 8:  # that one is a recipe of its own
+                arms.append(Arm(f"moe16-fine-k{k}{suffix}", "moe16-fine", own, "moe"))
+            if k == 16:
+                continue
+            # The paper names neither the probability nor the loss's weight: a half, and weights from none to the
+            # balance loss's own; of those above 0 the least gave the lowest loss with one seed, and is compared.
+            emoe = own | {"ideal_experts_per_tok": 2 * k}
+            weights = {"-w0.0001": 1e-4} | ({"-w0": 0.0} if k == 4 else {})
+            if not scaled:
+                weights |= {"": 0.01} | ({"-w0.001": 1e-3} if k == 4 else {})
+            arms += [
+                Arm(f"emoe-k{k}{name}{suffix}", "moe16-fine", emoe | {"hierarchical_loss_weight": weight}, "moe")
+                for name, weight in weights.items()
+            ]
+            upto = list(range(1, 2 * k + 1))
+            drawn = (f"elastic.num_experts_per_tok={upto}",)
+            arms.append(Arm(f"matryoshka-k{k}{suffix}", "moe16-fine", own, "moe", drawn))
+    arms.append(Arm("moe-scaled", "moe", {"routed_scaling_factor": 2.0}, "moe"))
+    return arms
 
 
 ARMS = _arms()
@@ -281,7 +282,7 @@ OTHER_RATES = tuple(f"{name}-lr{factor:g}x" for name, factor in _OTHER_RATES.ite
 # Tier 2, the more informative half first
 _TIER2_FIRST = (
     *("infinity-sigma0", "infinity-no-topn", "infinity-frozen-wz", "infinity-keep8", "infinity-keep16"),
-    *("dense", "switch", "moe16", "moe-plus", "dense-swiglu-plus", "dense-swiglu-active"),
+    *("moe-scaled", "dense", "switch", "moe16", "moe-plus", "dense-swiglu-plus", "dense-swiglu-active"),
 )
 _TIER2_THEN = (
     *("moe16-fine", "moe-swiglu", "infinity-swiglu", "moe-hash"),
@@ -294,12 +295,14 @@ TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 # Elastic compute: over the keep ratio, over the number of experts, over K, and what is left
 ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
 ELASTIC_EXPERTS = (
-    *("moe16-fine-k4", "emoe-k4-w0.0001", "emoe-k4-w0", "matryoshka-k4"),
-    *("moe16-fine", "emoe-k8-w0.0001", "matryoshka-k8", "moe16-fine-k16"),
+    *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "emoe-k4-w0-scaled", "matryoshka-k4-scaled"),
+    *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled", "matryoshka-k8-scaled", "moe16-fine-k16-scaled"),
 )
-EMOE_WEIGHTS = ("emoe-k4", "emoe-k4-w0", "emoe-k4-w0.0001", "emoe-k4-w0.001", "emoe-k8")  # of its router's loss
-# whether what separates the arms above is the size of their outputs
-ELASTIC_SCALED = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled", "moe16-fine-k16-scaled", "moe-scaled")
+# The same with gates that sum to 1: one seed, that showed how much of a difference the size of the output makes.
+ELASTIC_UNSCALED = (
+    *("moe16-fine-k4", "emoe-k4", "emoe-k4-w0.001", "emoe-k4-w0.0001", "emoe-k4-w0", "matryoshka-k4"),
+    *("moe16-fine", "emoe-k8", "emoe-k8-w0.0001", "matryoshka-k8", "moe16-fine-k16"),
+)
 ELASTIC_K = ("infinity-elastic-k",)
 ELASTIC_MORE = ("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich", "infinity-consistency")
 # two passes a step: at half the tokens they take the FLOPs of the others
@@ -310,8 +313,7 @@ def _elastic(scale: Scale) -> list[Group]:
     side = _side(scale)
     return [
         Group(ELASTIC_KEEP, scale.tokens, side),
-        Group(EMOE_WEIGHTS, scale.tokens, (1, 1)),
-        Group(ELASTIC_SCALED, scale.tokens, (1, 1)),
+        Group(ELASTIC_UNSCALED, scale.tokens, (1, 1)),
         Group(ELASTIC_EXPERTS, scale.tokens, side),
         Group(ELASTIC_K, scale.tokens, side),
         Group(TWO_PASSES[:1], scale.tokens // 2, side),
@@ -355,9 +357,10 @@ _REST = ("table6", "figure3", "table1", "figure2", "table3", "table5", "figure4"
 def _all(scale: Scale) -> list[Group]:
     """Everything, the most informative first."""
     first, rates, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
-    keep, weights, scaled, experts, samples, half, elastic_more, half_more = EXPERIMENTS["elastic"](scale)
+    keep, unscaled, experts, samples, half, elastic_more, half_more = EXPERIMENTS["elastic"](scale)
     few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come last
-    soon = [few, keep, weights, scaled, rates, experts, samples, half, tier2, *EXPERIMENTS["table2"](scale)]
+    rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
+    soon = [few, keep, unscaled, rates_once, experts, rates, samples, half, tier2, *EXPERIMENTS["table2"](scale)]
     tables = [group for name in _REST for group in EXPERIMENTS[name](scale)]
     return [*soon, longer, *tables, tier2_then, elastic_more, half_more, first]
 

@@ -92,8 +92,11 @@ def better(difference: Interval | None) -> str:
 
 
 def nats(difference: Interval | None, digits: int = 3) -> str:
-    """A difference with its unit, or a dash."""
-    return "–" if difference is None else f"{text_of(difference, digits, sign=True)} nats"
+    """A difference with its unit and its seeds, or a dash."""
+    if difference is None:
+        return "–"
+    seeds = f"{difference.count} seeds" if difference.count > 1 else "one seed"
+    return f"{text_of(difference, digits, sign=True)} nats ({seeds})"
 
 
 def rivals(section: Section, store: Store, gallery: Gallery, arms: Sequence[str], tokens: int) -> None:

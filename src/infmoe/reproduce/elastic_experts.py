@@ -1,0 +1,311 @@
+"""Elastic experts: one discrete MoE, run with other numbers of experts than it was trained with."""
+
+from collections.abc import Mapping, Sequence
+
+from infmoe.reproduce.dial_curves import RANGE, Curve, Stretch, means, over_k, useful_ranges
+from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.measures import DAMPED_ARMS
+from infmoe.reproduce.section import (
+    FAILS,
+    HOLDS,
+    MISSING,
+    ONE_SEED,
+    UNDECIDED,
+    Claim,
+    Section,
+    better,
+    markdown_table,
+    mean_loss,
+    nats,
+    text_of,
+    verdict_below,
+)
+from infmoe.reproduce.statistics import Interval, paired
+from infmoe.reproduce.store import Store
+
+EXPERTS = {
+    "moe16-fine-k4-scaled": "plain, k = 4",
+    "emoe-k4-w0.0001-scaled": "Elastic MoE, k = 4, k_ideal = 8, λ = 0.0001",
+    "emoe-k4-w0-scaled": "Elastic MoE's draws alone, λ = 0",
+    "matryoshka-k4-scaled": "Matryoshka, k = 1 … 8",
+    "moe16-fine-k8-scaled": "plain, k = 8 (direct, for k = 4)",
+    "emoe-k8-w0.0001-scaled": "Elastic MoE, k = 8, k_ideal = 16, λ = 0.0001",
+    "matryoshka-k8-scaled": "Matryoshka, k = 1 … 16",
+    "moe16-fine-k16-scaled": "plain, k = 16 (direct, for k = 8)",
+}
+_UNSCALED = {
+    "moe16-fine-k4": "plain, k = 4",
+    "emoe-k4": "Elastic MoE, k = 4, k_ideal = 8, λ = 0.01",
+    "emoe-k4-w0.001": "λ = 0.001",
+    "emoe-k4-w0.0001": "λ = 0.0001",
+    "emoe-k4-w0": "λ = 0, its draws alone",
+    "matryoshka-k4": "Matryoshka, k = 1 … 8",
+    "moe16-fine": "plain, k = 8",
+    "emoe-k8": "Elastic MoE, k = 8, k_ideal = 16, λ = 0.01",
+    "emoe-k8-w0.0001": "λ = 0.0001",
+    "matryoshka-k8": "Matryoshka, k = 1 … 16",
+    "moe16-fine-k16": "plain, k = 16",
+}
+_PLAIN = {4: "moe16-fine-k4-scaled", 8: "moe16-fine-k8-scaled"}
+_DIRECT = {4: "moe16-fine-k8-scaled", 8: "moe16-fine-k16-scaled"}
+_TRAINED_FOR = {k: (f"moe16-fine-k{k}-", f"emoe-k{k}-", f"matryoshka-k{k}-") for k in (4, 8)}
+_CLAIMED = {"emoe-k4-w0.0001-scaled": 4, "emoe-k4-w0-scaled": 4, "emoe-k8-w0.0001-scaled": 8}
+_IN_TABLES = (1, 2, 3, 4, 6, 8, 12, 16)
+_SCALED = {
+    "moe": "moe-scaled",
+    "moe16-fine-k4": "moe16-fine-k4-scaled",
+    "moe16-fine": "moe16-fine-k8-scaled",
+    "moe16-fine-k16": "moe16-fine-k16-scaled",
+}
+
+
+def experts(store: Store, gallery: Gallery, section: Section) -> str:
+    """Loss over the number of experts, as it is and against the plain model."""
+    lines = {
+        name if "α" in name else f"{name}: {EXPERTS[name]}": line for name, line in expert_curves(store).items() if line
+    }
+    _claims(store, section)
+    if not lines:
+        return f"**Loss over the number of experts, 16 experts of d_ff/8**: {MISSING}."
+    rows = [
+        [name, *(text_of(means(line).get(k)) for k in _IN_TABLES), str(len(next(iter(line.values()))))]
+        for name, line in lines.items()
+    ]
+    panels = [
+        (f"trained for k = {k}", {n: means(line) for n, line in lines.items() if n.startswith(arms)})
+        for k, arms in _TRAINED_FOR.items()
+    ]
+    picture = gallery.lines(
+        "elastic_experts.png",
+        [(title, drawn) for title, drawn in panels if drawn],
+        x_label="experts run per token, k′ of 16",
+        y_label="held-out loss (nats per token)",
+        title="One checkpoint over the number of experts (95 % over seeds)",
+        linear=True,
+        one_scale=True,
+    )
+    section.pictures.append(("Loss over the number of experts, by training", picture))
+    head = ("loss, nats", *(f"k′ = {k}" for k in _IN_TABLES), "seeds")
+    parts = [
+        "**Loss over the number of experts: 16 experts of d_ff/8, gates renormalised over those that run, and scaled "
+        "to sum to the trained k**",
+        markdown_table(head, rows),
+        "α: the weights of ranks beyond the trained k are multiplied by it before they are renormalised; nothing is "
+        "trained for it. λ: the weight of Elastic MoE's router loss; its paper names neither that nor the probability "
+        "of its draws, which is a half here.",
+        _against_plain(lines),
+        _output_sizes(store),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def expert_curves(store: Store) -> dict[str, Curve]:
+    """The curve of every arm, and of the damped ones by α: "moe16-fine, α = 0.25"."""
+    lines: dict[str, Curve] = {}
+    for arm in EXPERTS:
+        lines[arm] = over_k(store, arm)
+        if arm in DAMPED_ARMS:
+            lines |= {f"{arm}, α = {alpha:g}": line for alpha, line in _damped(store, arm).items()}
+    return lines
+
+
+def _damped(store: Store, arm: str) -> dict[float, Curve]:
+    """α -> the curve, with the plain points up to the trained k, which α leaves alone."""
+    found: dict[float, Curve] = {}
+    for run in store.runs(arm, store.scale.tokens):
+        own = run.values["config"]["model"]["num_experts_per_tok"]
+        rows = run.measure("rank_dampings") or ()
+        for alpha in {row["rank_damping"] for row in rows}:
+            line = [row for row in run.measure("dials") or () if row["num_experts_per_tok"] <= own]
+            line += [row for row in rows if row["rank_damping"] == alpha]
+            for row in line:
+                at = found.setdefault(alpha, {}).setdefault(row["num_experts_per_tok"], {})
+                at[run.spec.seed] = row["loss"]
+    return dict(sorted(found.items()))
+
+
+def _against_plain(lines: Mapping[str, Curve]) -> str:
+    """Every method minus plain top-k run with as many experts, paired by seed."""
+    rows = []
+    for k, arms in _TRAINED_FOR.items():
+        plain = next((line for name, line in lines.items() if name.startswith(f"{_PLAIN[k]}:")), None)
+        if plain is None:
+            continue
+        for name, line in lines.items():
+            if not name.startswith((*arms, f"{_DIRECT[k]}:")):
+                continue
+            gaps = {k2: paired(line[k2], plain.get(k2, {})) for k2 in line}
+            beyond = _best_beyond(line, plain, k)
+            last = "–" if beyond is None else f"{text_of(beyond[1], sign=True)} (k′ = {beyond[0]})"
+            seeds = max((gap.count for gap in gaps.values() if gap is not None), default=0)
+            cells = ["" if line is plain else text_of(gaps.get(k2), sign=True) for k2 in _IN_TABLES]
+            rows.append([f"{name}, minus plain k = {k}", *cells, last, str(seeds)])
+    if not rows:
+        return ""
+    head = ("nats", *(f"k′ = {k}" for k in _IN_TABLES), "best beyond k, minus plain's at k", "seeds")
+    return "**Against plain top-k, run with as many experts** (paired by seed)\n\n" + markdown_table(head, rows)
+
+
+def _best_beyond(line: Curve, plain: Curve, k: int) -> tuple[int, Interval] | None:
+    """Where more experts than k lose least against the plain model at its own k, and that difference."""
+    gaps = {at: gap for at, losses in line.items() if at > k and (gap := paired(losses, plain.get(k, {}))) is not None}
+    return min(gaps.items(), key=lambda item: item[1].mean) if gaps else None
+
+
+def _output_sizes(store: Store) -> str:
+    """Whether what separates the plain models is the size that their outputs start at."""
+    tokens = store.scale.tokens
+    rows = []
+    for arm, scaled in _SCALED.items():
+        gap = store.difference(scaled, arm, tokens)
+        if gap is not None:
+            factor = store.scale.arm(scaled).model["routed_scaling_factor"]
+            cells = [text_of(mean_loss(store, name, tokens)) for name in (arm, scaled)]
+            rows.append([arm, f"{factor:g}", *cells, text_of(gap, sign=True), str(gap.count)])
+    if not rows:
+        return ""
+    head = ("model", "k", "gates sum to 1", "gates sum to k", "the latter minus the former, nats", "seeds")
+    parts = [
+        "**The size of the output** (gates that sum to 1 make a MoE start at 1/k of the size of a dense layer of the "
+        "active width; `routed_scaling_factor` = k starts it at that size, as ∞-MoE starts by its W_z)",
+        markdown_table(head, rows),
+        _unscaled(store),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _unscaled(store: Store) -> str:
+    """The first arms, whose gates sum to 1."""
+    lines = {f"{arm}: {text}": line for arm, text in _UNSCALED.items() if (line := over_k(store, arm))}
+    if not lines:
+        return ""
+    rows = [
+        [name, *(text_of(means(line).get(k)) for k in _IN_TABLES), str(len(next(iter(line.values()))))]
+        for name, line in lines.items()
+    ]
+    return (
+        "**With gates that sum to 1**, where the weights λ were tried: the least above 0 gave the lowest loss with "
+        "seed 1\n\n" + markdown_table(("loss, nats", *(f"k′ = {k}" for k in _IN_TABLES), "seeds"), rows)
+    )
+
+
+def _claims(store: Store, section: Section) -> None:
+    section.claims += [_emoe_claim(store, arm, k) for arm, k in _CLAIMED.items()]
+    section.claims += [_damping_claim(store), _beyond_claim(store), _size_claim(store)]
+
+
+def _emoe_claim(store: Store, arm: str, k: int) -> Claim:
+    """Elastic MoE's range against the plain one's and direct training's, by the seeds that all three have."""
+    alone = arm == "emoe-k4-w0-scaled"
+    text = (
+        ("not in the paper: the draws of Elastic MoE alone" if alone else f"Elastic MoE (`{arm}`)")
+        + f", trained with k = {k}, {'are' if alone else 'is'} useful up to 2 to 3 times that k"
+        + ("" if alone else " (arXiv 2509.21892)")
+        + f", over more than plain top-k, and than training at {2 * k}"
+    )
+    found = [useful_ranges(over_k(store, name)) for name in (arm, _PLAIN[k], _DIRECT[k])]
+    seeds = sorted(set.intersection(*map(set, found)))
+    if not seeds:
+        return Claim(text, "–", MISSING)
+    ours, plain, direct = ([ranges[seed] for seed in seeds] for ranges in found)
+    wider = [[mine.octaves - its.octaves for mine, its in zip(ours, other, strict=True)] for other in (plain, direct)]
+    loss = paired(*(dict(zip(seeds, (s.loss for s in of), strict=True)) for of in (ours, plain)))
+    assert loss is not None
+    counts = " and ".join(str(sum(gap > 0 for gap in gaps)) for gaps in wider)
+    ended = max(stretch.high for stretch in (*ours, *plain, *direct)) == 16
+    return Claim(
+        text,
+        f"within {RANGE:g} nats of its best at k′ = {_ends(ours)}; plain {_ends(plain)}; trained at {2 * k}: "
+        f"{_ends(direct)}; wider in {counts} of {len(seeds)} seeds; its best loss minus the plain one's: {nats(loss)}",
+        _verdict_wider(wider, min(stretch.high for stretch in ours) / k, loss, store.scale.side_seeds),
+        "16 experts end a range here, so it may reach further" if ended else "",
+    )
+
+
+def _ends(ranges: Sequence[Stretch]) -> str:
+    return each([f"{stretch.low} … {stretch.high}" for stretch in ranges])
+
+
+def each(texts: Sequence[str]) -> str:
+    """What every seed says: once where they agree."""
+    return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
+
+
+def _verdict_wider(wider: Sequence[Sequence[float]], reach: float, loss: Interval, planned: int) -> str:
+    """Whether a range reaches far enough and is wider than each other one in every seed.
+
+    Widths go in steps of one expert, so their spread over seeds says little: seeds are counted.
+
+    Args:
+        wider: than each other one, seed by seed.
+        reach: over the trained k, at least.
+        loss: the best one's minus the plain model's.
+        planned: how many seeds a verdict takes.
+    """
+    seeds = len(wider[0])
+    if seeds == 1:
+        return ONE_SEED
+    if seeds < planned:
+        return f"not decided: {seeds} of {planned} seeds"
+    if reach < 2 or any(max(gaps) <= 0 for gaps in wider):
+        return FAILS
+    if any(min(gaps) <= 0 for gaps in wider):
+        return "not decided: wider with some seeds alone"
+    if loss.low > 0:
+        return "wider, and worse: its best is above the plain one's"
+    return HOLDS if loss.high <= RANGE else "wider; whether worse is not decided"
+
+
+def _damping_claim(store: Store) -> Claim:
+    """The α dial against Elastic MoE, at twice the trained k."""
+    emoe = over_k(store, "emoe-k4-w0.0001-scaled").get(8, {})
+    damped = _damped(store, _PLAIN[4]).get(0.25, {}).get(8, {})
+    gap = paired(damped, emoe)
+    return Claim(
+        "not in the paper: damping the ranks beyond the trained k (α = 0.25), for which nothing is trained, loses "
+        "less at twice that k than Elastic MoE",
+        nats(gap),
+        MISSING if gap is None else verdict_below(gap),
+    )
+
+
+def _beyond_claim(store: Store) -> Claim:
+    """Whether more experts than were trained lower the loss at all."""
+    text = "not in the paper: more experts than the trained 4 lower the loss below plain top-4's at 4, by any rule"
+    lines = expert_curves(store)
+    plain = lines[_PLAIN[4]]
+    found = {
+        name: best
+        for name, line in lines.items()
+        if name.startswith(_TRAINED_FOR[4]) and (best := _best_beyond(line, plain, 4)) is not None
+    }
+    if not found:
+        return Claim(text, "–", MISSING)
+    gaps = [gap for _, gap in found.values() if gap.half_width is not None]
+    nearest = sorted(found.items(), key=lambda item: item[1][1].mean)[:3]
+    verdict = (
+        ONE_SEED
+        if not gaps
+        else HOLDS
+        if any(gap.high < 0 for gap in gaps)
+        else FAILS
+        if all(gap.low > -RANGE for gap in gaps)
+        else UNDECIDED
+    )
+    return Claim(
+        text,
+        "the best of them: " + "; ".join(f"{name} {nats(gap)} at k′ = {at}" for name, (at, gap) in nearest),
+        verdict,
+        f"none is {RANGE:g} nats below it, by its interval" if verdict == FAILS else "",
+    )
+
+
+def _size_claim(store: Store) -> Claim:
+    """What the size of a MoE's output is worth to the paper's baseline."""
+    gap = store.difference("moe-scaled", "moe", store.scale.tokens)
+    ours = store.difference("infinity", "moe-scaled", store.scale.tokens)
+    return Claim(
+        "not in the paper: MoE (4 experts, top-2) gains from gates that sum to 2, which start it as large as ∞-MoE",
+        "–" if gap is None else f"{nats(gap)}; ∞-MoE minus it: {nats(ours)}",
+        better(gap),
+    )
