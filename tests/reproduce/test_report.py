@@ -1,5 +1,6 @@
 """The page of evidence."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from fake_results import DATA, fake_values, fill, spec_of
 
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
+from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import (
     ELASTIC_EXPERTS,
     ELASTIC_K,
@@ -20,6 +22,7 @@ from infmoe.reproduce.plan import (
     TWO_PASSES,
 )
 from infmoe.reproduce.report import SECTIONS, _setting, render_page, render_section, write_report
+from infmoe.reproduce.tables import table1
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -64,6 +67,61 @@ def test_the_page_says_what_the_results_say(filled, mini):
     assert "not measured yet" not in page
     for picture in re.findall(r"!\[.*?\]\(\.\./results/(.*?)\)", page):
         assert (filled.folder.parent.parent / picture).stat().st_size > 10_000, picture
+
+
+def test_tier_1_is_set_side_by_side_at_equal_learning_rates(store, mini):
+    fill(store, {"infinity": 3.4, "moe": 3.6, "dense-wide": 3.5}, mini.tokens)
+    assert "At equal learning rates" not in render_section("controls", store).body
+    for seed in (1, 2, 3):
+        spec = spec_of(store, "infinity-lr2x", seed, lr=4e-3)
+        store.put(spec, fake_values(spec, 3.1 + 0.001 * seed))
+        spec = spec_of(store, "dense-wide-lr0.5x", seed, lr=1e-3)
+        store.put(spec, fake_values(spec, 3.3 + 0.001 * seed))
+    body = render_section("controls", store).body
+    lines = body[body.index("At equal learning rates") :].splitlines()
+    head = next(line for line in lines if line.startswith("| arm"))
+    assert [word in head for word in ("0.001", "0.002", "0.004")] == [True] * 3
+    rows = {line.split(" | ")[0][2:]: line for line in lines[:8] if line.startswith("| ")}
+    assert rows["infinity"] == "| infinity | – |  | 3.402 ± 0.002 |  | 3.102 ± 0.002 |  |"
+    assert rows["dense-wide"] == "| dense-wide | 3.302 ± 0.002 | – | 3.502 ± 0.002 | -0.100 ± 0.000 | – | – |"
+    assert rows["moe"] == "| moe | – | – | 3.602 ± 0.003 | -0.200 ± 0.001 | – | – |"
+
+
+def test_what_a_comparison_leaves_unequal_is_said(filled, mini):
+    page = render_page(filled.folder.parent.parent)
+    (row,) = [line for line in page.splitlines() if line.startswith("| not in the paper: the gate: a dense gate")]
+    gate, none = (filled.runs(name, mini.tokens)[0] for name in ("infinity-glu", "dense-wide"))
+    assert f"{gate.cost['flops_executed'] / none.cost['flops_executed']:.2f} times the executed FLOPs" in row
+    for run in filled.runs("infinity-sigma0", mini.tokens):
+        filled.path(run.spec).unlink()
+    page = render_page(filled.folder.parent.parent)
+    (row,) = [line for line in page.splitlines() if line.startswith("| not in the paper: the sparsity: top-N")]
+    assert "| not measured yet |" in row
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(3.4, "holds"), (4.9, "does not hold")])
+def test_accuracy_is_judged_where_models_are_large_enough(store, mini, loss, verdict):
+    losses = {"infinity": loss, "dense": 3.6, "switch": 3.6, "moe": 3.6}
+    fill(store, losses, mini.tokens)
+    text = "∞-MoE beats dense, Switch and MoE in zero-shot accuracy"
+    (claim,) = [claim for claim in render_section("table1", store).claims if claim.text.startswith(text)]
+    assert claim.verdict == "not testable at this scale"
+    store.scale = dataclasses.replace(store.scale, name="small")
+    section = table1(store, Gallery(store.folder))
+    (claim,) = [claim for claim in section.claims if claim.text.startswith(text)]
+    assert claim.verdict == verdict
+    assert "at chance" not in section.body
+
+
+@pytest.mark.parametrize(("at_16", "verdict"), [(3.5, "holds"), (3.9, "differs from length to length")])
+def test_figure_3_claims_what_its_lengths_say(store, mini, at_16, verdict):
+    for tokens in mini.data_sizes[:-1]:
+        fill(store, {"infinity": 3.5, "moe": 3.7}, tokens)
+    (claim,) = render_section("figure3", store).claims
+    assert claim.verdict == "not measured yet"
+    fill(store, {"infinity": at_16, "moe": 3.7}, mini.data_sizes[-1])
+    (claim,) = render_section("figure3", store).claims
+    assert verdict in claim.verdict
 
 
 def test_files_that_no_table_asks_for_are_named_and_not_counted(filled):
@@ -174,7 +232,7 @@ def test_equal_budgets_take_the_arm_that_comes_nearest(store, mini):
     assert (ideal.verdict, ideal.reason) == ("better", "∞-MoE with K = 1, 1/4")
     assert ideal.measured.startswith("-0.15")
     (executed,) = [c for c in section.claims if "against MoE" in c.text and "executed FLOPs" in c.text]
-    assert executed.verdict == "not testable at this scale"
+    assert executed.verdict == "not run at this budget"
     assert "2.20, 2.00" in executed.reason
     rows = [line for line in section.body.splitlines() if line.startswith("| executed FLOPs per token")]
     assert rows == ["| executed FLOPs per token | – | none within a tenth | – | – | – |"]

@@ -151,6 +151,21 @@ def test_seeds_are_added_until_the_interval_is_narrow(store, mini):
     assert store.seeds_wanted(Group(("infinity", "moe"), mini.tokens, (4, 4))) == 4
 
 
+def test_a_seed_that_diverged_does_not_end_the_search(store, mini):
+    group = Group(("infinity", "moe"), mini.tokens, (2, 4))
+    fill(store, {"infinity": 3.0, "moe": 3.2}, mini.tokens, seeds=2)
+    assert store.seeds_wanted(group) == 2
+    spec = spec_of(store, "moe", 2)
+    store.put(spec, fake_values(spec, 3.0, diverged="the loss is nan at step 3", measures={}))
+    assert store.seeds_wanted(group) == 3  # one pair is left, which has no interval
+
+
+def test_an_arm_at_another_learning_rate_follows_the_one_it_is_tuned_as(store, mini):
+    fill(store, {"infinity": 3.0, "infinity-glu": 3.0}, mini.tokens, seeds=1)
+    for name, factor in (("infinity", 2.0), ("infinity-glu", 0.5)):
+        assert store.lr(mini.arm(f"{name}-lr{factor:g}x")) == factor * store.lr(mini.arm(name))
+
+
 def test_a_diverged_run_is_finished_and_has_no_loss(store, mini):
     arm = mini.arm("infinity")
     broken = {"diverged": "the loss is nan at step 3", "measures": {}}

@@ -15,7 +15,18 @@ from infmoe.layers.point import Point, ratio_text
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.measures import TASK_KEEP_RATIOS, TASK_SAMPLES, ZERO_SHOT
 from infmoe.reproduce.plan import Scale, tokens_text
-from infmoe.reproduce.section import MISSING, markdown_table, text_of
+from infmoe.reproduce.section import (
+    FAILS,
+    MISSING,
+    ONE_SEED,
+    OPEN,
+    UNDECIDED,
+    Claim,
+    markdown_table,
+    minus,
+    text_of,
+    verdict_below,
+)
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 
@@ -80,6 +91,22 @@ def mean_difference(store: Store, arm: str, other: str, tokens: int, value: str 
 def points_text(difference: Interval | None) -> str:
     """A difference of mean accuracies, as a claim shows it."""
     return "–" if difference is None else f"mean of six tasks: {text_of(difference, 1, sign=True)} points"
+
+
+def accuracy_claim(store: Store, text: str, measured: str, differences: Sequence[Interval | None]) -> Claim:
+    """A claim on accuracy: judged by the intervals, but at the tiny scale, whose models score at chance.
+
+    Args:
+        store: the results.
+        text: the paper's.
+        measured: ours.
+        differences: ∞-MoE's accuracy minus each rival's.
+    """
+    if store.scale.name == "tiny":
+        return Claim(text, measured, OPEN, "models of this size score at chance; held-out loss stands in")
+    verdicts = {MISSING if gap is None else verdict_below(minus(gap)) for gap in differences}
+    decided = next((verdict for verdict in (MISSING, FAILS, ONE_SEED) if verdict in verdicts), None)
+    return Claim(text, measured, decided or (verdicts.pop() if len(verdicts) == 1 else UNDECIDED))
 
 
 def table1_accuracy(store: Store, arms: Sequence[str]) -> str:

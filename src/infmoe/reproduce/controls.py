@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.plan import TIER1, TIER2, tokens_text
+from infmoe.reproduce.plan import OTHER_RATES, TIER1, TIER2, tokens_text
 from infmoe.reproduce.section import (
     MISSING,
+    NOT_RUN,
     ONE_SEED,
-    OPEN,
     Claim,
     Section,
     at_dials,
@@ -44,6 +44,7 @@ def measured(run: Finished, name: str) -> float:
 
 
 _EQUAL = 0.1
+_CLAIMED_PARTS = 6  # of what the gain is made of, in the opening table
 _ALIVE, _SHRUNK = 0.05, 2.0
 # ∞-MoE as the paper has it, and what may stand for it where a budget is smaller: fewer samples, fewer units
 _STAND_INS = {
@@ -62,6 +63,8 @@ def controls(store: Store, gallery: Gallery) -> Section:
     section = Section("Controls, at equal budgets", f"infmoe reproduce controls --scale {scale.name} {source}")
     parts = [
         _all_arms(store),
+        _seeds_line(store),
+        _rates(store),
         _longer(store),
         _equal_budgets(store, section),
         _equal_training(store),
@@ -121,9 +124,47 @@ def _all_arms(store: Store) -> str:
     return markdown_table(head, rows) + (
         "\n\nFLOPs: forward, whole model, router counted; ideal: only the measured union of a token's masks. "
         "Times: `infmoe bench variants --out results/variants.json`, two threads, on the machine named there. Learning "
-        "rates: the best of the grid on a seed of its own, or that of the arm it is a variation of (below); rates that "
-        "are neighbours in the grid differ by less than two seeds do."
+        f"rates: the best of the grid on a seed of its own at {tokens_text(scale.tune_tokens)} tokens, or that of the "
+        "arm it is a variation of (below); the same at every length."
     )
+
+
+def _seeds_line(store: Store) -> str:
+    """How far the seeds of tier 1 have come."""
+    scale = store.scale
+    first, *others = TIER1
+    widths = {name: d for name in others if (d := store.difference(first, name, scale.tokens)) is not None}
+    if not widths or any(d.half_width is None for d in widths.values()):
+        return ""
+    shown = ", ".join(f"{name} ± {d.half_width:.3f} ({d.count})" for name, d in widths.items())
+    return (
+        f"Seeds of the first five are added until every interval is ± {scale.half_width:g} nats or narrower, "
+        f"{scale.seeds[1]} at most; so far, with the seeds in brackets: {shown}."
+    )
+
+
+def _rates(store: Store) -> str:
+    """Tier 1 at equal learning rates: the grid's best of two arms need not be the same."""
+    scale = store.scale
+    found: dict[str, dict[float, tuple[str, Interval]]] = {}
+    for name in TIER1:
+        for arm in (name, *(other for other in OTHER_RATES if other.startswith(f"{name}-lr"))):
+            loss, lr = mean_loss(store, arm, scale.tokens), store.lr(scale.arm(arm))
+            if loss is not None and lr is not None:
+                found.setdefault(name, {})[lr] = arm, loss
+    rates = sorted({lr for at in found.values() for lr in at})
+    if not any(len(at) > 1 for at in found.values()):
+        return ""
+    rows = []
+    for name, at in found.items():
+        cells = []
+        for lr in rates:
+            ours = found.get(OURS, {}).get(lr)
+            gap = store.difference(ours[0], at[lr][0], scale.tokens) if lr in at and ours else None
+            cells += [text_of(at[lr][1]) if lr in at else "–", "" if name == OURS else text_of(gap, sign=True)]
+        rows.append([name, *cells])
+    head = ("arm", *(text for lr in rates for text in (f"loss at learning rate {lr:g}, nats", "∞-MoE minus it")))
+    return "**At equal learning rates**\n\n" + markdown_table(head, rows)
 
 
 def _longer(store: Store) -> str:
@@ -159,7 +200,7 @@ def _equal_budgets(store: Store, section: Section) -> str:
             found.append([budget, _STAND_INS[ours], name, f"{share:.2f}", text_of(difference, sign=True), seeds])
         rows += found or [[budget, "–", "none within a tenth", "–", "–", "–"]]
     for rival, title in (("moe", "MoE (4 experts, top-2)"), ("dense-swiglu", "dense SwiGLU")):
-        for budget in _CLAIMED:
+        for budget in _BUDGETS_CLAIMED:
             section.claims.append(_budget_claim(store, first, rival, title, budget))
     head = ("budget", "∞-MoE with", "rival", "the rival's, over ∞-MoE's", "loss of ∞-MoE minus it, nats", "seeds")
     if not rows:
@@ -177,8 +218,13 @@ def _nearest(first: Mapping[str, Finished], rival: str, of: Callable[[Finished],
     return (ours, shares[ours]) if abs(shares[ours] - 1) <= _EQUAL else None
 
 
+# of one kind, the paper's form first
+_KIN = {
+    "moe": ("moe", "moe-scaled", "moe-plus"),
+    "dense-swiglu": ("dense-swiglu", "dense-swiglu-active", "dense-swiglu-plus"),
+}
 # budgets of the opening table's claims
-_CLAIMED = {
+_BUDGETS_CLAIMED = {
     "total parameters, W_z and discrete routers left out (the paper's)": "equal total parameters, W_z left out",
     "executed FLOPs per token": "equal executed FLOPs per token",
     "ideal FLOPs per token: the masks' measured union": "equal ideal FLOPs per token",
@@ -186,17 +232,22 @@ _CLAIMED = {
 
 
 def _budget_claim(store: Store, first: Mapping[str, Finished], rival: str, title: str, budget: str) -> Claim:
-    text = f"not in the paper: ∞-MoE against {title} at {_CLAIMED[budget]}"
+    """∞-MoE against the arm of this kind whose budget comes nearest to one of ∞-MoE's."""
+    text = f"not in the paper: ∞-MoE against {title} at {_BUDGETS_CLAIMED[budget]}"
+    kin = [name for name in _KIN[rival] if name in first]
     if OURS not in first or rival not in first:
         return Claim(text, "–", MISSING)
     of = BUDGETS[budget]
-    nearest = _nearest(first, rival, of)
-    if nearest is None:
+    pairs = {name: nearest for name in kin if (nearest := _nearest(first, name, of)) is not None}
+    if not pairs:
         shares = [of(first[name]) / of(first[rival]) for name in _STAND_INS if name in first]
         over = ", ".join(f"{share:.2f}" for share in shares)
-        return Claim(text, "–", OPEN, f"no arm within a tenth: {over} of the rival's")
-    difference = store.difference(nearest[0], rival, store.scale.tokens)
-    return Claim(text, nats(difference), better(difference), f"∞-MoE with {_STAND_INS[nearest[0]]}")
+        return Claim(text, "–", NOT_RUN, f"no arm within a tenth: {over} of the rival's")
+    name = min(pairs, key=lambda name: (round(abs(math.log(pairs[name][1])), 2), kin.index(name)))
+    ours = pairs[name][0]
+    difference = store.difference(ours, name, store.scale.tokens)
+    note = f"∞-MoE with {_STAND_INS[ours]}" + ("" if name == rival else f", against `{name}`")
+    return Claim(text, nats(difference), better(difference), note)
 
 
 def _equal_training(store: Store) -> str:
@@ -249,17 +300,21 @@ def _answers(store: Store, section: Section) -> str:
         ),
         "the sparsity: top-N of that gate (`infinity-sigma0`) against all of it": ("infinity-sigma0", "infinity-glu"),
         "the noise and a second sample: ∞-MoE against σ = 0": (OURS, "infinity-sigma0"),
+        "the noise: ∞-MoE with one sample against σ = 0": ("infinity-keep4", "infinity-sigma0"),
+        "a second sample: ∞-MoE against one sample": (OURS, "infinity-keep4"),
         "sparsity, noise and a second sample together: ∞-MoE against the dense gate": (OURS, "infinity-glu"),
         "the sparsity, with the noise: ∞-MoE against keeping every neuron": (OURS, "infinity-no-topn"),
         "learning W_z: ∞-MoE against W_z as drawn": (OURS, "infinity-frozen-wz"),
+        "a MoE that starts as large as a dense layer: gates that sum to 2 against 1": ("moe-scaled", "moe"),
+        "∞-MoE against that MoE": (OURS, "moe-scaled"),
         "learning a discrete router: MoE against hashing token ids": ("moe", "moe-hash"),
         "∞-MoE over SwiGLU neurons against plain SwiGLU": ("infinity-swiglu", "dense-swiglu"),
         "∞-MoE over SwiGLU neurons against over GELU neurons": ("infinity-swiglu", OURS),
         "masks over blocks of 16 neurons against single ones": ("infinity-blocks16", OURS),
         "masks over blocks of 32": ("infinity-blocks32", OURS),
         "masks over blocks of 64": ("infinity-blocks64", OURS),
-        "an eighth kept, one sample, against a quarter and two": ("infinity-keep8", OURS),
-        "a sixteenth kept, one sample, against a quarter and two": ("infinity-keep16", OURS),
+        "an eighth kept against a quarter, one sample": ("infinity-keep8", "infinity-keep4"),
+        "a sixteenth kept against a quarter, one sample": ("infinity-keep16", "infinity-keep4"),
         "W_z without weight decay": ("infinity-wz-decay0", OURS),
         "W_z at half the learning rate": ("infinity-wz-lr-half", OURS),
         "W_z at twice the learning rate": ("infinity-wz-lr-double", OURS),
@@ -269,9 +324,10 @@ def _answers(store: Store, section: Section) -> str:
         difference = store.difference(arm, base, scale.tokens)
         count = "0" if difference is None else str(difference.count)
         rows.append([text, text_of(difference, 4, sign=True), count])
-    for text, (arm, base) in list(parts.items())[:4]:
+    for text, (arm, base) in list(parts.items())[:_CLAIMED_PARTS]:
         difference = store.difference(arm, base, scale.tokens)
-        section.claims.append(Claim(f"not in the paper: {text}", nats(difference), better(difference)))
+        note = "" if difference is None else _unequal(store, arm, base)
+        section.claims.append(Claim(f"not in the paper: {text}", nats(difference), better(difference), note))
     head = ("what is worth how much", "change of the loss, nats", "seeds")
     return (
         "**What the gain is made of** (below 0: the first is better)\n\n"
@@ -280,6 +336,19 @@ def _answers(store: Store, section: Section) -> str:
         + "\n\n"
         + _sigma(store, section)
     )
+
+
+def _unequal(store: Store, arm: str, base: str) -> str:
+    """What a comparison of two arms leaves unequal by more than a tenth, learning rates included."""
+    (ours, *_), (theirs, *_) = (store.runs(name, store.scale.tokens) for name in (arm, base))
+    shares = {
+        "parameters": ours.cost["total_with_wz"] / theirs.cost["total_with_wz"],
+        "executed FLOPs": ours.cost["flops_executed"] / theirs.cost["flops_executed"],
+    }
+    unequal = [f"{share:.2f} times the {name}" for name, share in shares.items() if abs(share - 1) > _EQUAL]
+    if ours.spec.lr != theirs.spec.lr:
+        unequal.append(f"learning rates {ours.spec.lr:g} and {theirs.spec.lr:g}")
+    return ", ".join(unequal)
 
 
 def _gate_note(store: Store) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from infmoe.eval.plots import COLOURS, MARKERS, figure, save
 from infmoe.layers.point import ratio_text
+from infmoe.reproduce.plan import tokens_text
 from infmoe.reproduce.statistics import Interval
 
 Line = Mapping[float, Interval]
@@ -158,4 +159,4 @@ def _error(interval: Interval) -> float:
 
 
 def _tick(x: float) -> str:
-    return f"{x / 1e6:g}M" if x >= 1e6 else ratio_text(x)
+    return tokens_text(round(x)) if x >= 1e6 else ratio_text(x)

@@ -13,6 +13,7 @@ from infmoe.reproduce.store import Finished, Store
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable at this scale"
 UNDECIDED = "not decided: the interval contains 0"
 ONE_SEED = "not decided: one seed"
+NOT_RUN = "not run at this budget"
 MISSING = "not measured yet"
 VOID = "void: the samples hardly differ"
 

@@ -242,16 +242,20 @@ class Store:
         return wanted
 
     def _too_wide(self, group: Group, seeds: int) -> bool:
-        """Whether these seeds are all there, and leave an interval of the first arm against another too wide."""
+        """Whether these seeds are all there, and leave an interval of the first arm against another too wide.
+
+        A seed that diverged is there, and narrows nothing.
+        """
         first, *others = group.arms
         for other in others:
-            found = [self.losses(name, group.tokens) for name in (first, other)]
-            chosen = [{s: loss for s, loss in losses.items() if s <= TUNING_SEED + seeds} for losses in found]
-            if any(len(losses) < seeds for losses in chosen):
+            found = [
+                [run for run in self.runs(name, group.tokens) if run.spec.seed <= TUNING_SEED + seeds]
+                for name in (first, other)
+            ]
+            if any(len(runs) < seeds for runs in found):
                 return False
-            difference = paired(*chosen)
-            assert difference is not None
-            if difference.half_width is None or difference.half_width > self.scale.half_width:
+            difference = paired(*({run.spec.seed: run.loss for run in runs if not run.diverged} for runs in found))
+            if difference is None or difference.half_width is None or difference.half_width > self.scale.half_width:
                 return True
         return False
 

@@ -281,7 +281,7 @@ def _curve(metrics: list[dict[str, Any]]) -> tuple[dict[str, list], float]:
     for record in steps:
         seconds += (record["tokens"] - tokens) / record["tokens_per_sec"]
         tokens = record["tokens"]
-    every = -(-len(steps) // _CURVE_POINTS)
+    every = max(1, -(-len(steps) // _CURVE_POINTS))  # a run may diverge before its first record
     kept = steps[::-1][::every][::-1]  # the last one always
     curve: dict[str, list] = {"tokens": [r["tokens"] for r in kept], "loss": [round(r["loss"], 5) for r in kept]}
     if kept and kept[-1].get("routing"):
