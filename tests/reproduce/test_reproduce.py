@@ -264,6 +264,20 @@ def test_other_data_is_refused(request_, tmp_path, mini_data):
         run_request(request_)
 
 
+def test_arms_may_be_picked_by_name_and_shown_as_training_commands(request_, in_process, capsys):
+    picked = dataclasses.replace(request_, arms="moe16")
+    assert run_request(dataclasses.replace(picked, dry_run=True)) == 0
+    listed = capsys.readouterr().out
+    assert "infinity" not in listed
+    (command,) = [line for line in listed.splitlines() if line.startswith("infmoe train tiny/moe16 --data DIR")]
+    assert "--set optim.lr=0.002" in command
+    assert run_request(picked) == 0
+    assert list(runs_of(request_)) == ["moe16-0.001024M-lr0.002-s1"]
+    with pytest.raises(InfMoEError, match="unknown arm 'moe61'; did you mean 'moe16'"):
+        run_request(dataclasses.replace(request_, arms="infinity,moe61"))
+    assert picked.worker_words(request_.data)[-2:] == ["--arms", "moe16"]
+
+
 def test_three_steps_of_each_arm(request_, monkeypatch):
     monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("infinity",), s.tokens, (1, 1))])
     assert run_request(dataclasses.replace(request_, smoke=True)) == 0

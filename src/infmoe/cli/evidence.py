@@ -54,10 +54,14 @@ def bench(
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="table1-3, table5, table6, figure2-4, controls, or all.")],
+    name: Annotated[str, typer.Argument(help="table1-3, table5, table6, figure2-4, controls, elastic, or all.")],
     scale: Annotated[str, typer.Option("--scale", help="tiny (2 cores), small or medium (the paper's).")] = "tiny",
     seeds: Annotated[
         int | None, typer.Option("--seeds", min=1, max=16, help="Of every run; default: what it needs.")
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option("--arms", help="Only these, by name with commas between; with --dry-run: how each is trained."),
     ] = None,
     corpus: Annotated[
         str | None, typer.Option("--corpus", help="Text files to train on; held out are whole files.")
@@ -77,7 +81,7 @@ def reproduce(
         str | None, typer.Option("--launch", help="What starts a training run, e.g. 'accelerate launch -m infmoe'.")
     ] = None,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="3 steps of 1,024 tokens of each run, all else unchanged, and stop.")
+        bool, typer.Option("--smoke", help="3 steps of 1,024 tokens of each arm, without validation, and stop.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their costs, and stop.")] = False,
     worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
@@ -86,7 +90,7 @@ def reproduce(
     from infmoe.reproduce.command import Request, run_request
 
     request = Request(
-        name, scale, seeds, corpus, data_dir, out, work, jobs, hours, launch, smoke, dry_run, worker, tasks
+        name, scale, seeds, corpus, data_dir, out, work, jobs, hours, launch, smoke, dry_run, worker, tasks, arms
     )
     raise typer.Exit(run_request(request))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infmoe.data.manifest import Manifest
-from infmoe.errors import InfMoEError
+from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf import model_cost
 from infmoe.hf.accounting import ModelCost
 from infmoe.progress import data_progress
@@ -42,6 +42,7 @@ class Request:
     dry_run: bool = False
     worker: str | None = None  # one of several: the label of the command that started them
     tasks: Path | None = None
+    arms: str | None = None
 
     @property
     def label(self) -> str:
@@ -57,6 +58,7 @@ class Request:
         words = ["reproduce", self.name, "--scale", self.scale, "--data", str(data), "--out", str(self.out)]
         words += ["--work", str(self.work), "--worker", self.label]
         options = {"--seeds": self.seeds, "--hours": self.hours, "--launch": self.launch, "--tasks-dir": self.tasks}
+        options |= {"--arms": self.arms}
         for option, value in options.items():
             words += [option, str(value)] if value is not None else []
         return words
@@ -73,9 +75,13 @@ def run_request(request: Request) -> int:
     """
     scale = scale_named(request.scale)
     wanted = groups(request.name, scale, request.seeds)
+    if request.arms is not None:
+        wanted = only(wanted, request.arms.split(","))
     store = Store(request.out, scale)
     if request.dry_run:
         print(describe_plan(store, wanted))
+        if request.arms is not None:
+            print(describe_arms(store, wanted))
         return 0
     if request.tasks is not None:
         from infmoe.eval.zero_shot.files import read_tasks
@@ -96,6 +102,20 @@ def run_request(request: Request) -> int:
     for name in EXPERIMENTS if request.name == "all" else (request.name,):
         _render(store, name)
     return 0
+
+
+def only(wanted: list[Group], arms: list[str]) -> list[Group]:
+    """The groups with these arms alone.
+
+    Raises:
+        InfMoEError: an arm that none of them has.
+    """
+    known = list(dict.fromkeys(name for group in wanted for name in group.arms))
+    for name in arms:
+        if name not in known:
+            raise unknown_name("arm", name, known)
+    narrowed = [Group(tuple(a for a in group.arms if a in arms), group.tokens, group.seeds) for group in wanted]
+    return [group for group in narrowed if group.arms]
 
 
 def repeats(data: Path, wanted: list[Group]) -> str | None:
@@ -151,12 +171,11 @@ def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> in
 
     if request.jobs > 1:
         return start_workers(request.worker_words(data), request.jobs)
-    launch = shlex.split(request.launch) if request.launch else [sys.executable, "-m", "infmoe"]
     shop = Workshop(
         store=store,
         work=request.work / store.scale.name,
         data=data,
-        launch=tuple(launch),
+        launch=tuple(launch_words(request)),
         label=request.label,
         deadline=None if request.hours is None else time.monotonic() + 3600 * request.hours,
         say=lambda line: print(line, flush=True),
@@ -165,6 +184,11 @@ def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> in
     if not work_through(shop, wanted):
         print("time is up; the same command goes on from here", flush=True)
     return 0
+
+
+def launch_words(request: Request) -> list[str]:
+    """What starts a training run."""
+    return shlex.split(request.launch) if request.launch else [sys.executable, "-m", "infmoe"]
 
 
 def _render(store: Store, name: str) -> None:
@@ -198,6 +222,16 @@ def describe_plan(store: Store, wanted: list[Group]) -> str:
     return "\n".join(lines)
 
 
+def describe_arms(store: Store, wanted: list[Group]) -> str:
+    """The command that trains each arm by itself."""
+    last = {spec.arm.name: spec for spec in all_specs(store, wanted) if spec.seed == 1}
+    lines = []
+    for spec in last.values():
+        settings = [word for setting in spec.overrides() for word in ("--set", setting)]
+        lines.append(shlex.join(["infmoe", "train", spec.recipe, "--data", "DIR", *settings]))
+    return "\n".join(lines)
+
+
 def all_specs(store: Store, wanted: list[Group]) -> list[RunSpec]:
     """Every run, tuning included; a learning rate that is not known yet is the recipe's."""
     specs: dict[str, RunSpec] = {}
@@ -220,13 +254,13 @@ def _recipe_lr(spec: RunSpec) -> float:
 
 
 def smoke(request: Request, store: Store, wanted: list[Group], data: Path) -> None:
-    """Three steps of each arm at full width, with 1,024 tokens a step; all else is the run's own."""
+    """Three steps of each arm at full width, of 1,024 tokens each and without validation; all else is the run's own."""
     rows: list[dict[str, Any]] = []
     arms = {spec.arm.name: spec for spec in all_specs(store, wanted) if spec.seed}
     for spec in arms.values():
         folder = request.work / store.scale.name / f"smoke-{spec.arm.name}"
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, "-m", "infmoe", "train", spec.recipe, "--out", str(folder), "--data", str(data)]
+        command = [*launch_words(request), "train", spec.recipe, "--out", str(folder), "--data", str(data)]
         command += [word for setting in (*spec.overrides(), *_SMOKE) for word in ("--set", setting)]
         begin = time.monotonic()
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
