@@ -228,10 +228,10 @@ def test_equal_budgets_take_the_arm_that_comes_nearest(store, mini):
         for run in store.runs(name, mini.tokens):
             store.put(run.spec, run.values | {"cost": own})
     section = render_section("controls", store)
-    (ideal,) = [c for c in section.claims if "against MoE" in c.text and "ideal FLOPs" in c.text]
+    (ideal,) = [c for c in section.claims if "against MoE (4" in c.text and "ideal FLOPs" in c.text]
     assert (ideal.verdict, ideal.reason) == ("better", "∞-MoE with K = 1, 1/4")
     assert ideal.measured.startswith("-0.15")
-    (executed,) = [c for c in section.claims if "against MoE" in c.text and "executed FLOPs" in c.text]
+    (executed,) = [c for c in section.claims if "against MoE (4" in c.text and "executed FLOPs" in c.text]
     assert executed.verdict == "not run at this budget"
     assert "2.20, 2.00" in executed.reason
     rows = [line for line in section.body.splitlines() if line.startswith("| executed FLOPs per token")]

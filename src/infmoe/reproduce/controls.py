@@ -184,7 +184,7 @@ def _longer(store: Store) -> str:
 
 def _equal_budgets(store: Store, section: Section) -> str:
     tokens = store.scale.tokens
-    names = dict.fromkeys((*TIER1, *TIER2, *_STAND_INS))
+    names = dict.fromkeys((*TIER1, *TIER2, *_FINE, *_STAND_INS))
     first = {name: runs[0] for name in names if (runs := store.runs(name, tokens))}
     rows = []
     for budget, of in BUDGETS.items():
@@ -199,7 +199,7 @@ def _equal_budgets(store: Store, section: Section) -> str:
             seeds = "0" if difference is None else str(difference.count)
             found.append([budget, _STAND_INS[ours], name, f"{share:.2f}", text_of(difference, sign=True), seeds])
         rows += found or [[budget, "–", "none within a tenth", "–", "–", "–"]]
-    for rival, title in (("moe", "MoE (4 experts, top-2)"), ("dense-swiglu", "dense SwiGLU")):
+    for rival, title in _CLAIMED_RIVALS.items():
         for budget in _BUDGETS_CLAIMED:
             section.claims.append(_budget_claim(store, first, rival, title, budget))
     head = ("budget", "∞-MoE with", "rival", "the rival's, over ∞-MoE's", "loss of ∞-MoE minus it, nats", "seeds")
@@ -218,8 +218,15 @@ def _nearest(first: Mapping[str, Finished], rival: str, of: Callable[[Finished],
     return (ours, shares[ours]) if abs(shares[ours] - 1) <= _EQUAL else None
 
 
-# of one kind, the paper's form first
+_FINE = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
+_CLAIMED_RIVALS = {
+    "moe": "MoE (4 experts, top-2)",
+    "moe16-fine-k8-scaled": "MoE of 16 narrow experts, its output as large at the start",
+    "dense-swiglu": "dense SwiGLU",
+}
+# of one kind, the first where several are as near
 _KIN = {
+    "moe16-fine-k8-scaled": ("moe16-fine-k8-scaled", "moe16-fine-k4-scaled"),
     "moe": ("moe", "moe-scaled", "moe-plus"),
     "dense-swiglu": ("dense-swiglu", "dense-swiglu-active", "dense-swiglu-plus"),
 }
