@@ -141,7 +141,7 @@ def resolve_checkpoint(path: Path | str, warn: Callable[[str], None] = to_stderr
         if found is None:
             raise InfMoEError(f"{path} holds no checkpoint that verifies: train it, or restore the folder")
         path = found
-    elif (path / MANIFEST).exists() or (path / TRAINER_STATE).exists():
+    elif is_sealed(path):
         verify(path)
     check_architecture(path)
     return path
@@ -157,6 +157,25 @@ def check_architecture(model_dir: Path) -> None:
         raise InfMoEError(f"{model_dir} holds a {model_type!r} model: give one of model_type 'infmoe'")
     if not any(model_dir.glob("*.safetensors")):
         raise InfMoEError(f"{model_dir} holds no *.safetensors weights: convert them with save_pretrained")
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether the folder is a checkpoint of a run, which verifies as long as nothing is added to it."""
+    return (folder / MANIFEST).exists() or (folder / TRAINER_STATE).exists()
+
+
+def results_folder(path: Path) -> Path:
+    """Where what is measured on the model in `path` goes: that folder, or a sealed checkpoint's run.
+
+    Raises:
+        InfMoEError: a checkpoint that lies in no run.
+    """
+    folder = path.resolve()
+    if not is_sealed(folder):
+        return path
+    if folder.parent.name != FOLDER:
+        raise InfMoEError(f"{path} is a sealed checkpoint outside of a run: give --out, a folder for the results")
+    return folder.parents[1]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from infmoe.checkpoint import is_sealed
 from infmoe.errors import InfMoEError
 
 PACKAGES = ("infmoe", "torch", "transformers", "accelerate", "numpy", "tokenizers", "safetensors", "lm_eval")
@@ -79,8 +80,10 @@ def require_writable(folder: Path) -> None:
     """Make `folder`, and write to it once, before the work whose results go there.
 
     Raises:
-        InfMoEError: it cannot be made or written to.
+        InfMoEError: it cannot be made or written to, or is a sealed checkpoint.
     """
+    if is_sealed(folder):
+        raise InfMoEError(f"{folder} is sealed by its manifest, and would not verify any more: choose another --out")
     probe = folder / f".{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from helpers import tiny_model
 
-from infmoe.checkpoint import resolve_checkpoint
+from infmoe.checkpoint import resolve_checkpoint, verify
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
 from infmoe.eval.frontier import check_budgets, mark_frontier, measure_frontier, schedules, token_times
@@ -97,6 +98,32 @@ def test_generate_picks_from_it(profile_dir, tiny_run, capsys):
     ):
         assert main([*words, *more]) == 2
         assert named in capsys.readouterr().err
+
+
+FEW = ("--num-samples", "1", "--keep-ratio", "1/8", "--windows", "4")
+
+
+def test_a_checkpoint_stays_sealed_and_its_run_keeps_the_results(tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run.run, tmp_path / "run")
+    checkpoint = run / "checkpoints" / tiny_run.checkpoint.name
+    (tmp_path / "best").symlink_to(checkpoint)
+    before = sorted(path.name for path in checkpoint.iterdir())
+    assert main(["frontier", str(checkpoint), *FEW, "--rounds", "2", "--schedules", "0"]) == 0
+    assert f"profile: {run / profile_name(1)}" in capsys.readouterr().out
+    assert main(["sweep", str(tmp_path / "best"), *FEW, "--rounds", "4"]) == 0
+    assert {"frontier.json", "frontier.png", "sweep.json", "sweep.png"} <= {path.name for path in run.iterdir()}
+    verify(checkpoint)
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+    for place in (run, checkpoint, tmp_path / "best"):
+        assert main(["generate", str(place), "--max-new-tokens", "2", "--latency-budget-ms", "1e6"]) == 0
+    capsys.readouterr()
+    for command in ("frontier", "sweep"):
+        assert main([command, str(run), *FEW, "--out", str(checkpoint)]) == 2
+        assert "is sealed by its manifest" in capsys.readouterr().err
+        alone = shutil.copytree(checkpoint, tmp_path / command)
+        assert main([command, str(alone), *FEW]) == 2
+        assert "sealed checkpoint outside of a run: give --out" in capsys.readouterr().err
+    verify(checkpoint)
 
 
 def test_the_commands_mistakes_are_one_line(tiny_run, capsys, tmp_path):

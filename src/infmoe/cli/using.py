@@ -44,7 +44,7 @@ def generate(
         float | None, typer.Option("--max-loss-increase", help="Choose the dials: quickest that loses at most this.")
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option("--profile", help="What `infmoe frontier` wrote; default: frontier.json in DIR.")
+        Path | None, typer.Option("--profile", help="What `infmoe frontier` wrote; default: in DIR, or its run.")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Default: 100, or what fits.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
@@ -201,15 +201,18 @@ def sweep(
     batch_size: BatchOption = 16,
     rounds: Annotated[int, typer.Option("--rounds", min=4, help="Timing rounds, all points interleaved.")] = 40,
     seed: SeedOption = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for sweep.json and sweep.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="For sweep.json and sweep.png; default: DIR, or its run.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Loss against latency and FLOPs over a grid of the dials; table, picture and JSON."""
+    from infmoe.checkpoint import results_folder
     from infmoe.eval.plots import plot_sweep
     from infmoe.eval.sweep import sweep_checkpoint
     from infmoe.provenance import write_json
 
-    out = out or model_dir
+    out = out or results_folder(model_dir)
     result = sweep_checkpoint(
         model_dir,
         data_dir=data_dir,
@@ -256,16 +259,17 @@ def frontier(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the profile; default: DIR.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the profile; default: DIR, or its run.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure loss and time per token over the dials on this machine; `generate` chooses by it."""
+    from infmoe.checkpoint import results_folder
     from infmoe.eval.frontier import measure_frontier
     from infmoe.eval.plots import plot_frontier
     from infmoe.hf.budget import profile_name
     from infmoe.provenance import write_json
 
-    out = out or model_dir
+    place = out or results_folder(model_dir)
     result = measure_frontier(
         model_dir,
         data_dir=data_dir,
@@ -283,10 +287,10 @@ def frontier(
         seed=seed,
         device=device,
         dtype=dtype,
-        out=out,
+        out=place,
         quiet=as_json,
     )
-    profile = out / profile_name(rows)
+    profile = place / profile_name(rows)
     write_json(profile, result)
     picture = plot_frontier(result, profile.with_suffix(".png"), title=f"{model_dir}: what a token's time buys")
     show_points(result, as_json)
@@ -298,7 +302,7 @@ def frontier(
                 f"budget {row['budget_ms']:.2f} ms: met by {row['met']:.1%} of {row['steps']} tokens with "
                 f"{row['picked']}; regret {regret} nats"
             )
-        where = "" if out == model_dir else f" --profile {out}"
+        where = "" if out is None else f" --profile {out}"
         example = f"infmoe generate {model_dir} --latency-budget-ms {_example(result)}{where}"
         print(f"profile: {profile}; e.g. `{example}`")
 
