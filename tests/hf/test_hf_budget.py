@@ -11,9 +11,11 @@ from helpers import tiny_model, tokens
 from transformers import GenerationConfig
 
 from infmoe.errors import InfMoEError
-from infmoe.hf.budget import Profile, fingerprint, profile_name, profile_values, upper_increase, upper_p95
+from infmoe.hf.budget import Profile, profile_name, profile_values, upper_increase, upper_p95
+from infmoe.hf.identity import fingerprint
 from infmoe.layers import PerLayer, Routing
 from infmoe.layers.point import Point
+from infmoe.ops import dispatch
 
 # dials, loss, increase (at most `MORE` more, but for the model's own), median ms, ms of 95 %
 POINTS = [
@@ -155,7 +157,7 @@ def test_the_profile_lies_beside_the_checkpoint(folder, tmp_path):
     loaded = type(tiny_model()).from_pretrained(tmp_path).eval()
     loaded.generate(tokens(1, 4), max_new_tokens=2, do_sample=False, latency_budget_ms=5.5)
     assert loaded.picked.point == Point(2, 0.25)
-    with pytest.raises(InfMoEError, match="infmoe frontier DIR"):
+    with pytest.raises(InfMoEError, match="make it with `infmoe frontier DIR --dtype float32`, and pass profile=DIR"):
         tiny_model().generate(tokens(1, 4), max_new_tokens=2, latency_budget_ms=5.5)
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     tiny_model().save_pretrained(checkpoint)
@@ -189,9 +191,8 @@ def test_a_budget_beside_dials_is_refused(model, folder, given):
     ids=str,
 )
 def test_a_latency_of_other_batches_is_refused(model, folder, call):
-    with pytest.raises(
-        InfMoEError, match=r"not 2: measure that with `infmoe frontier runs/mine --rows 2 --dtype float32`"
-    ):
+    command = f"`infmoe frontier DIR --rows 2 --dtype float32 --out {folder}`"
+    with pytest.raises(InfMoEError, match=re.escape(f"not 2: measure that with {command}")):
         model.generate(**call, max_new_tokens=2, latency_budget_ms=5.0, profile=folder / profile_name(1))
     model.generate(**call, max_new_tokens=2, max_loss_increase=0.0, profile=folder)
     with pytest.raises(InfMoEError, match=r"no profile at .*frontier-rows2.json"):
@@ -206,23 +207,140 @@ def test_a_latency_is_for_plain_generation(model, folder):
         model.generate(tokens(1, 4), latency_budget_ms=5.0, profile=folder, assistant_model=tiny_model())
 
 
-def test_other_weights_and_other_surroundings_are_refused(model, folder, monkeypatch):
-    profile = Profile.load(folder)
+@pytest.fixture
+def saved(tmp_path):
+    """A model in a folder of its own, with its profile; `saved(**how)` opens it."""
+    folder = tmp_path / "mine"
+    tiny_model("moe").save_pretrained(folder)
+
+    def load(**how):
+        return type(tiny_model()).from_pretrained(folder, **how).eval()
+
+    written(folder, load())
+    return load
+
+
+def refusal(profile, model):
+    with pytest.raises(InfMoEError) as caught:
+        profile.check(model)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_other_weights_are_refused_and_the_command_measures_the_model_that_was_opened(saved, tmp_path):
+    model = saved()
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    profile = Profile.load(mine)
     profile.check(model)
-    monkeypatch.setenv("INFMOE_BACKEND", "eager")
-    with pytest.raises(InfMoEError, match=r"otherwise than here \(backend auto there, eager here\)"):
-        profile.check(model)
-    monkeypatch.undo()
     with torch.no_grad():
-        model.transformer.h[1].mlp.w1.weight += 1e-3
-    with pytest.raises(InfMoEError, match=r"other weights.*`infmoe frontier runs/mine --dtype float32`"):
-        profile.check(model)
-    path = folder / profile_name(1)
-    values = json.loads(path.read_text())
-    values["machine"] |= {"cpu": "Abacus", "threads": 77, "device": "cuda"}
+        model.transformer.h[1].mlp.router.weight += 1e-2
+    line = refusal(profile, model)
+    assert "is of other weights" in line
+    assert line.endswith(f"measure again with `infmoe frontier {mine} --dtype float32`")
+    model.save_pretrained(other)
+    line = refusal(profile, type(model).from_pretrained(other))
+    assert line.endswith(f"measure this model with `infmoe frontier {other} --dtype float32`, and leave profile out")
+    line = refusal(profile, saved(rank_damping=0.25, gate_norm="all"))
+    assert line.endswith(
+        f"measure it with `infmoe frontier {mine} --dtype float32 --set gate_norm=all --set rank_damping=0.25 "
+        f"--out {mine}/gate_norm-all-rank_damping-0.25`, and pass that folder as profile"
+    )
+
+
+def test_a_profile_of_another_machine_is_measured_again(saved, tmp_path):
+    path = tmp_path / "elsewhere" / profile_name(1)
+    path.parent.mkdir()
+    values = json.loads((tmp_path / "mine" / profile_name(1)).read_text())
+    values["machine"] |= {"cpu": "Abacus", "threads": 77}
     path.write_text(json.dumps(values))
-    with pytest.raises(InfMoEError, match=r"\(cpu Abacus there, .* threads 77 there.*device cuda there, cpu here\)"):
-        Profile.load(folder).check(tiny_model())
+    line = refusal(Profile.load(path), saved())
+    assert re.search(r"otherwise than here \(cpu Abacus there, .* here, threads 77 there, 1 here\)", line)
+    command = f"OMP_NUM_THREADS=1 infmoe frontier {tmp_path}/mine --dtype float32 --out {path.parent}"
+    assert line.endswith(f"measure again with `{command}`")
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "match", "apart"),
+    [
+        (
+            *("threads", 2, "set OMP_NUM_THREADS=2 or torch.set_num_threads(2)"),
+            "OMP_NUM_THREADS=1 infmoe frontier {0} --dtype float32 --out {0}/threads-1",
+        ),
+        ("dtype", "bfloat16", "open it in bfloat16", "infmoe frontier {0} --dtype float32 --out {0}/dtype-float32"),
+        ("backend", "eager", "set INFMOE_BACKEND=eager", "infmoe frontier {0} --dtype float32 --out {0}/backend-auto"),
+        ("device", "cuda", "open it on 'cuda'", "infmoe frontier {0} --dtype float32 --out {0}/device-cpu"),
+        ("attention", "eager", "open it with attn_implementation='eager'", None),
+    ],
+)
+def test_a_model_that_runs_otherwise_is_told_what_to_match(saved, tmp_path, name, there, match, apart):
+    path = tmp_path / "mine" / profile_name(1)
+    values = json.loads(path.read_text())
+    values["machine"][name] = there
+    path.write_text(json.dumps(values))
+    line = refusal(Profile.load(path), saved())
+    assert f"({name} {there} there, " in line
+    assert f"here): {match}" in line
+    if apart is None:
+        assert "infmoe frontier" not in line
+    else:  # nothing overwrites the profile that is there
+        assert line.endswith(f"or measure it with `{apart.format(path.parent)}`, and pass that folder as profile")
+
+
+def test_the_command_runs_the_backend_that_the_environment_asks_for(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("INFMOE_BACKEND", "eager")
+    mine = tmp_path / "mine"
+    command = f"INFMOE_BACKEND=eager infmoe frontier {mine} --dtype float32 --out {mine}/backend-eager"
+    line = refusal(Profile.load(mine), saved())
+    assert "(backend auto there, eager here): set INFMOE_BACKEND=auto; or" in line
+    assert line.endswith(f"measure it with `{command}`, and pass that folder as profile")
+
+
+def test_compiled_kernels_are_part_of_the_surroundings(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "use_kernels", lambda: True)
+    monkeypatch.setattr("infmoe.hf.identity._build", lambda: "avx9, build 1")
+    written(tmp_path / "mine", saved())
+    profile = Profile.load(tmp_path / "mine")
+    profile.check(saved())
+    monkeypatch.setattr(dispatch, "use_kernels", lambda: False)
+    line = refusal(profile, saved())
+    assert "(kernels avx9, build 1 there, None here): measure again with `infmoe frontier" in line
+
+
+def test_a_missing_profile_names_the_command_of_the_model(saved, tmp_path):
+    ids, places = tokens(1, 4), (None, tmp_path / "none")
+    (tmp_path / "mine" / profile_name(1)).unlink()
+    for profile, more in zip(places, ("", f" --out {tmp_path}/none"), strict=True):
+        command = f"`infmoe frontier {tmp_path}/mine --dtype float32{more}`"
+        with pytest.raises(InfMoEError, match=f"no profile at .*: {re.escape(f'make it with {command}')}"):
+            saved().generate(ids, max_new_tokens=2, latency_budget_ms=5.5, profile=profile)
+    with pytest.raises(InfMoEError, match=re.escape(f"make it with `infmoe frontier {tmp_path}/mine`")):
+        Profile.load(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "positions"),
+    [
+        (5, {"max_new_tokens": 8}, 13),
+        (5, {"max_length": 13}, 13),
+        (5, {}, 25),
+        (5, {"max_new_tokens": 500}, 32),  # the context
+        (13, {"generation_config": GenerationConfig(max_new_tokens=1)}, 14),
+    ],
+)
+def test_a_latency_is_of_caches_about_as_long_as_those_that_were_timed(saved, tmp_path, prompt, given, positions):
+    path = tmp_path / "mine" / profile_name(1)
+    values = json.loads(path.read_text())
+    for last in (-(-positions // 2), -(-positions // 2) - 1):
+        path.write_text(json.dumps(values | {"cached_tokens": [2, last]}))
+        profile = Profile.load(path)
+        if 2 * last >= positions:
+            profile.check_length(saved(), positions)
+            continue
+        with pytest.raises(InfMoEError) as caught:
+            saved().generate(tokens(1, prompt), latency_budget_ms=5.5, profile=profile, **given)
+        longer = f"--prompt-length {positions - last + 2} --dtype float32"
+        assert f"timed with 2 to {last} tokens cached, and says nothing of {positions}, which" in str(caught.value)
+        assert str(caught.value).endswith(f"measure longer prompts with `infmoe frontier {tmp_path}/mine {longer}`")
 
 
 def test_the_fingerprint_is_of_the_checkpoint_however_it_is_opened(tmp_path):
@@ -232,9 +350,7 @@ def test_the_fingerprint_is_of_the_checkpoint_however_it_is_opened(tmp_path):
         assert fingerprint(type(model).from_pretrained(tmp_path, **how)) == fingerprint(model)
 
 
-def test_another_type_is_another_profile_and_the_remedy_measures_it(folder):
-    with pytest.raises(InfMoEError, match=r"dtype float32 there, bfloat16 here.*frontier runs/mine --dtype bfloat16`"):
-        Profile.load(folder).check(tiny_model().bfloat16())
+def test_no_profile_is_of_half_precision(folder):
     with pytest.raises(InfMoEError, match=r"this model is in float16: open it in one"):
         Profile.load(folder).check(tiny_model().half())
 
@@ -262,6 +378,30 @@ def test_the_fingerprint_tells_checkpoints_apart():
     assert fingerprint(wide) != small_step
 
 
+@pytest.mark.parametrize(
+    ("ffn", "options", "digest"),
+    [
+        ("infinity", {}, "24b4655de1b724e46a0ef64f71ef6e2942ef27621da49d432e18df49ec5e2761"),
+        ("infinity", {"mask_scale": "rms"}, "3d0ae66a94c7180bc35e94aa3f8717da9ffe7f70e215b48fa749908a6926505a"),
+        ("moe", {}, "9d2cfcbc88c2fa5608552e8e545b52f29be3702daf5b6ddff5cb20e9d09f7c84"),
+        ("moe", {"rank_damping": 0.25}, "e51e87315cff1b6093d7a699b09fb99b9fb72963904013adf3f5f37354666758"),
+    ],
+)
+def test_the_fingerprint_stays_what_it_was(ffn, options, digest):
+    """A new field of the config must leave it alone: measured profiles hang on it."""
+    model = tiny_model(ffn, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((torch.arange(parameter.numel()) % 251 / 256).view_as(parameter))  # exact in bfloat16
+    assert fingerprint(model) == digest
+
+
+def test_a_number_is_the_same_as_an_integer_and_as_a_float():
+    assert fingerprint(tiny_model("moe", routed_scaling_factor=2)) == fingerprint(
+        tiny_model("moe", routed_scaling_factor=2.0)
+    )
+
+
 def test_the_bound_lies_above_the_percentile_nineteen_times_in_twenty():
     draw = torch.Generator().manual_seed(0)
     true = -math.log(0.05)  # of the exponential distribution
@@ -281,7 +421,7 @@ ROW = {
     "token_ms_p95": 2.0,
 }
 EMPTY = {
-    "version": 2,
+    "version": 3,
     "points": [],
     "checkpoint": "a",
     "machine": {},
@@ -298,8 +438,8 @@ EMPTY = {
         ("{", "no JSON"),
         ("[]", "no profile of this version"),
         ('{"version": 99}', "no profile of this version"),
-        ('{"version": 1, "points": [{}]}', "no profile of this version"),
-        ('{"version": 2, "points": [{}]}', "damaged"),
+        ('{"version": 2, "points": [{}]}', "no profile of this version"),
+        ('{"version": 3, "points": [{}]}', "damaged"),
         (json.dumps(EMPTY), "no points"),
         (json.dumps(EMPTY | {"points": [ROW | {"loss": float("nan")}]}), "not finite"),
         (json.dumps(EMPTY | {"points": [ROW | {"keep_ratio": "abc"}]}), "damaged"),
@@ -312,6 +452,6 @@ def test_damaged_profiles_are_one_line_with_the_command(tmp_path, content, named
         (tmp_path / profile_name(1)).write_text(content)
     with pytest.raises(InfMoEError, match=named) as caught:
         Profile.load(tmp_path)
-    assert "`infmoe frontier DIR`" in str(caught.value)
+    assert f"`infmoe frontier DIR --out {tmp_path}`" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)

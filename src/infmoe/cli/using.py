@@ -38,7 +38,10 @@ def generate(
     ] = None,
     mode: ModeOption = None,
     latency_budget_ms: Annotated[
-        float | None, typer.Option("--latency-budget-ms", help="Choose the dials: lowest loss within this per token.")
+        float | None,
+        typer.Option(
+            "--latency-budget-ms", help="Choose the dials: lowest loss within this for every token but the first."
+        ),
     ] = None,
     max_loss_increase: Annotated[
         float | None, typer.Option("--max-loss-increase", help="Choose the dials: quickest that loses at most this.")
@@ -55,11 +58,12 @@ def generate(
 ) -> None:
     """Continue a prompt, token by token."""
     from infmoe.eval.dials import grid, parse_mode, parse_ratios
-    from infmoe.eval.generation import generate_text
+    from infmoe.eval.generation import generate_text, request
     from infmoe.eval.loading import open_model
     from infmoe.hf.budget import pick
 
     opened = open_model(model_dir, device, dtype)
+    tokenizer = opened.tokenizer()
     dials = {
         "--num-samples": num_samples,
         "--keep-ratio": keep_ratio,
@@ -71,7 +75,8 @@ def generate(
         for option, value in dials.items():
             if value is not None:
                 raise InfMoEError(f"a budget chooses the dials itself: leave {option} out")
-        choice = pick(opened.model, profile, rows=1, **budget)
+        ids, new_tokens = request(opened.model, tokenizer, prompt, max_new_tokens)
+        choice = pick(opened.model, profile, rows=1, positions=len(ids) + new_tokens, **budget)
         print(choice.reason, file=sys.stderr)
         point = choice.point
     else:
@@ -89,7 +94,7 @@ def generate(
         point = points[0]
     generate_text(
         opened.model,
-        opened.tokenizer(),
+        tokenizer,
         prompt,
         point,
         max_new_tokens=max_new_tokens,

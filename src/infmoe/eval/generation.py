@@ -46,19 +46,7 @@ def generate_text(
     Raises:
         InfMoEError: a prompt that leaves no room in the context, or a dial that the model does not have.
     """
-    context = model.config.max_position_embeddings
-    ids = tokenizer(prompt)["input_ids"] if prompt else _document_start(model, tokenizer)
-    room = context - len(ids)
-    wanted = min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
-    if room < 1:
-        raise InfMoEError(
-            f"the prompt has {len(ids)} tokens and the model's context {context}: shorten it to {context - 1} or fewer"
-        )
-    if not 1 <= wanted <= room:
-        raise InfMoEError(
-            f"max_new_tokens must lie in 1 .. {room}, which the context of {context} leaves after a prompt "
-            f"of {len(ids)} tokens, got {wanted}"
-        )
+    ids, wanted = request(model, tokenizer, prompt, max_new_tokens)
     if not temperature >= 0:
         raise InfMoEError(f"temperature must be 0 or more, got {temperature}")
     device = next(model.parameters()).device
@@ -79,6 +67,30 @@ def generate_text(
         **sampling,
     )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def request(
+    model: Any, tokenizer: "PreTrainedTokenizerFast", prompt: str, max_new_tokens: int | None
+) -> tuple[list[int], int]:
+    """The token ids of a prompt, and how many new ones follow; see `generate_text`.
+
+    Raises:
+        InfMoEError: they do not fit the context.
+    """
+    context = model.config.max_position_embeddings
+    ids = tokenizer(prompt)["input_ids"] if prompt else _document_start(model, tokenizer)
+    room = context - len(ids)
+    wanted = min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
+    if room < 1:
+        raise InfMoEError(
+            f"the prompt has {len(ids)} tokens and the model's context {context}: shorten it to {context - 1} or fewer"
+        )
+    if not 1 <= wanted <= room:
+        raise InfMoEError(
+            f"max_new_tokens must lie in 1 .. {room}, which the context of {context} leaves after a prompt "
+            f"of {len(ids)} tokens, got {wanted}"
+        )
+    return ids, wanted
 
 
 def _document_start(model: Any, tokenizer: Any) -> list[int]:

@@ -1,6 +1,5 @@
 """From a budget to a setting of the dials: the profile that `infmoe frontier` writes, and what is picked from it."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -8,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from infmoe.errors import InfMoEError
+from infmoe.hf.identity import fingerprint, home, measure_command, opened_with, surroundings, usual_places
 from infmoe.layers.point import Point
-from infmoe.ops import dispatch
-from infmoe.provenance import machine
 
-_VERSION = 2
-_MACHINE = ("system", "cpu", "cpu_capability", "threads", "accelerator")  # what a latency hangs on
-_SAMPLED = 64  # entries of each tensor that the fingerprint looks at, about
+_VERSION = 3
 _FIGURES = ("loss", "increase", "increase_at_most", "token_ms", "token_ms_p95")
-# What changes neither loss nor time at a profile's points, which say themselves what the dials are.
-_WITHOUT_BEARING = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
-    *("num_samples", "keep_ratio", "num_experts_per_tok"),
+_REACH = 2  # times the longest cache that was timed: a request that goes further is refused
+# How a model runs, where the caller may choose it: what makes it run as the profile did.
+_MATCH = {
+    "device": "open it on {0!r} (--device {0})",
+    "dtype": "open it in {0} (--dtype {0})",
+    "threads": "set OMP_NUM_THREADS={0} or torch.set_num_threads({0})",
+    "attention": "open it with attn_implementation={0!r}",
+    "backend": "set INFMOE_BACKEND={0}",
 }
 
 
@@ -90,12 +89,13 @@ class Profile:
     path: Path
 
     @staticmethod
-    def load(path: Path | str, rows: int = 1) -> "Profile":
+    def load(path: Path | str, rows: int = 1, model: nn.Module | None = None) -> "Profile":
         """Read a file that `infmoe frontier` wrote.
 
         Args:
             path: the file, or the folder that it is in.
             rows: which of a folder's profiles.
+            model: whose it is to be, for the command that an error names.
 
         Raises:
             InfMoEError: no such file, or a damaged one; names the command that makes it.
@@ -103,23 +103,31 @@ class Profile:
         path = Path(path)
         if path.is_dir():
             path = path / profile_name(rows)
+        place = path.parent if path.suffix == ".json" or path.is_file() else path
+        remedy = f"make it with {measure_command(model, rows, place=place)}"
         try:
             values = json.loads(path.read_text())
         except OSError as error:
-            raise InfMoEError(f"no profile at {path}: {_remedy(rows=rows)}") from error
+            raise InfMoEError(f"no profile at {path}: {remedy}") from error
         except ValueError as error:
-            raise InfMoEError(f"{path} is damaged (no JSON): {_remedy(rows=rows)}") from error
-        return Profile.of(values, path)
+            raise InfMoEError(f"{path} is damaged (no JSON): {remedy}") from error
+        return Profile.of(values, path, remedy)
 
     @staticmethod
-    def of(values: Any, path: Path) -> "Profile":
+    def of(values: Any, path: Path, remedy: str | None = None) -> "Profile":
         """From a file's content.
+
+        Args:
+            values: the content.
+            path: the file.
+            remedy: how to make another, for an error.
 
         Raises:
             InfMoEError: it is no profile; names the command that makes one.
         """
+        remedy = remedy or f"make it with {measure_command(place=path.parent)}"
         if not isinstance(values, dict) or values.get("version") != _VERSION:
-            raise InfMoEError(f"{path} is no profile of this version: {_remedy()}")
+            raise InfMoEError(f"{path} is no profile of this version: {remedy}")
         try:
             points = tuple(_measured(row) for row in values["points"])
             first, last = values["cached_tokens"]
@@ -134,27 +142,83 @@ class Profile:
             )
         except (KeyError, TypeError, ValueError, AttributeError, InfMoEError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InfMoEError(f"{path} is damaged ({type(error).__name__}: {reason}): {_remedy()}") from error
+            raise InfMoEError(f"{path} is damaged ({type(error).__name__}: {reason}): {remedy}") from error
         if not points:
-            raise InfMoEError(f"{path} holds no points: {_remedy()}")
+            raise InfMoEError(f"{path} holds no points: {remedy}")
         return profile
 
     def check(self, model: nn.Module) -> None:
         """Raise unless this is a profile of `model`, here.
 
         Raises:
-            InfMoEError: it is of another checkpoint or another machine; names the command that makes one.
+            InfMoEError: it is of another checkpoint, or was measured otherwise than the model runs here; names what
+                makes it fit, and the command that measures one that does.
         """
         here = surroundings(model)
         if here["dtype"] not in ("float32", "bfloat16"):
             raise InfMoEError(f"profiles are of float32 and bfloat16, this model is in {here['dtype']}: open it in one")
-        remedy = _remedy(self.source, self.rows, "measure again", model)
         if fingerprint(model) != self.checkpoint:
-            raise InfMoEError(f"{self.path} is of other weights, or another configuration, than this model's: {remedy}")
+            raise InfMoEError(
+                f"{self.path} is of other weights, or another configuration, than this model's: {self._own(model)}"
+            )
         other = [name for name in here if self.machine.get(name) != here[name]]
+        if {"device", "backend"} & set(other):
+            other = [name for name in other if name != "kernels"]  # they follow from those
         if other:
             differences = ", ".join(f"{name} {self.machine.get(name)} there, {here[name]} here" for name in other)
+            remedy = self._fitting(model, {name: here[name] for name in other})
             raise InfMoEError(f"{self.path} was measured otherwise than here ({differences}): {remedy}")
+
+    def check_length(self, model: Any, positions: int) -> None:
+        """Raise where a request goes further than this profile says anything about.
+
+        Args:
+            model: whose profile this is.
+            positions: tokens of the prompt and of the text that is asked for.
+
+        Raises:
+            InfMoEError: more than twice as many as were cached at the last timed token.
+        """
+        first, last = self.cached_tokens
+        positions = min(positions, model.config.max_position_embeddings)
+        if positions > _REACH * last:
+            longer = f"--prompt-length {max(1, positions - (last - first))}"
+            command = measure_command(model, self.rows, place=self.path.parent, more=longer)
+            raise InfMoEError(
+                f"{self.path} was timed with {first} to {last} tokens cached, and says nothing of {positions}, which "
+                f"prompt and new tokens come to: measure longer prompts with {command}"
+            )
+
+    def _own(self, model: nn.Module) -> str:
+        """How a model of other weights comes by a profile; this one stays where it may be another model's."""
+        changed = opened_with(model)
+        if changed:
+            return self._apart(model, changed)
+        if self.path.parent.resolve() in usual_places(model):
+            return f"measure again with {measure_command(model, self.rows, place=self.path.parent)}"
+        return f"measure this model with {measure_command(model, self.rows)}, and leave profile out"
+
+    def _fitting(self, model: nn.Module, here: dict[str, Any]) -> str:
+        """What to do where a profile of the same weights was measured otherwise.
+
+        Args:
+            model: its own.
+            here: what differs, as it is here.
+        """
+        match = {name: _MATCH[name].format(self.machine.get(name)) for name in here if name in _MATCH}
+        threads = here.get("threads")
+        if len(match) < len(here):  # another machine: nothing is lost with the old figures
+            again = measure_command(model, self.rows, place=self.path.parent, threads=threads)
+            return f"measure again with {again}"
+        if "attention" in here:  # no option of the command's
+            return "; ".join(match.values())
+        return f"{'; '.join(match.values())}; or {self._apart(model, here, threads)}"
+
+    def _apart(self, model: nn.Module, settings: dict[str, Any], threads: int | None = None) -> str:
+        """How to measure the model in a folder of its own, so that this profile stays."""
+        name = "-".join(f"{name}-{value}" for name, value in settings.items())
+        command = measure_command(model, self.rows, place=self.path.parent / name, threads=threads)
+        return f"measure it with {command}, and pass that folder as profile"
 
     def choose(self, *, latency_budget_ms: float | None = None, max_loss_increase: float | None = None) -> Choice:
         """The point of lowest loss within a latency, or of least time within a loss.
@@ -233,18 +297,6 @@ def upper_increase(increase: float, standard_error: float, windows: int) -> floa
     return increase + t * standard_error
 
 
-def surroundings(model: nn.Module) -> dict[str, Any]:
-    """What a latency hangs on beside the weights: the machine, and how the model runs there."""
-    here, parameter = machine(), next(model.parameters())
-    return {name: here[name] for name in _MACHINE} | {
-        "torch": torch.__version__,
-        "device": parameter.device.type,
-        "dtype": _dtype(parameter),
-        "attention": str(getattr(model.config, "_attn_implementation", None)),
-        "backend": dispatch.requested(None),
-    }
-
-
 def _measured(row: dict[str, Any]) -> Measured:
     measured = Measured(Point.of(row), *(float(row[name]) for name in _FIGURES))
     if not all(math.isfinite(getattr(measured, name)) for name in _FIGURES):
@@ -253,23 +305,8 @@ def _measured(row: dict[str, Any]) -> Measured:
     return measured
 
 
-def _dtype(parameter: nn.Parameter) -> str:
-    return str(parameter.dtype).removeprefix("torch.")
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _remedy(source: str = "DIR", rows: int = 1, verb: str = "make it", model: nn.Module | None = None) -> str:
-    """The command that makes a profile, of this model if there is one."""
-    more = "" if rows == 1 else f" --rows {rows}"
-    if model is not None:
-        parameter = next(model.parameters())
-        more += f" --dtype {_dtype(parameter)}"
-        if parameter.device.type == "cpu" and torch.cuda.is_available():
-            more += " --device cpu"
-    return f"{verb} with `infmoe frontier {source}{more}`"
 
 
 def _count(points: list[Measured]) -> str:
@@ -288,25 +325,14 @@ def profile_values(model: nn.Module, rows: list[dict[str, Any]], *, num_rows: in
     }
 
 
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """A hash that tells checkpoints apart: of the configuration, and of some entries of every parameter.
-
-    Of the entries as bfloat16, so that a checkpoint is itself in float32 and in bfloat16.
-    """
-    digest = hashlib.sha256()
-    names = [name for name in type(model.config).__annotations__ if name not in _WITHOUT_BEARING]  # of its own
-    own = {name: getattr(model.config, name) for name in names}
-    digest.update(json.dumps(own, sort_keys=True, default=str).encode())
-    for name, param in sorted(model.named_parameters()):
-        flat = param.detach().reshape(-1)
-        every = max(1, flat.numel() // _SAMPLED) | 1  # odd: or it would look at one column of most matrices
-        digest.update(f"{name} {tuple(param.shape)}".encode())
-        digest.update(flat[::every].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def pick(model: Any, profile: Profile | Path | str | None, *, rows: int, **budget: float | None) -> Choice:
+def pick(
+    model: Any,
+    profile: Profile | Path | str | None,
+    *,
+    rows: int,
+    positions: int,
+    **budget: float | None,
+) -> Choice:
     """The dials that `generate` runs a budget with.
 
     Args:
@@ -314,6 +340,7 @@ def pick(model: Any, profile: Profile | Path | str | None, *, rows: int, **budge
         profile: a profile, its file, or its folder; None: beside the checkpoint that the model came from, or in the
             run's folder.
         rows: sequences that are generated at once; a loss budget takes the profile of one row where there is none.
+        positions: tokens of the prompt and of the text that is asked for, which a latency is checked against.
         **budget: see `Profile.choose`.
 
     Raises:
@@ -326,23 +353,24 @@ def pick(model: Any, profile: Profile | Path | str | None, *, rows: int, **budge
         profile = _find(model, profile, rows, timed)
     profile.check(model)
     if timed and rows != profile.rows:
-        remedy = _remedy(profile.source, rows, "measure that", model)
-        raise InfMoEError(f"{profile.path} was measured with {profile.rows} row(s) at once, not {rows}: {remedy}")
+        command = measure_command(model, rows, place=profile.path.parent)
+        raise InfMoEError(
+            f"{profile.path} was measured with {profile.rows} row(s) at once, not {rows}: measure that with {command}"
+        )
+    if timed:
+        profile.check_length(model, positions)
     return profile.choose(**budget)
 
 
 def _find(model: Any, place: Path | str | None, rows: int, timed: bool) -> Profile:
-    if place is not None:
-        places = [Path(place)]
-    else:
-        source = str(getattr(model.config, "_name_or_path", ""))
-        if not source or not Path(source).is_dir():
-            raise InfMoEError("a budget needs a profile: run `infmoe frontier DIR`, and pass profile=DIR")
-        checkpoint = Path(source).resolve()
-        places = [checkpoint, *checkpoint.parents[:2]]  # a run's checkpoints lie two folders down
+    places = [Path(place)] if place is not None else usual_places(model)
+    if not places:
+        raise InfMoEError(
+            f"a budget needs a profile: make it with {measure_command(model, rows)}, and pass profile=DIR"
+        )
     names = list(dict.fromkeys([profile_name(rows), *([] if timed else [profile_name(1)])]))
-    for place in places:
+    for folder in places:
         for name in names:
-            if place.is_file() or (place / name).is_file():
-                return Profile.load(place if place.is_file() else place / name)
-    return Profile.load(places[0] / names[0] if places[0].is_dir() else places[0], rows)
+            if folder.is_file() or (folder / name).is_file():
+                return Profile.load(folder if folder.is_file() else folder / name, rows, model)
+    return Profile.load(places[0] if place is not None else home(model) or places[0], rows, model)

@@ -11,6 +11,7 @@ from infmoe.hf.budget import Choice, Profile, pick
 from infmoe.layers.routing import DIALS, Routing
 
 _LOG = logging.getLogger("infmoe")
+_NEW_TOKENS = 20  # transformers' own default
 
 
 class InfMoEGenerationMixin(GenerationMixin):
@@ -35,7 +36,8 @@ class InfMoEGenerationMixin(GenerationMixin):
 
         Args:
             *args, **kwargs: as in transformers, and this model's dials or `routing`.
-            latency_budget_ms: run the setting of lowest loss whose tokens take at most this, in 95 of 100 cases.
+            latency_budget_ms: run the setting of lowest loss whose tokens take at most this, in 95 of 100 cases; each
+                token from the second on, since the first one's time is the prompt's.
             max_loss_increase: run the quickest setting that loses at most so many nats over the model's own.
             profile: what `infmoe frontier` measured (a `Profile`, its file or folder); None: beside the checkpoint.
 
@@ -52,7 +54,7 @@ class InfMoEGenerationMixin(GenerationMixin):
             timed = latency_budget_ms is not None
             self._refuse_dials_beside_a_budget(kwargs, timed=timed)
             rows = self._rows_of(args, kwargs, timed=timed)
-            self.picked = pick(self, profile, rows=rows, **budget)
+            self.picked = pick(self, profile, rows=rows, positions=self._positions_of(args, kwargs), **budget)
             if self.picked.reason != self._said:
                 _LOG.warning("picked %s", self.picked.reason)
                 self._said = self.picked.reason
@@ -84,12 +86,24 @@ class InfMoEGenerationMixin(GenerationMixin):
                     raise InfMoEError(f"a latency budget is for plain generation, a token a step: leave {name} out")
             if self._setting_of("use_cache", args, kwargs) is False:
                 raise InfMoEError("a latency budget is for cached generation: leave use_cache=False out")
-        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-        inputs = next((value for value in given if value is not None), None)
-
+        inputs = self._inputs_of(args, kwargs)
         batch_size = 1 if inputs is None else len(inputs)
         repeats = [self._setting_of(name, args, kwargs) or 1 for name in ("num_beams", "num_return_sequences")]
         return batch_size * max(repeats)
+
+    def _positions_of(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        """Tokens of the prompt and of what a call of `generate` may add to it."""
+        inputs = self._inputs_of(args, kwargs)
+        prompt = 1 if inputs is None else inputs.shape[1]
+        new = self._setting_of("max_new_tokens", args, kwargs)
+        longest = self._setting_of("max_length", args, kwargs) if new is None else None
+        return longest or prompt + (new or _NEW_TOKENS)
+
+    @staticmethod
+    def _inputs_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The prompts of a call of `generate`: ids (B, T), embeddings (B, T, D), or None."""
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        return next((value for value in given if value is not None), None)
 
     @staticmethod
     def _refuse_dials_beside_a_budget(kwargs: dict[str, Any], *, timed: bool) -> None:

@@ -15,7 +15,7 @@ from infmoe.eval.loading import open_model
 from infmoe.eval.zero_shot.local import read_local
 from infmoe.eval.zero_shot.show import finished, with_error
 from infmoe.eval.zero_shot.tasks import Column, columns_named
-from infmoe.hf.budget import fingerprint
+from infmoe.hf.identity import fingerprint
 from infmoe.layers.point import Point
 from infmoe.provenance import provenance, write_json
 
