@@ -235,7 +235,7 @@ def test_other_weights_are_refused_and_the_command_measures_the_model_that_was_o
     with torch.no_grad():
         model.transformer.h[1].mlp.router.weight += 1e-2
     line = refusal(profile, model)
-    assert "is of other weights" in line
+    assert f"{mine / profile_name(1)}, measured on runs/mine, is of other weights" in line
     assert line.endswith(f"measure again with `infmoe frontier {mine} --dtype float32`")
     model.save_pretrained(other)
     line = refusal(profile, type(model).from_pretrained(other))

@@ -159,7 +159,8 @@ class Profile:
             raise InfMoEError(f"profiles are of float32 and bfloat16, this model is in {here['dtype']}: open it in one")
         if fingerprint(model) != self.checkpoint:
             raise InfMoEError(
-                f"{self.path} is of other weights, or another configuration, than this model's: {self._own(model)}"
+                f"{self.path}, measured on {self.source}, is of other weights, or another configuration, than this "
+                f"model's: {self._own(model)}"
             )
         other = [name for name in here if self.machine.get(name) != here[name]]
         if {"device", "backend"} & set(other):
