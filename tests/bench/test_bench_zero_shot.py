@@ -15,7 +15,7 @@ from infmoe.cli import main
 def test_every_task_is_timed_with_both_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zero_shot_speed, "WINDOW", 64)
     files = write_files(tmp_path / "files")
-    assert main(["bench", "zero_shot", "--quick", "--data-dir", str(files), "--json"]) == 0
+    assert main(["bench", "zero_shot", "--quick", "--tasks-dir", str(files), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     tasks = ["BoolQ", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA", "SAT-en"]
     arms = ["ours", "lm-eval's hf", "ours over lm-eval's"]
@@ -28,7 +28,8 @@ def test_every_task_is_timed_with_both_models(tmp_path, monkeypatch, capsys):
 
 
 def test_files_are_for_what_reads_them(tmp_path, capsys):
-    assert main(["bench", "router", "--data-dir", str(tmp_path)]) == 2
-    assert "--data-dir goes with zero_shot: router reads no files" in capsys.readouterr().err
-    assert main(["bench", "zero_shot", "--quick", "--data-dir", str(tmp_path / "none")]) == 2
-    assert "cannot read" in capsys.readouterr().err
+    assert main(["bench", "router", "--tasks-dir", str(tmp_path)]) == 2
+    assert "--tasks-dir goes with zero_shot: router reads no files" in capsys.readouterr().err
+    for option in ("--tasks-dir", "--data-dir"):
+        assert main(["bench", "zero_shot", "--quick", option, str(tmp_path / "none")]) == 2
+        assert "cannot read" in capsys.readouterr().err

@@ -151,6 +151,28 @@ def test_evaluate_json(cli, tiny_run):
     assert all(a != b for a, b in zip(losses("--seed", "1"), losses(), strict=True))
 
 
+def test_evaluate_and_sweep_open_the_model_as_they_are_told(cli, tiny_run, tmp_path):
+    few = ("--windows", "4", "--num-samples", "2", "--keep-ratio", "1/16", "--json")
+    how = ("--device", "cpu", "--dtype", "bfloat16", "--set", "mask_scale=rms")
+    sweep = ("sweep", tiny_run.run, "--rounds", "4", "--out", tmp_path)
+    plain, scaled, swept = (
+        evaluated(cli(*words))
+        for words in (("evaluate", tiny_run.run, *few), ("evaluate", tiny_run.run, *few, *how), (*sweep, *few, *how))
+    )
+    assert (plain["device"], plain["dtype"], plain["overrides"]) == ("cpu", "float32", [])
+    for result in (scaled, swept):
+        assert (result["device"], result["dtype"], result["overrides"]) == ("cpu", "bfloat16", ["mask_scale=rms"])
+        assert result["points"][0]["loss"] != plain["points"][0]["loss"]
+    assert swept["points"][0]["loss"] == scaled["points"][0]["loss"]
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "sweep", "frontier"])
+def test_every_command_on_a_model_takes_its_options(cli, tiny_run, command):
+    outcome = cli(command, tiny_run.run, "--set", "mask_scale=wide", "--device", "cpu", "--dtype", "bfloat16")
+    assert outcome.code == 2
+    assert "unknown mask_scale 'wide'" in outcome.err
+
+
 def test_evaluate_by_the_mean(cli, tiny_run):
     words = ("evaluate", tiny_run.run, "--windows", "8", "--keep-ratio", "1/8,1/4", "--mode", "mu", "--json")
     first, other = (evaluated(cli(*words, "--seed", seed))["points"] for seed in (0, 1))

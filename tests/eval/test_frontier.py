@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 
 import pytest
@@ -75,6 +76,23 @@ def test_the_frontier_of_a_mixture_of_experts(moe_dir, tiny_run, capsys):
     assert "no device 'cuda:77'" in capsys.readouterr().err
 
 
+def test_a_profile_of_another_option(tiny_run, moe_dir, tmp_path, capsys):
+    """The α dial, from measuring to generating; what it prints runs."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_run.checkpoint / name, moe_dir)
+    damped = ["--set", "rank_damping=0.25"]
+    words = ["frontier", str(moe_dir), "--data", str(tiny_run.data), "--num-experts-per-tok", "2,4"]
+    few = ["--windows", "4", "--rounds", "2", "--schedules", "0", "--out", str(tmp_path)]
+    assert main([*words, *few, *damped]) == 0
+    said = capsys.readouterr().out
+    example = shlex.split(said.split("e.g. `")[1].split("`")[0])
+    assert example[-2:] == damped
+    assert main(example[1:]) == 0
+    assert "the lowest loss" in capsys.readouterr().err
+    assert main([word for word in example[1:] if word not in damped]) == 2
+    assert f"measure this model with `infmoe frontier {moe_dir}" in capsys.readouterr().err
+
+
 def test_a_profile_in_another_type(tiny_run, tmp_path, capsys):
     words = ["frontier", str(tiny_run.run), "--out", str(tmp_path), "--keep-ratio", "1/8,1/2", "--num-samples", "1"]
     assert main([*words, "--dtype", "bfloat16", "--windows", "8", "--rounds", "2", "--schedules", "0"]) == 0
@@ -86,10 +104,16 @@ def test_a_profile_in_another_type(tiny_run, tmp_path, capsys):
     assert "dtype bfloat16 there, float32 here" in capsys.readouterr().err
 
 
-def test_generate_picks_from_it(profile_dir, tiny_run, capsys):
+def test_generate_picks_from_it(profile_dir, tiny_run, tmp_path, capsys):
     words = ["generate", str(tiny_run.run), "--max-new-tokens", "3", "--profile", str(profile_dir)]
     assert main([*words, "--max-loss-increase", "100"]) == 0
     assert "that lose at most 100 nats the quickest" in capsys.readouterr().err
+    path = tmp_path / profile_name(1)
+    path.write_text(json.dumps(json.loads((profile_dir / path.name).read_text()) | {"cached_tokens": [2, 3]}))
+    longer = ["--profile", str(tmp_path), "--latency-budget-ms", "1e6", "--prompt", "a"]
+    assert main([*words[:2], "--max-new-tokens", "5", *longer]) == 0
+    assert main([*words[:2], "--max-new-tokens", "30", *longer]) == 2
+    assert "says nothing of 31, which prompt and new tokens come to" in capsys.readouterr().err
     for more, named in (
         (["--latency-budget-ms", "1e-6"], "the nearest is"),
         (["--latency-budget-ms", "5", "--keep-ratio", "1/4"], "leave --keep-ratio out"),

@@ -153,3 +153,33 @@ def test_data_that_is_gone(tiny_run, tmp_path):
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(InfMoEError, match="is gone: give --data"):
         open_model(run).data()
+
+
+def test_options_in_place_of_the_checkpoints(tmp_path):
+    tiny_model("moe").save_pretrained(tmp_path)
+    config = open_model(tmp_path, overrides=["rank_damping=0.25", "gate_norm = all"]).model.config
+    assert (config.rank_damping, config.gate_norm) == (0.25, "all")
+    assert open_model(tmp_path).model.config.rank_damping == 1.0
+    tiny_model("switch", capacity_factor=1.0).save_pretrained(tmp_path / "switch")
+    assert open_model(tmp_path / "switch", overrides=["capacity_factor=null"]).model.config.capacity_factor is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rank_damping", "write it as name=value"),
+        ("rank_dampin=0.5", "unknown option of ffn='moe' 'rank_dampin'; did you mean 'rank_damping'?"),
+        ("mask=1", "known: balance_loss_weight, coactivation_prob, .*rank_damping"),
+        ("vocab_size=9", "unknown option of ffn='moe' 'vocab_size'"),
+        ("z_dim=9", "unknown option of ffn='moe' 'z_dim'"),
+        ("num_experts_per_tok=3", "num_experts_per_tok is a dial: give --num-experts-per-tok"),
+        ("rank_damping=2", "rank_damping must lie in"),
+        ("rank_damping=much", "rank_damping"),
+        ("num_experts=2", "do not fit|cannot load"),
+    ],
+)
+def test_options_that_the_model_cannot_take(tmp_path, override, message):
+    tiny_model("moe").save_pretrained(tmp_path)
+    with pytest.raises(InfMoEError, match=message) as caught:
+        open_model(tmp_path, overrides=[override])
+    assert "\n" not in str(caught.value)

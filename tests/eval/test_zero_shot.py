@@ -254,7 +254,7 @@ def test_empty_contexts_rolling_windows_and_generation(tiny_run):
 
 
 def test_a_checkpoint_over_its_dials(tiny_run, files, tmp_path, capsys):
-    words = ["evaluate", tiny_run.run, "--tasks", "paper", "--data-dir", files, "--num-samples", "1,2", "--seeds", 2]
+    words = ["evaluate", tiny_run.run, "--tasks", "paper", "--tasks-dir", files, "--num-samples", "1,2", "--seeds", 2]
     words += ["--out", tmp_path / "out", "--per-item", tmp_path / "items.jsonl", "--limit", 5]
     assert main([str(word) for word in words]) == 0
     out = capsys.readouterr().out

@@ -92,7 +92,7 @@ def test_a_bad_file_is_one_line(content, words, tmp_path, tiny_run, capsys):
     path = tmp_path / "openbook_qa.jsonl"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert main(["evaluate", str(tiny_run.run), "--tasks", "openbookqa", "--data-dir", str(tmp_path)]) == 2
+    assert main(["evaluate", str(tiny_run.run), "--tasks", "openbookqa", "--tasks-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert str(path) in error
@@ -120,7 +120,7 @@ def test_a_task_of_the_hub_that_can_t_be_reached_is_one_line(tiny_run, capsys, m
     assert main(["evaluate", str(tiny_run.run), "--tasks", "openbookqa"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "give --data-dir for local files" in error
+    assert "give --tasks-dir for local files" in error
 
 
 @pytest.mark.parametrize("with_out", [True, False])
@@ -133,7 +133,7 @@ def test_results_so_far_are_shown_and_kept(with_out, tiny_run, files, tmp_path, 
         return original(model, column, *rest)
 
     monkeypatch.setattr(run, "score_items", fails_at_the_third)
-    words = ["evaluate", tiny_run.run, "--tasks", "paper", "--data-dir", files, "--limit", 2, "--num-samples", "1,2"]
+    words = ["evaluate", tiny_run.run, "--tasks", "paper", "--tasks-dir", files, "--limit", 2, "--num-samples", "1,2"]
     words += ["--out", tmp_path / "out"] if with_out else []
     assert main([str(word) for word in words]) == 2
     out, err = capsys.readouterr()
@@ -185,7 +185,7 @@ def test_a_failure_within_the_first_task_shows_the_points_before_it(tiny_run, fi
         return original(model, column, *rest)
 
     monkeypatch.setattr(run, "score_items", fails_at_the_second)
-    words = ["evaluate", tiny_run.run, "--tasks", "paper", "--data-dir", files, "--limit", 2, "--num-samples", "1,2"]
+    words = ["evaluate", tiny_run.run, "--tasks", "paper", "--tasks-dir", files, "--limit", 2, "--num-samples", "1,2"]
     assert main([str(word) for word in [*words, "--out", tmp_path]]) == 2
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "error: the Hub is gone"
@@ -199,7 +199,7 @@ def test_a_damaged_file_is_found_before_anything_is_scored(tiny_run, files, tmp_
     shutil.copytree(files, tmp_path / "files")
     (tmp_path / "files" / "winogrande.jsonl").write_text("{")
     monkeypatch.setattr(run, "score_items", lambda *rest: pytest.fail("scored"))
-    words = ["evaluate", str(tiny_run.run), "--tasks", "paper", "--data-dir", str(tmp_path / "files")]
+    words = ["evaluate", str(tiny_run.run), "--tasks", "paper", "--tasks-dir", str(tmp_path / "files")]
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -207,7 +207,20 @@ def test_a_damaged_file_is_found_before_anything_is_scored(tiny_run, files, tmp_
     assert "winogrande.jsonl:1: no JSON" in err
 
 
-@pytest.mark.parametrize("option", ["--data-dir", "--limit", "--seeds", "--per-item", "--out"])
+@pytest.mark.parametrize("option", ["--tasks-dir", "--data-dir"])
+def test_tasks_are_scored_by_the_model_as_it_was_opened(option, tiny_run, files, capsys):
+    words = ["evaluate", str(tiny_run.run), "--tasks", "arc_easy", option, str(files), "--limit", "4", "--json"]
+    plain, other = [], []
+    for result, how in ((plain, []), (other, ["--dtype", "bfloat16", "--device", "cpu", "--set", "noise_seed=3"])):
+        assert main([*words, *how]) == 0
+        result.append(json.loads(capsys.readouterr().out))
+    assert (plain[0]["dtype"], plain[0]["overrides"]) == ("float32", [])
+    assert (other[0]["device"], other[0]["dtype"], other[0]["overrides"]) == ("cpu", "bfloat16", ["noise_seed=3"])
+    margins = [result["points"][0]["tasks"]["ARC-e"]["margin"] for (result,) in (plain, other)]
+    assert margins[0] != margins[1]
+
+
+@pytest.mark.parametrize("option", ["--tasks-dir", "--limit", "--seeds", "--per-item", "--out"])
 def test_options_of_tasks_need_tasks(option, tiny_run, capsys):
     assert main(["evaluate", str(tiny_run.run), option, "3"]) == 2
     assert f"{option} goes with --tasks" in capsys.readouterr().err
@@ -376,7 +389,7 @@ def test_sat_needs_its_file_and_a_tokenizer_must_be_whole(tiny_run, files, tmp_p
     assert "sat_en has a local file only" in capsys.readouterr().err
     copied = shutil.copytree(tiny_run.checkpoint, tmp_path / "copied")
     (copied / "tokenizer.json").write_text("{")
-    assert main(["evaluate", str(copied), "--tasks", "arc_easy", "--data-dir", str(files)]) == 2
+    assert main(["evaluate", str(copied), "--tasks", "arc_easy", "--tasks-dir", str(files)]) == 2
     error = capsys.readouterr().err
     assert "tokenizer.json is damaged" in error
     assert len(error.strip().splitlines()) == 1

@@ -234,4 +234,4 @@ def test_what_was_read_before_the_hub_went_is_shown(hub, tiny_run, capsys, monke
     assert next(line for line in out.splitlines() if "BoolQ" in line).split() == ["BoolQ", "HellaSwag", "mean"]
     last = err.splitlines()[-1]
     assert last.startswith("error: task 'winogrande' is read from the Hugging Face Hub")
-    assert "give --data-dir for local files" in last
+    assert "give --tasks-dir for local files" in last

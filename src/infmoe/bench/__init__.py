@@ -36,7 +36,7 @@ BENCHES: dict[str, tuple[str, str, str]] = {
     "data": ("tokenize", "tokenize", "`infmoe data` against tokenizers' encode_batch alone"),
 }
 
-ON_FILES = ("zero_shot",)  # those that take `--data-dir`
+ON_FILES = ("zero_shot",)  # those that take `--tasks-dir`
 
 
 def run_bench(name: str, *, quick: bool = False, data_dir: Path | None = None) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def run_bench(name: str, *, quick: bool = False, data_dir: Path | None = None) -
     if name not in BENCHES:
         raise unknown_name("bench", name, BENCHES)
     if data_dir is not None and name not in ON_FILES:
-        raise InfMoEError(f"--data-dir goes with {', '.join(ON_FILES)}: {name} reads no files, leave it out")
+        raise InfMoEError(f"--tasks-dir goes with {', '.join(ON_FILES)}: {name} reads no files, leave it out")
     module, function, _ = BENCHES[name]
     files = {"data_dir": data_dir} if data_dir is not None else {}
     rows, summary = getattr(importlib.import_module(f"infmoe.bench.{module}"), function)(quick=quick, **files)

@@ -32,5 +32,10 @@ ModeOption = Annotated[
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the routing noise.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: CUDA if there is any.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; default: the checkpoint's.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Open the model with another option, e.g. rank_damping=0.25."),
+]
+TASKS_DIR = ("--tasks-dir", "--data-dir")  # the second is what it was called
 WindowsOption = Annotated[int, typer.Option("--windows", min=2, help="Held-out windows of the model's context.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")]

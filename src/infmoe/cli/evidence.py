@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from infmoe.cli.app import Json, app
+from infmoe.cli.app import TASKS_DIR, Json, app
 from infmoe.errors import InfMoEError
 
 
@@ -17,8 +17,8 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the result to this JSON file too, its picture beside it.")
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="The zero-shot tasks' files, for zero_shot.")
+    tasks_dir: Annotated[
+        Path | None, typer.Option(*TASKS_DIR, help="The zero-shot tasks' files, for zero_shot.")
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print how backends are chosen here, and stop.")] = False,
     as_json: Json = False,
@@ -38,7 +38,7 @@ def bench(
         return
     if out is not None:
         require_writable(out.parent)
-    result = run_bench(name, quick=quick, data_dir=data_dir)
+    result = run_bench(name, quick=quick, data_dir=tasks_dir)
     if not as_json:
         from infmoe.bench.common import table
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from infmoe.cli.app import (
+    TASKS_DIR,
     BatchOption,
     DataOption,
     DeviceOption,
@@ -20,6 +22,7 @@ from infmoe.cli.app import (
     ModeOption,
     SamplesOption,
     SeedOption,
+    SetOption,
     WindowsOption,
     app,
 )
@@ -55,6 +58,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", help="Of the routing noise and of the drawing of tokens.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    set_: SetOption = None,
 ) -> None:
     """Continue a prompt, token by token."""
     from infmoe.eval.dials import grid, parse_mode, parse_ratios
@@ -62,7 +66,7 @@ def generate(
     from infmoe.eval.loading import open_model
     from infmoe.hf.budget import pick
 
-    opened = open_model(model_dir, device, dtype)
+    opened = open_model(model_dir, device, dtype, set_ or ())
     tokenizer = opened.tokenizer()
     dials = {
         "--num-samples": num_samples,
@@ -118,11 +122,14 @@ def evaluate(
     ] = None,
     batch_size: BatchOption = 16,
     seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    set_: SetOption = None,
     tasks: Annotated[
         str | None, typer.Option("--tasks", help="Zero-shot tasks: 'paper', or lm-eval's names: arc_easy,boolq.")
     ] = None,
     task_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="The tasks' local files; default: the Hugging Face Hub.")
+        Path | None, typer.Option(*TASKS_DIR, help="The tasks' local files; default: the Hugging Face Hub.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=2, help="N items of each task, the same ones for every model.")
@@ -141,7 +148,7 @@ def evaluate(
         for option, value in (("--data", data_dir), ("--windows", windows)):
             if value is not None:
                 raise InfMoEError(
-                    f"{option} is for the held-out loss: leave it out of --tasks (--data-dir has their files)"
+                    f"{option} is for the held-out loss: leave it out of --tasks (--tasks-dir has their files)"
                 )
         from infmoe.eval.zero_shot import run as zero_shot
         from infmoe.eval.zero_shot import show
@@ -168,12 +175,15 @@ def evaluate(
             keep_ratio=keep_ratio,
             num_experts_per_tok=num_experts_per_tok,
             mode=mode,
+            device=device,
+            dtype=dtype,
+            overrides=set_ or (),
             out=out,
             say=lambda line: print(line, file=sys.stderr),
             show=present,
         )
         return
-    only = {"--data-dir": task_dir, "--limit": limit, "--seeds": seeds, "--per-item": per_item, "--out": out}
+    only = {"--tasks-dir": task_dir, "--limit": limit, "--seeds": seeds, "--per-item": per_item, "--out": out}
     for option, value in only.items():
         if value is not None:
             raise InfMoEError(f"{option} goes with --tasks: add --tasks paper, or leave it out")
@@ -189,6 +199,9 @@ def evaluate(
         windows=windows or 256,
         batch_size=batch_size,
         seed=seed,
+        device=device,
+        dtype=dtype,
+        overrides=set_ or (),
         quiet=as_json,
     )
     show_points(result, as_json)
@@ -206,6 +219,9 @@ def sweep(
     batch_size: BatchOption = 16,
     rounds: Annotated[int, typer.Option("--rounds", min=4, help="Timing rounds, all points interleaved.")] = 40,
     seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    set_: SetOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="For sweep.json and sweep.png; default: DIR, or its run.")
     ] = None,
@@ -230,6 +246,9 @@ def sweep(
         seed=seed,
         rounds=rounds,
         full_grid=True,
+        device=device,
+        dtype=dtype,
+        overrides=set_ or (),
         out=out,
         quiet=as_json,
     )
@@ -264,6 +283,7 @@ def frontier(
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    set_: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the profile; default: DIR, or its run.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -292,6 +312,7 @@ def frontier(
         seed=seed,
         device=device,
         dtype=dtype,
+        overrides=set_ or (),
         out=place,
         quiet=as_json,
     )
@@ -307,9 +328,11 @@ def frontier(
                 f"budget {row['budget_ms']:.2f} ms: met by {row['met']:.1%} of {row['steps']} tokens with "
                 f"{row['picked']}; regret {regret} nats"
             )
-        where = "" if out is None else f" --profile {out}"
-        example = f"infmoe generate {model_dir} --latency-budget-ms {_example(result)}{where}"
-        print(f"profile: {profile}; e.g. `{example}`")
+        words = ["infmoe", "generate", str(model_dir), "--latency-budget-ms", _example(result)]
+        for option, value in (("--device", device), ("--dtype", dtype), ("--profile", out)):
+            words += [] if value is None else [option, str(value)]
+        words += [word for override in set_ or () for word in ("--set", override)]
+        print(f"profile: {profile}; e.g. `{shlex.join(words)}`")
 
 
 def _example(result: dict[str, Any]) -> str:

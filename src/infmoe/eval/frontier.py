@@ -182,6 +182,7 @@ def measure_frontier(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    overrides: Sequence[str] = (),
     out: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def measure_frontier(
         prompt_length: tokens in the cache before the first timed one; None: half the context, 128 at most.
         rounds: timing turns of every point, of `NEW_TOKENS` tokens each.
         budgets: this many budgets are tried afterwards (see `check_budgets`).
-        device, dtype: what the model runs on, and in; see `open_model`.
+        device, dtype, overrides: how the model is opened; see `open_model`.
         out: the folder that the caller is going to write to: tried before anything is measured.
         quiet: no progress bar.
 
@@ -206,7 +207,7 @@ def measure_frontier(
     Raises:
         InfMoEError: nothing to open, a dial that the model does not have, or no way to write to `out`.
     """
-    opened = open_model(model_dir, device, dtype)
+    opened = open_model(model_dir, device, dtype, overrides)
     model, config = opened.model, opened.model.config
     routing_mode = parse_mode(mode)
     samples, ratios, experts = default_grid(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from infmoe.checkpoint import resolve_checkpoint
 from infmoe.data import TokenData, load_tokenizer
 from infmoe.data.shards import sha256
 from infmoe.errors import InfMoEError, unknown_name
-from infmoe.hf import InfMoEForCausalLM
+from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
+from infmoe.layers import ffn_class
+from infmoe.layers.routing import DIALS
 
 DTYPES = ("float32", "bfloat16")
 
@@ -98,23 +101,31 @@ def check_vocabulary(size: int, model_size: int, what: str) -> None:
         )
 
 
-def open_model(path: Path | str, device: str | None = None, dtype: str | None = None) -> Opened:
+def open_model(
+    path: Path | str, device: str | None = None, dtype: str | None = None, overrides: Sequence[str] = ()
+) -> Opened:
     """Open a run folder (its newest valid checkpoint), a checkpoint, or a saved model.
 
     Args:
         path: the folder.
         device: "cpu", "cuda", ...; None: CUDA if there is any.
         dtype: of `DTYPES`; None: the checkpoint's.
+        overrides: "name=value" of the variant's options, in place of the checkpoint's; dials are arguments of a call.
 
     Raises:
-        InfMoEError: nothing there, a damaged file, another architecture, no such type, or no such device.
+        InfMoEError: nothing there, a damaged file, another architecture, no such type, no such device, or an option
+            that the variant does not have.
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     checkpoint = resolve_checkpoint(path, warn=lambda line: print(line, file=sys.stderr))
     disable_progress_bar()  # a bar over a handful of tensors is noise
+    ffn = json.loads((checkpoint / "config.json").read_text()).get("ffn", InfMoEConfig.ffn)
+    options = variant_options(ffn, overrides) if overrides else {}
     try:
-        loaded: Any = InfMoEForCausalLM.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True)
+        loaded: Any = InfMoEForCausalLM.from_pretrained(
+            checkpoint, use_safetensors=True, output_loading_info=True, **options
+        )
     except InfMoEError as error:
         raise InfMoEError(f"cannot load a model from {checkpoint}: {error}") from error
     except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
@@ -138,3 +149,27 @@ def open_model(path: Path | str, device: str | None = None, dtype: str | None = 
         reason = str(error).strip().splitlines()[0]
         raise InfMoEError(f"no device {device!r} to run on here ({reason}): use --device cpu") from error
     return Opened(model, checkpoint)
+
+
+def variant_options(ffn: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Options of a variant from "name=value", as `from_pretrained` takes them; null: the default.
+
+    Raises:
+        InfMoEError: no `=`, a dial, or no option of the variant; names those that it has.
+    """
+    defaults = ffn_class(ffn).option_defaults()
+    values: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, text = (part.strip() for part in override.partition("="))
+        if not equals:
+            raise InfMoEError(f"cannot read {override!r}: write it as name=value, e.g. rank_damping=0.25")
+        if name in DIALS and name in defaults:
+            raise InfMoEError(f"{name} is a dial: give --{name.replace('_', '-')}")
+        if name not in defaults:
+            raise unknown_name(f"option of ffn={ffn!r}", name, defaults.keys() - set(DIALS))
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        values[name] = defaults[name] if value is None else value
+    return values

@@ -85,6 +85,9 @@ def sweep_checkpoint(
     seed: int,
     rounds: int = 0,
     full_grid: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    overrides: Sequence[str] = (),
     out: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -95,6 +98,7 @@ def sweep_checkpoint(
         num_samples, keep_ratio, num_experts_per_tok, mode: comma-separated values; None: the model's own, or
             with `full_grid` the grid that shows each dial at work.
         rounds: timing rounds; 0: latency is not measured.
+        device, dtype, overrides: how the model is opened; see `open_model`.
         out: the folder that the caller is going to write to: tried before anything is measured.
         quiet: no progress bar.
 
@@ -104,7 +108,7 @@ def sweep_checkpoint(
     Raises:
         InfMoEError: nothing to open, a dial that the model does not have, or no way to write to `out`.
     """
-    opened = open_model(model_dir)
+    opened = open_model(model_dir, device, dtype, overrides)
     config = opened.model.config
     samples: Sequence[int] | None = parse_ints(num_samples, "--num-samples")
     ratios: Sequence[float] | None = parse_ratios(keep_ratio, "--keep-ratio")
@@ -129,6 +133,9 @@ def sweep_checkpoint(
         measure_latency(opened.model, points, rows, rounds=rounds)
     return {
         "checkpoint": str(opened.checkpoint),
+        "device": opened.model.device.type,
+        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "overrides": list(overrides),
         "data": str(data.folder),
         "windows": len(held_out.tokens_NT),
         "window": config.max_position_embeddings,

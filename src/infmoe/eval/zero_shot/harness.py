@@ -91,7 +91,7 @@ class InfMoELM(TemplateLM):
         if self.model.config.ffn == "switch" and self.model.config.capacity_factor is not None:
             raise InfMoEError(
                 "a Switch layer with a capacity drops tokens by what stands beside them in the batch, so its scores "
-                "would depend on it: evaluate with capacity_factor=null in the checkpoint's config.json"
+                "would depend on it: evaluate with --set capacity_factor=null"
             )
         self.progress: Callable[[int], None] = lambda _: None
 
@@ -292,7 +292,7 @@ def load_task(task: str | dict[str, Any], limit: int | None = None) -> LoadedTas
                 raise InfMoEError(f"task {name!r} can't be made from its local file ({reason})") from error
             raise InfMoEError(
                 f"task {name!r} is read from the Hugging Face Hub, which could not be reached or does not have it "
-                f"({reason}): give --data-dir for local files, or leave it out of --tasks"
+                f"({reason}): give --tasks-dir for local files, or leave it out of --tasks"
             ) from error
         (docs,) = (one.eval_docs for one in loaded["tasks"].values())
         return LoadedTask(name, loaded, None if limit is None else choose(docs, limit))

@@ -48,7 +48,7 @@ def read_local(column: Column, folder: Path) -> LocalTask:
         InfMoEError: no such file, or a line that is no item.
     """
     if column.file is None:
-        raise InfMoEError(f"{column.name} has no local file: leave out --data-dir to take it from the Hub")
+        raise InfMoEError(f"{column.name} has no local file: leave out --tasks-dir to take it from the Hub")
     path = folder / column.file
     task = LocalTask(column, path)
     seen = set()
@@ -56,7 +56,7 @@ def read_local(column: Column, folder: Path) -> LocalTask:
         raw = list(_hellaswag(path) if column.task == "hellaswag" else _jsonl(path))
     except OSError as error:
         raise InfMoEError(
-            f"cannot read {path} ({error.strerror}): put the file there, or give another --data-dir"
+            f"cannot read {path} ({error.strerror}): put the file there, or give another --tasks-dir"
         ) from error
     except UnicodeDecodeError as error:
         raise InfMoEError(f"{path} is not UTF-8 at byte {error.start}: restore the file") from error

@@ -58,6 +58,9 @@ def evaluate_tasks(
     keep_ratio: str | None = None,
     num_experts_per_tok: str | None = None,
     mode: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    overrides: Sequence[str] = (),
     out: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
     show: Callable[[dict[str, Any]], None] = lambda _: None,
@@ -69,6 +72,7 @@ def evaluate_tasks(
         settings: tasks, data, seeds.
         num_samples, keep_ratio, num_experts_per_tok: dials as on the command line.
         mode: the same; several separated by commas, "sample,mu", are points side by side.
+        device, dtype, overrides: how the model is opened; see `open_model`.
         out: folder for `zero_shot.json`, written after every task, so that what is done is kept.
         say: told what is done.
         show: given the result once, at the end or where something failed, if anything was scored.
@@ -80,10 +84,13 @@ def evaluate_tasks(
     harness.check_limit(settings.limit)
     columns = columns_named(settings.tasks, local=settings.data_dir is not None)
     files = {c.task: read_local(c, settings.data_dir) for c in columns} if settings.data_dir is not None else {}
-    opened = open_model(model_dir)
+    opened = open_model(model_dir, device, dtype, overrides)
     points = _points(opened.model.config, num_samples, keep_ratio, num_experts_per_tok, mode)
     result: dict[str, Any] = {
         "checkpoint": f"{model_dir.resolve().name}/{opened.checkpoint.name}",
+        "device": opened.model.device.type,
+        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "overrides": list(overrides),
         "lm_eval": harness.VERSION,
         "seeds": list(settings.seeds),
         "batch_size": settings.batch_size,

@@ -71,6 +71,6 @@ def columns_named(text: str, *, local: bool) -> list[Column]:
         if name.strip() not in ALL:
             raise unknown_name("task", name.strip(), [*ALL, "paper"])
         if ALL[name.strip()] is SAT and not local:
-            raise InfMoEError("sat_en has a local file only: give --data-dir, or take race from the Hub")
+            raise InfMoEError("sat_en has a local file only: give --tasks-dir, or take race from the Hub")
         chosen.append(ALL[name.strip()])
     return chosen
