@@ -2,18 +2,26 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from infmoe.cli import app, main
+from infmoe.data import TokenData
 from infmoe.hf import model_cost
-from infmoe.recipes import recipe, recipe_names
-from infmoe.train.config import hf_config
+from infmoe.recipes import recipe
+from infmoe.train.config import apply_overrides, hf_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+ELASTIC = (ROOT / "docs" / "elastic.md").read_text()
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -27,20 +35,98 @@ def test_readme_python_runs(block, capsys):
     assert "Error" not in capsys.readouterr().out
 
 
-def test_readme_commands_exist():
-    from typer.main import get_command
+def commands(page: str) -> list[tuple[str, ...]]:
+    """The words after `infmoe` of every such line in a page's blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
+    lines = [shlex.split(line, comments=True) for b in blocks for line in b.replace("\\\n", "").split("\n")]
+    return [tuple(words[words.index("infmoe") + 1 :]) for words in lines if "infmoe" in words]
 
-    from infmoe.cli import app
 
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    used = re.findall(r"^(?:torchrun .*-m )?infmoe (\w+)(.*)$", README, re.M)
-    assert len(used) >= 6
-    for name, rest in used:
-        options = {o for p in commands[name].params for o in p.opts}
-        for option in re.findall(r"--[a-z-]+", rest):
-            assert option in options, f"infmoe {name} {option}"
-        for named in re.findall(r"\b(?:tiny|small|medium)/[a-z0-9-]+", rest):
-            assert named in recipe_names()
+def parsed(words: tuple[str, ...]) -> dict[str, Any]:
+    """What the command line makes of them; raises for what it does not know."""
+    command = get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    return command.make_context(words[0], list(words[1:])).params
+
+
+@pytest.mark.parametrize(
+    ("page", "vocabularies", "runs", "count"),
+    [
+        (README, {"gpt2": 50257}, set(), 13),
+        (ELASTIC, {"data": 2048}, {"runs/a"}, 8),  # those of the README
+    ],
+    ids=["README", "elastic"],
+)
+def test_commands_fit_together(page, vocabularies, runs, count):
+    """Real options and recipes; data and runs that an earlier line made, with the tokens that the model knows.
+
+    Args:
+        vocabularies: tokens of the tokenizers and data folders that are there before.
+        runs: the runs that are there before.
+    """
+    assert len(commands(page)) >= count
+    for words in commands(page):
+        given = parsed(words)
+        if words[0] == "data":
+            named = given["tokenizer"]
+            vocabularies[str(given["out"])] = int(named[4:]) if named.startswith("bpe:") else vocabularies[named]
+        elif words[0] == "train":
+            config = apply_overrides(recipe(given["recipe"]), given["set_"] or [])
+            assert config.model["vocab_size"] == vocabularies[str(given["data_dir"])], words
+            config.accumulation(8 if "small/" in given["recipe"] else 1)
+            runs.add(str(given["out"]))
+        elif "recipe" in given:
+            recipe(given["recipe"])
+        elif "model_dir" in given:
+            assert str(given["model_dir"]) in runs, words
+
+
+def test_what_the_readme_installs_is_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ((constraints, extras),) = re.findall(r"^pip install -c (\S+) '\.\[([\w,]+)\]'", README, re.M)
+    assert (ROOT / constraints).is_file()
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert "infmoe" in project["scripts"]
+    assert "hf download openai-community/gpt2 tokenizer.json --local-dir gpt2\n" in README
+
+
+def test_settings_in_the_text_exist():
+    in_readme = re.findall(r"--set '?([\w.]+=[^'`\s]+)", README.split("A model trained at")[1])
+    in_tables = [
+        cell.split() for cell in re.findall(r"`((?:elastic|model)\.[^`]*=[^`]*)`", ELASTIC.split("## Which")[1])
+    ]
+    assert len(in_readme) == 3
+    assert len(in_tables) >= 3
+    for settings in (in_readme, *in_tables):
+        apply_overrides(recipe("tiny/infinity"), settings)
+
+
+def test_the_readme_runs_from_text_to_text(tmp_path, monkeypatch, capsys):
+    """Its first commands as they are printed, but for a shorter training and fewer windows."""
+    (tmp_path / "novels").mkdir()
+    for number, path in enumerate(sorted((ROOT / "src").rglob("*.py"))):
+        (tmp_path / "novels" / f"{number}.txt").write_text(path.read_text())
+    monkeypatch.chdir(tmp_path)
+    data, train, evaluate, *rest = commands(README)
+    generate = next(words for words in rest if words[0] == "generate" and "--prompt" in words)
+    assert (data[0], train[0], evaluate[0]) == ("data", "train", "evaluate")
+    for words in (
+        data,
+        (*train, "--set", "steps=1", "--set", "eval.every=null"),
+        (*evaluate, "--windows", "2"),
+        (*generate, "--max-new-tokens", "4"),
+    ):
+        assert main(words) == 0, capsys.readouterr().err
+    assert TokenData.open("data").vocab_size == 2048
+    assert capsys.readouterr().out.splitlines()[-1].startswith("It was")
+
+
+def test_checkpoints_that_pages_name_are_left_by_their_run():
+    config = recipe("tiny/infinity")
+    written = range(config.checkpoint.every, config.steps + 1, config.checkpoint.every)
+    named = {int(step) for page in PAGES for step in re.findall(r"runs/a/checkpoints/step-(\d+)", page.read_text())}
+    assert config.checkpoint.keep_last is not None
+    assert named
+    assert named <= set(written[-config.checkpoint.keep_last :])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -97,13 +183,24 @@ def test_numbers_in_the_readme_come_from_results():
             assert any(f"{abs(value):.{decimals}f}" == number for value in flat), f"{number} is not in {file}"
 
 
-def test_findings_in_the_readme_stand_in_the_evidence():
-    section = README.split("## Findings so far")[1].split("\n## ")[0]
-    evidence = (ROOT / "docs" / "evidence.md").read_text()
-    found = re.findall(r"[-+]\d+\.\d+ ± \d+\.\d+", section)
+@pytest.mark.parametrize(
+    ("page", "heading"), [("README.md", "## Findings so far"), ("docs/elastic.md", "## Which to use")]
+)
+def test_findings_stand_in_the_evidence(page, heading):
+    section = (ROOT / page).read_text().split(heading)[1].split("\n## ")[0]
+    found = re.findall(r"[-+]?\d+\.\d+ ± \d+\.\d+", section) + re.findall(r"\d+ … \d+", section)
     assert len(found) >= 5
     for number in found:
-        assert number in evidence, f"{number} is not in docs/evidence.md"
+        assert number in EVIDENCE, f"{number} is not in docs/evidence.md"
+
+
+def test_what_is_called_unmeasured_is_unmeasured():
+    (line,) = re.findall(r"Not measured yet: (.*)", README)
+    tables = [f"Table {n}" for n in re.findall(r"\d+", line.split("Figure")[0])] + ["Figure 3"]
+    assert len(tables) == 5
+    for title in tables:
+        section = EVIDENCE.split(f"### {title}: ")[1].split("\n### ")[0]
+        assert "| – |" in section, f"{title} is measured: say so in README.md"
 
 
 def _numbers(value) -> list[float]:

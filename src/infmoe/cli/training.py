@@ -31,8 +31,8 @@ def data(
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     tokenizer: Annotated[
         str,
-        typer.Option("--tokenizer", help="'bpe:N' trains one of N tokens; or a tokenizer.json or folder."),
-    ] = "bpe:4096",
+        typer.Option("--tokenizer", help="'bpe:N' trains one of N tokens (tiny: 2048); or a tokenizer.json or folder."),
+    ] = "bpe:2048",
     val_fraction: Annotated[float, typer.Option("--val-fraction", help="Share of documents held out.")] = 0.01,
     text_field: Annotated[str, typer.Option("--text-field", help="Field of jsonl, parquet and Hub records.")] = "text",
     subset: Annotated[str | None, typer.Option("--subset", help="Configuration of a Hub dataset.")] = None,
