@@ -11,6 +11,7 @@ from helpers import tiny_model, tokens
 from transformers import GenerationConfig
 
 from infmoe.errors import InfMoEError
+from infmoe.hf import identity
 from infmoe.hf.budget import Profile, profile_name, profile_values, upper_increase, upper_p95
 from infmoe.hf.identity import fingerprint
 from infmoe.layers import PerLayer, Routing
@@ -297,13 +298,20 @@ def test_the_command_runs_the_backend_that_the_environment_asks_for(saved, tmp_p
 
 def test_compiled_kernels_are_part_of_the_surroundings(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, "use_kernels", lambda: True)
-    monkeypatch.setattr("infmoe.hf.identity._build", lambda: "avx9, build 1")
+    monkeypatch.setattr(identity, "_build", lambda: "avx9, build 1")
     written(tmp_path / "mine", saved())
     profile = Profile.load(tmp_path / "mine")
     profile.check(saved())
     monkeypatch.setattr(dispatch, "use_kernels", lambda: False)
     line = refusal(profile, saved())
     assert "(kernels avx9, build 1 there, None here): measure again with `infmoe frontier" in line
+
+
+def test_the_kernels_of_a_gpu_are_tritons(monkeypatch):
+    version = pytest.importorskip("triton").__version__
+    for able, kernels in ((True, f"triton {version}"), (False, None)):
+        monkeypatch.setattr(identity.triton, "available", lambda able=able: (able, ""))
+        assert identity._kernels("cuda") == kernels
 
 
 def test_a_missing_profile_names_the_command_of_the_model(saved, tmp_path):

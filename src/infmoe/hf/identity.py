@@ -1,7 +1,7 @@
 """What a profile belongs to: a checkpoint, and how it runs here; and the command that measures just that."""
 
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import shlex
 from functools import cache
@@ -138,7 +138,7 @@ def _bearing(config: Any) -> dict[str, Any]:
 def _kernels(device: str) -> str | None:
     """The compiled kernels that run on a device; None: the plain path."""
     if device == "cuda":
-        return f"triton {importlib.metadata.version('triton')}" if triton.available()[0] else None
+        return f"triton {importlib.import_module('triton').__version__}" if triton.available()[0] else None
     return _build() if device == "cpu" and dispatch.use_kernels() else None
 
 
