@@ -284,7 +284,11 @@ def test_a_model_that_runs_otherwise_is_told_what_to_match(saved, tmp_path, name
     if apart is None:
         assert "infmoe frontier" not in line
     else:  # nothing overwrites the profile that is there
-        assert line.endswith(f"or measure it with `{apart.format(path.parent)}`, and pass that folder as profile")
+        remedy = f"or measure it with `{apart.format(path.parent)}`, and pass that folder as profile"
+        assert line.endswith(remedy)
+        (path.parent / "apart").mkdir()
+        path = path.rename(path.parent / "apart" / path.name)
+        assert refusal(Profile.load(path), saved()).endswith(remedy)  # beside it, not in it
 
 
 def test_the_command_runs_the_backend_that_the_environment_asks_for(saved, tmp_path, monkeypatch):

@@ -103,31 +103,22 @@ class Profile:
         path = Path(path)
         if path.is_dir():
             path = path / profile_name(rows)
-        place = path.parent if path.suffix == ".json" or path.is_file() else path
-        remedy = f"make it with {measure_command(model, rows, place=place)}"
         try:
-            values = json.loads(path.read_text())
-        except OSError as error:
-            raise InfMoEError(f"no profile at {path}: {remedy}") from error
-        except ValueError as error:
-            raise InfMoEError(f"{path} is damaged (no JSON): {remedy}") from error
-        return Profile.of(values, path, remedy)
+            return Profile.of(json.loads(path.read_text()), path)
+        except (OSError, ValueError) as error:
+            place = path.parent if path.suffix == ".json" or path.is_file() else path
+            remedy = f"make it with {measure_command(model, rows, place=place)}"
+            raise InfMoEError(f"{_unusable(path, error)}: {remedy}") from error
 
     @staticmethod
-    def of(values: Any, path: Path, remedy: str | None = None) -> "Profile":
+    def of(values: Any, path: Path) -> "Profile":
         """From a file's content.
 
-        Args:
-            values: the content.
-            path: the file.
-            remedy: how to make another, for an error.
-
         Raises:
-            InfMoEError: it is no profile; names the command that makes one.
+            InfMoEError: it is no profile.
         """
-        remedy = remedy or f"make it with {measure_command(place=path.parent)}"
         if not isinstance(values, dict) or values.get("version") != _VERSION:
-            raise InfMoEError(f"{path} is no profile of this version: {remedy}")
+            raise InfMoEError(f"{path} is no profile of this version")
         try:
             points = tuple(_measured(row) for row in values["points"])
             first, last = values["cached_tokens"]
@@ -142,9 +133,9 @@ class Profile:
             )
         except (KeyError, TypeError, ValueError, AttributeError, InfMoEError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InfMoEError(f"{path} is damaged ({type(error).__name__}: {reason}): {remedy}") from error
+            raise InfMoEError(f"{path} is damaged ({type(error).__name__}: {reason})") from error
         if not points:
-            raise InfMoEError(f"{path} holds no points: {remedy}")
+            raise InfMoEError(f"{path} holds no points")
         return profile
 
     def check(self, model: nn.Module) -> None:
@@ -218,7 +209,8 @@ class Profile:
     def _apart(self, model: nn.Module, settings: dict[str, Any], threads: int | None = None) -> str:
         """How to measure the model in a folder of its own, so that this profile stays."""
         name = "-".join(f"{name}-{value}" for name, value in settings.items())
-        command = measure_command(model, self.rows, place=self.path.parent / name, threads=threads)
+        place = (home(model) or self.path.parent) / name
+        command = measure_command(model, self.rows, place=place, threads=threads)
         return f"measure it with {command}, and pass that folder as profile"
 
     def choose(self, *, latency_budget_ms: float | None = None, max_loss_increase: float | None = None) -> Choice:
@@ -296,6 +288,12 @@ def upper_increase(increase: float, standard_error: float, windows: int) -> floa
     # Cornish and Fisher's expansion of t's quantile; within a hundredth from 6 windows on
     t = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
     return increase + t * standard_error
+
+
+def _unusable(path: Path, error: OSError | ValueError) -> str:
+    if isinstance(error, InfMoEError):
+        return str(error)
+    return f"no profile at {path}" if isinstance(error, OSError) else f"{path} is damaged (no JSON)"
 
 
 def _measured(row: dict[str, Any]) -> Measured:

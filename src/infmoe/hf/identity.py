@@ -62,7 +62,7 @@ def surroundings(model: nn.Module) -> dict[str, Any]:
 def opened_from(model: Any) -> Path | None:
     """The folder that a model was loaded from; None where it was made in memory, or the folder is gone."""
     source = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    return Path(source) if source and Path(source).is_dir() else None
+    return Path(source) if source and (Path(source) / "config.json").is_file() else None
 
 
 def home(model: Any) -> Path | None:
