@@ -45,6 +45,23 @@ def test_untied_embeddings_are_saved(tmp_path):
     assert torch.equal(InfMoEForCausalLM.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_the_config_freezes_is_frozen_after_loading_too(frozen, tmp_path):
+    model = tiny_model(train_wz=not frozen, wz_bias=True)
+    expected = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(expected) == (4 if frozen else 0)
+    model.save_pretrained(tmp_path)
+
+    class OfOnesOwn(InfMoEForCausalLM):
+        pass
+
+    for auto in (InfMoEForCausalLM, AutoModelForCausalLM, OfOnesOwn):
+        loaded = auto.from_pretrained(tmp_path)
+        assert {name for name, p in loaded.named_parameters() if not p.requires_grad} == expected
+    backbone, _ = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert {f"transformer.{name}" for name, p in backbone.named_parameters() if not p.requires_grad} == expected
+
+
 def test_dials_may_be_set_on_loading(tmp_path):
     model, ids = tiny_model(), tokens(2, 9)
     model.save_pretrained(tmp_path)

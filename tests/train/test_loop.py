@@ -21,6 +21,7 @@ from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers.routing import NoiseKey, Routing
 from infmoe.train import loop, run, session
+from infmoe.train.config import hf_config
 from infmoe.train.reporter import Reporter
 from infmoe.train.signals import StopSignal
 
@@ -166,6 +167,19 @@ def test_interrupted_and_resumed_is_bit_identical(small, finished, tmp_path, mon
     assert (result.step, result.exit_code) == (6, 0)
     assert same(weights(out), weights(finished))
     assert [r["step"] for r in metrics(out) if "loss" in r] == [1, 2, 3, 4, 6]
+
+
+def test_a_frozen_w_z_stays_as_it_began_when_resumed(small, tmp_path, monkeypatch):
+    config = small("optim.lr=1e-2", variant="infinity-frozen-wz")
+    torch.manual_seed(config.seed)
+    begun = InfMoEForCausalLM(hf_config(config)).state_dict()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert run(config, tmp_path).step == 3
+    assert run(config, tmp_path, resume=True).step == 6
+    ended = weights(tmp_path)
+    changed = {name for name in ended if not torch.equal(ended[name], begun[name])}
+    assert set(ended) - changed == {f"transformer.h.{i}.mlp.w_z.weight" for i in range(2)}
 
 
 def test_resume_drops_what_came_after_the_checkpoint(small, finished, tmp_path):

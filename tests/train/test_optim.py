@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.train.config import OptimConfig, ScheduleConfig, hf_config
 from infmoe.train.optim import build_optimizer, load_optimizer_tensors, lr_ratio, optimizer_tensors, set_lr
@@ -53,6 +54,17 @@ def test_frozen_parameters_are_left_out(small):
     grouped = {id(p) for g in build_optimizer(model, OPTIM).param_groups for p in g["params"]}
     left_out = [n for n, p in model.named_parameters() if id(p) not in grouped]
     assert left_out == ["transformer.h.0.mlp.w_z.weight", "transformer.h.1.mlp.w_z.weight"]
+
+
+def test_the_state_of_a_parameter_that_is_now_frozen_is_refused():
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OPTIM)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tensors = optimizer_tensors(model, optimizer)
+    model.weight.requires_grad_(False)
+    with pytest.raises(InfMoEError, match="trained weight, which the configuration freezes"):
+        load_optimizer_tensors(model, build_optimizer(model, OPTIM), tensors)
 
 
 def test_schedule():

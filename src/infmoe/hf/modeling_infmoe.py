@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +187,16 @@ class InfMoEPreTrainedModel(PreTrainedModel):
     def __init__(self, config: InfMoEConfig, *args, **kwargs):
         config.check_options()
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        """transformers' own; what the config freezes stays frozen, though loading makes every parameter anew."""
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # `output_loading_info` asks for a pair
+        for module in model.modules():
+            if isinstance(module, ConditionalFFN):
+                module.freeze()
+        return loaded
 
     @classmethod
     def is_custom_code(cls) -> bool:

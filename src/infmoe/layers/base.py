@@ -175,6 +175,9 @@ class ConditionalFFN(nn.Module, ABC):
             else:
                 nn.init.constant_(tensor, mean)
 
+    def freeze(self) -> None:
+        """Freeze what the options say does not train; for loaders that replace the parameters by new ones."""
+
     def num_params(self) -> int:
         """Every parameter of the layer, W_z and routers included."""
         return sum(p.numel() for p in self.parameters())

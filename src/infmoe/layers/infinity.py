@@ -141,7 +141,7 @@ class InfinityFFN(ConditionalFFN):
         self.trained_keep_ratio = trained_keep_ratio or keep_ratio
         self.routing_mode: Mode = routing_mode if sigma_activation != "none" else "mu"
         self.mask_scale, self.score_dtype, self.noise_seed = mask_scale, score_dtype, noise_seed
-        self.wz_lr_factor, self.wz_weight_decay = wz_lr_factor, wz_weight_decay
+        self.train_wz, self.wz_lr_factor, self.wz_weight_decay = train_wz, wz_lr_factor, wz_weight_decay
         self._density = UnionDensity()
         self._calls = CallMemory()
 
@@ -154,11 +154,16 @@ class InfinityFFN(ConditionalFFN):
             min_sigma=min_sigma,
             max_sigma=max_sigma,
         )
-        self.w_z = Linear(z_dim, self.num_units, bias=wz_bias).requires_grad_(train_wz)
+        self.w_z = Linear(z_dim, self.num_units, bias=wz_bias)
         self.w1 = Linear(hidden_size, self.width)
         self.w3 = Linear(hidden_size, self.width) if gated else None
         self.w2 = Linear(self.width, hidden_size)
         self.reset_parameters()
+        self.freeze()
+
+    def freeze(self) -> None:
+        if not self.train_wz:
+            self.w_z.requires_grad_(False)
 
     def inits(self) -> Iterable[Init]:
         yield from self.router.inits()

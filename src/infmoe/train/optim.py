@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from infmoe.errors import InfMoEError
 from infmoe.train.config import OptimConfig, ScheduleConfig
 
 
@@ -73,11 +74,17 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave; learning rates are not part of it, as the step sets them."""
+    """Put back what `optimizer_tensors` gave; learning rates are not part of it, as the step sets them.
+
+    Raises:
+        InfMoEError: a parameter that was trained and is now frozen.
+    """
     state: dict[int, dict[str, Any]] = {}
     positions = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
     for name, param in model.named_parameters():
         entries = {k.partition("/")[2]: v for k, v in tensors.items() if k.partition("/")[0] == name}
+        if entries and id(param) not in positions:
+            raise InfMoEError(f"the checkpoint has trained {name}, which the configuration freezes: start a new run")
         if entries:
             state[positions[id(param)]] = entries
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
