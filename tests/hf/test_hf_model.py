@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import key, record_selections, replay_selections, tiny_config, tiny_model, tokens
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM
 
 from infmoe.errors import InfMoEError
@@ -335,6 +337,22 @@ def test_num_items_in_batch_makes_micro_batches_add_up(ffn):
         model(ids[b : b + 1], labels=labels[b : b + 1], num_items_in_batch=torch.tensor(13)).loss for b in range(2)
     )
     torch.testing.assert_close(total, expected)
+
+
+def test_losses_of_blocks_on_several_devices_meet_on_the_models():
+    """A device map, as Accelerate carries it out; the second device is torch's stand-in, which computes no values."""
+    with FakeTensorMode(), torch.no_grad():
+        model = InfMoEForCausalLM(tiny_config("dense", attn_implementation="eager"))
+        block = model.transformer.h[1]
+        for module in block.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty_like(p, device="cuda:1"), requires_grad=False))
+        add_hook_to_module(block, AlignDevicesHook("cuda:1"))
+        add_hook_to_module(model.transformer.ln_f, AlignDevicesHook("cpu"))
+        ids = torch.zeros(2, 9, dtype=torch.int64)
+        out = model(ids, labels=ids)
+        assert [str(stats.tokens.device) for stats in out.routing_stats] == ["cpu", "cuda:1"]
+        assert (str(out.aux_loss.device), str(out.loss.device)) == ("cpu", "cpu")
 
 
 def test_logits_to_keep():

@@ -309,13 +309,13 @@ class InfMoEModel(InfMoEPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids).to(device))
         aux_loss = torch.zeros((), device=device)
         routing_stats = []
         cache = past_key_values if not (self.gradient_checkpointing and self.training) else None
         for block in self.h:
             hidden_states, block_aux_loss, stats = block(hidden_states, cache, causal_mask, routing, **kwargs)
-            aux_loss = aux_loss + block_aux_loss
+            aux_loss = aux_loss + block_aux_loss.to(device)  # a device map may put blocks on several
             routing_stats.append(stats)
         return InfMoEModelOutput(
             last_hidden_state=self.ln_f(hidden_states),
@@ -413,7 +413,8 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = loss + _aux_share(labels, kwargs.get("num_items_in_batch")) * outputs.aux_loss
+            share = _aux_share(labels, kwargs.get("num_items_in_batch"), loss.device)
+            loss = loss + share * outputs.aux_loss.to(loss.device)
         return InfMoECausalLMOutput(
             loss=loss,
             logits=logits,
@@ -484,8 +485,10 @@ def _positions(attention_mask: Tensor | None, past_length: int, num_tokens: int,
     return (torch.arange(num_tokens, device=device) + past_length)[None]
 
 
-def _aux_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+def _aux_share(labels: Tensor, num_items_in_batch: Tensor | int | None, device: torch.device) -> Tensor | float:
     """This call's share of the auxiliary loss, where the loss is divided over several micro-batches."""
     if num_items_in_batch is None:
         return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(device)
+    return (labels[:, 1:] != -100).sum().to(device) / num_items_in_batch
