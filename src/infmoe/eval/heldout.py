@@ -80,12 +80,15 @@ class LossPoint:
 
 @torch.no_grad()
 def window_losses(model: Any, tokens_BT: Tensor, routing: Routing) -> tuple[Tensor, tuple[RoutingStats, ...]]:
-    """Mean cross-entropy of each row's tokens 1 .. T-1, float64 of shape (B,), and the routing statistics."""
+    """Mean cross-entropy of each row's tokens 1 .. T-1, float64 of shape (B,) on the CPU, and the routing statistics.
+
+    Averaged on the CPU, as not every device has float64 (Apple's MPS).
+    """
     output = model(input_ids=tokens_BT, routing=routing, use_cache=False)
     loss_BT = F.cross_entropy(
         output.logits[:, :-1].flatten(0, 1).float(), tokens_BT[:, 1:].flatten(), reduction="none"
     ).view(tokens_BT.shape[0], -1)
-    return loss_BT.double().mean(dim=1), output.routing_stats
+    return loss_BT.cpu().double().mean(dim=1), output.routing_stats
 
 
 def evaluate_loss(model: Any, held_out: HeldOut, routing: Routing, *, seed: int = 0, batch_size: int = 16) -> LossPoint:
@@ -107,7 +110,7 @@ def evaluate_loss(model: Any, held_out: HeldOut, routing: Routing, *, seed: int 
         rows = slice(start, start + batch_size)
         key = NoiseKey(seed=seed, stream=held_out.window_N[rows].to(device))
         loss_B, stats = window_losses(model, held_out.tokens_NT[rows].to(device), dataclasses.replace(routing, key=key))
-        losses.append(loss_B.cpu())
+        losses.append(loss_B)
         layers = stats if layers is None else tuple(a + b for a, b in zip(layers, stats, strict=True))
     loss_N = torch.cat(losses)
     assert layers is not None

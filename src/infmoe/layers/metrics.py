@@ -44,7 +44,7 @@ class RoutingStats(NamedTuple):
             dropped_ratio: share of selections dropped by a capacity limit.
         """
         tokens = max(float(self.tokens), 1.0)
-        counts = self.counts_U.double()
+        counts = self.counts_U.cpu().double()  # not every device has float64
         total = float(counts.sum())
         q = counts / max(total, 1.0)
         entropy = float(-(q * q.clamp_min(1e-300).log()).sum())

@@ -24,7 +24,7 @@ def validate(session: "Session") -> dict[str, float]:
     count = session.num_val_windows
     windows = spread_windows(session.data.num_windows("val", config.window), count)
     mine = windows[accelerator.process_index :: accelerator.num_processes]
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(2, dtype=torch.float64)
     model.eval()
     for start in range(0, len(mine), config.micro_batch_size):
         rows = mine[start : start + config.micro_batch_size]
@@ -33,7 +33,9 @@ def validate(session: "Session") -> dict[str, float]:
             loss_B, _ = window_losses(model, tokens_BT, routing)
         sums += torch.stack([loss_B.sum(), loss_B.square().sum()])
     model.train()
-    total, squares = accelerator.reduce(sums, "sum").tolist()
+    if accelerator.num_processes > 1:  # where there is but one, its device may have no float64 (Apple's MPS)
+        sums = accelerator.reduce(sums.to(accelerator.device), "sum")
+    total, squares = sums.tolist()
     mean = total / count
     variance = max(squares / count - mean**2, 0.0) * count / max(count - 1, 1)
     return {"val_loss": mean, "val_loss_se": (variance / count) ** 0.5, "val_windows": count}
