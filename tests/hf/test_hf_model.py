@@ -312,37 +312,36 @@ def test_outputs_hold_losses_and_statistics(ffn):
 
 
 @EACH
-def test_the_loss_is_the_shifted_cross_entropy_plus_the_auxiliary_loss(ffn):
-    model, ids = tiny_model(ffn), tokens(2, 9)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_is_the_shifted_cross_entropy_and_in_training_the_auxiliary_loss(ffn, training):
+    model, ids = tiny_model(ffn).train(training), tokens(2, 9)
     labels = ids.clone()
     labels[0, 3:6] = -100
     out = model(ids, labels=labels)
     per_token = torch.nn.functional.cross_entropy(
         out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
     )
-    torch.testing.assert_close(out.loss, per_token / (16 - 3) + out.aux_loss)
+    torch.testing.assert_close(out.loss, per_token / (16 - 3) + (out.aux_loss if training else 0.0))
 
 
 @EACH
 def test_num_items_in_batch_makes_micro_batches_add_up(ffn):
-    model, ids = tiny_model(ffn), tokens(2, 9)
+    model, ids = tiny_model(ffn).train(), tokens(2, 9)
     labels = ids.clone()
     labels[0, 3:6] = -100
-    parts = [model(ids[b : b + 1], labels=labels[b : b + 1]) for b in range(2)]
-    shares = [13 - 8, 8]
-    expected = sum(
-        ((part.loss - part.aux_loss) + part.aux_loss) * share / 13 for part, share in zip(parts, shares, strict=True)
-    )
-    total = sum(
-        model(ids[b : b + 1], labels=labels[b : b + 1], num_items_in_batch=torch.tensor(13)).loss for b in range(2)
-    )
-    torch.testing.assert_close(total, expected)
+    given = Routing(key=NoiseKey(seed=7))
+
+    def loss(b, **items):
+        return model(ids[b : b + 1], labels=labels[b : b + 1], routing=given, **items).loss
+
+    expected = loss(0) * (13 - 8) / 13 + loss(1) * 8 / 13
+    torch.testing.assert_close(sum(loss(b, num_items_in_batch=torch.tensor(13)) for b in range(2)), expected)
 
 
 def test_losses_of_blocks_on_several_devices_meet_on_the_models():
     """A device map, as Accelerate carries it out; the second device is torch's stand-in, which computes no values."""
     with FakeTensorMode(), torch.no_grad():
-        model = InfMoEForCausalLM(tiny_config("dense", attn_implementation="eager"))
+        model = InfMoEForCausalLM(tiny_config("dense", attn_implementation="eager")).train()
         block = model.transformer.h[1]
         for module in block.modules():
             for name, p in module.named_parameters(recurse=False):

@@ -68,7 +68,7 @@ class InfMoECausalLMOutput(ModelOutput):
     """The language model's output.
 
     Attributes:
-        loss: 0-d, cross-entropy in nats per token plus `aux_loss`, if labels were given.
+        loss: 0-d, cross-entropy in nats per token, if labels were given; in train mode plus `aux_loss`.
         logits: (B, T, V).
         past_key_values, hidden_states, attentions, aux_loss, routing_stats: see `InfMoEModelOutput`.
     """
@@ -385,6 +385,9 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):
     ) -> InfMoECausalLMOutput:
         """Logits, and the loss where labels are given (shifted inside; -100 is ignored).
 
+        In train mode the auxiliary loss is part of it; in eval mode it is the cross-entropy alone, so that ways to
+        route can be compared.
+
         Args:
             labels: int64, (B, T); give `input_ids` itself to train a language model.
             logits_to_keep: as in transformers.
@@ -413,8 +416,9 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-            share = _aux_share(labels, kwargs.get("num_items_in_batch"), loss.device)
-            loss = loss + share * outputs.aux_loss.to(loss.device)
+            if self.training:
+                share = _aux_share(labels, kwargs.get("num_items_in_batch"), loss.device)
+                loss = loss + share * outputs.aux_loss.to(loss.device)
         return InfMoECausalLMOutput(
             loss=loss,
             logits=logits,
