@@ -86,6 +86,21 @@ def test_drawn_keys_follow_the_global_seed():
     assert drawn() == drawn()
 
 
+def test_processes_of_one_seed_draw_streams_of_their_own():
+    def drawn():
+        torch.manual_seed(3)
+        return NoiseKey.draw(4, torch.device("cpu"))
+
+    alone, keys = drawn(), []
+    for rank in range(3):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=3)
+        keys.append(drawn())
+        torch.distributed.destroy_process_group()
+    assert len({int(key.seed) for key in keys}) == 1
+    assert torch.equal(keys[0].stream, alone.stream)
+    assert torch.cat([key.stream for key in keys]).unique().numel() == 12
+
+
 def test_expand_rows_repeats_what_belongs_to_rows():
     given = Routing(
         num_samples=(1, 2),

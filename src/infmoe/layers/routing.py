@@ -20,6 +20,8 @@ MODES: tuple[Mode, ...] = ("sample", "mu", "antithetic", "qmc")
 
 DIALS = ("num_samples", "keep_ratio", "score_cut", "num_experts_per_tok")
 
+_STREAMS_PER_PROCESS = 2**32  # more than a batch has rows
+
 V = TypeVar("V")
 
 
@@ -82,9 +84,14 @@ class NoiseKey:
 
     @staticmethod
     def draw(batch_size: int, device: torch.device) -> "NoiseKey":
-        """A fresh key from torch's default generator, another stream for each row (train mode's default)."""
+        """A fresh key from torch's default generator, another stream for each row (train mode's default).
+
+        Rows of other processes have other streams too: their generators may all have the same seed.
+        """
         seed = torch.randint(0, 2**62, (), dtype=torch.int64)
-        return NoiseKey(seed=seed, stream=torch.arange(batch_size, device=device))
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = torch.distributed.get_rank() * _STREAMS_PER_PROCESS if distributed else 0
+        return NoiseKey(seed=seed, stream=torch.arange(first, first + batch_size, device=device))
 
 
 @dataclass(frozen=True)
