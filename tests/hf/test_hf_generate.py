@@ -6,6 +6,7 @@ from helpers import key, record_selections, replay_selections, tiny_model, token
 from transformers import StaticCache
 
 from infmoe.errors import InfMoEError
+from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import NoiseKey, PerLayer, Routing
 
 EACH = pytest.mark.parametrize("ffn", ["dense", "switch", "moe", "infinity"])
@@ -170,6 +171,44 @@ def test_streams_belong_to_requests():
     other = model.generate(ids, **options, routing=Routing(key=NoiseKey(stream=torch.tensor([6, 7]))))
     assert torch.equal(other[0], same[0])
     assert not torch.equal(other[1], same[1])
+
+
+def target_and_draft(folder):
+    """One checkpoint opened twice, and the keep ratios of the draft's calls."""
+    model, ratios = tiny_model(), []
+    model.save_pretrained(folder)
+    draft = InfMoEForCausalLM.from_pretrained(folder, keep_ratio=1 / 16)
+
+    def look(layer, args, out):
+        ratios.append(float(out.stats.counts_U.mean() / out.stats.tokens) / layer.num_samples)
+
+    draft.transformer.h[0].mlp.register_forward_hook(look)
+    return model, draft, ratios
+
+
+@pytest.mark.parametrize("routing", [None, Routing(key=NoiseKey(seed=5))], ids=["default", "key"])
+def test_assisted_generation_drafts_at_the_assistants_own_dials(routing, tmp_path):
+    (model, draft, ratios), ids = target_and_draft(tmp_path), tokens(1, 5)
+    assisted = model.generate(ids, assistant_model=draft, routing=routing, **GREEDY)
+    assert torch.equal(assisted, model.generate(ids, routing=routing, **GREEDY))
+    assert ratios == pytest.approx([1 / 16] * len(ratios))
+    assert ratios
+
+
+@pytest.mark.parametrize(
+    ("dials", "named"),
+    [
+        ({"keep_ratio": 0.5}, "keep_ratio"),
+        ({"num_samples": 4, "routing_mode": "antithetic"}, "num_samples, routing_mode"),
+        ({"routing": Routing(keep_ratio=0.5)}, "keep_ratio"),
+        ({"max_loss_increase": 0.1}, "max_loss_increase"),
+    ],
+)
+def test_dials_beside_an_assistant_are_refused(dials, named, tmp_path):
+    model, draft, ratios = target_and_draft(tmp_path)
+    with pytest.raises(InfMoEError, match=rf"leave {named} out, and open each .* from_pretrained\(DIR, keep_ratio="):
+        model.generate(tokens(1, 5), assistant_model=draft, **GREEDY, **dials)
+    assert not ratios
 
 
 @EACH

@@ -45,11 +45,13 @@ class InfMoEGenerationMixin(GenerationMixin):
         that shows).
 
         Raises:
-            InfMoEError: a budget that can't be met, a profile of other weights or another machine, or a budget
-                beside dials.
+            InfMoEError: a budget that can't be met, a profile of other weights or another machine, a budget
+                beside dials, or dials beside an assistant model.
         """
         budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
         self.picked = None
+        if kwargs.get("assistant_model") is not None:
+            self._refuse_dials_beside_an_assistant(kwargs, budgeted=max_loss_increase is not None)
         if any(value is not None for value in budget.values()):
             timed = latency_budget_ms is not None
             self._refuse_dials_beside_a_budget(kwargs, timed=timed)
@@ -112,10 +114,18 @@ class InfMoEGenerationMixin(GenerationMixin):
             raise InfMoEError(
                 "a latency is of the backend that the profile was measured with: leave routing.backend out"
             )
-        given = [name for name in (*DIALS, "routing_mode") if kwargs.get(name) is not None]
-        given += [name for name in (*DIALS, "mode") if routing is not None and getattr(routing, name) is not None]
+        given = _given_dials(kwargs)
         if given:
             raise InfMoEError(f"a budget chooses the dials itself: leave {', '.join(given)} out")
+
+    @staticmethod
+    def _refuse_dials_beside_an_assistant(kwargs: dict[str, Any], *, budgeted: bool) -> None:
+        given = _given_dials(kwargs) + ["max_loss_increase"] * budgeted
+        if given:
+            raise InfMoEError(
+                f"assisted generation would run the assistant at the same dials: leave {', '.join(given)} out, and "
+                "open each model at its own, from_pretrained(DIR, keep_ratio=...)"
+            )
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):  # type: ignore[override]
         """Repeat the per-row dials with the rows (beam search, several sequences per prompt)."""
@@ -130,3 +140,10 @@ class InfMoEGenerationMixin(GenerationMixin):
             if model_kwargs.get("routing") is not None:
                 model_kwargs["routing"] = model_kwargs["routing"].expand_rows(expand_size)
         return input_ids, model_kwargs
+
+
+def _given_dials(kwargs: dict[str, Any]) -> list[str]:
+    """The dials that a call of `generate` sets, by name or in its routing."""
+    routing = kwargs.get("routing")
+    given = [name for name in (*DIALS, "routing_mode") if kwargs.get(name) is not None]
+    return given + [name for name in (*DIALS, "mode") if routing is not None and getattr(routing, name) is not None]
