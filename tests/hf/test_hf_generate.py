@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import key, record_selections, replay_selections, tiny_model, tokens
-from transformers import StaticCache
+from transformers import GenerationConfig, StaticCache
 
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
@@ -56,6 +56,17 @@ def test_the_number_of_experts_is_a_dial_of_the_mixture():
 def test_a_mistyped_dial_raises(typo):
     with pytest.raises(ValueError, match=typo):
         tiny_model().generate(tokens(1, 3), **GREEDY, **{typo: 2})
+
+
+@pytest.mark.parametrize("of_the_model", [True, False])
+def test_a_dial_in_a_generation_config_is_refused(of_the_model):
+    model, ids = tiny_model(), tokens(1, 3)
+    config = GenerationConfig(num_samples=4)
+    given = {} if of_the_model else {"generation_config": config}
+    if of_the_model:
+        model.generation_config = config
+    with pytest.raises(InfMoEError, match="a generation config has no 'num_samples'"):
+        model.generate(ids, num_samples=2, **given)
 
 
 def test_a_dial_that_the_variant_lacks_raises():

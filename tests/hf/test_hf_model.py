@@ -272,6 +272,28 @@ def test_dials_that_the_variant_lacks_are_refused(ffn, dial):
         tiny_model(ffn)(tokens(1, 4), **dial)
 
 
+@pytest.mark.parametrize(
+    ("ffn", "dial"),
+    [
+        ("infinity", {"keep_ratio": 0.125}),
+        ("infinity", {"num_samples": 4}),
+        ("infinity", {"routing_mode": "mu"}),
+        ("moe", {"num_experts_per_tok": 1}),
+    ],
+)
+def test_a_dial_changed_in_the_config_of_a_finished_model_is_refused(ffn, dial):
+    model, ids = tiny_model(ffn), tokens(1, 4)
+    ((name, value),) = dial.items()
+    built = getattr(model.config, name)
+    setattr(model.config, name, value)
+    for call in (model, model.generate):
+        for prompt in (ids, ids[:, :1]):
+            with pytest.raises(InfMoEError, match=f"config.{name} was set to {value!r} after .* built with {built!r}"):
+                call(prompt)
+    setattr(model.config, name, built)
+    assert model(ids, **dial).logits.isfinite().all()
+
+
 def test_a_context_too_long_is_refused_by_name():
     model = tiny_model()
     with pytest.raises(InfMoEError, match="33 tokens do not fit the model's context of 32"):

@@ -46,10 +46,11 @@ class InfMoEGenerationMixin(GenerationMixin):
 
         Raises:
             InfMoEError: a budget that can't be met, a profile of other weights or another machine, a budget
-                beside dials, or dials beside an assistant model.
+                beside dials, dials beside an assistant model, or dials in a generation config.
         """
         budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
         self.picked = None
+        self._refuse_dials_in_a_generation_config(args, kwargs)
         if kwargs.get("assistant_model") is not None:
             self._refuse_dials_beside_an_assistant(kwargs, budgeted=max_loss_increase is not None)
         if any(value is not None for value in budget.values()):
@@ -72,9 +73,19 @@ class InfMoEGenerationMixin(GenerationMixin):
 
     def _setting_of(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a call of `generate` runs with: its own, its generation config's, the model's; None: nobody says."""
-        of_call = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        places = (kwargs.get(name), getattr(of_call, name, None), getattr(self.generation_config, name, None))
+        places = (kwargs.get(name), *(getattr(config, name, None) for config in self._configs_of(args, kwargs)))
         return next((value for value in places if value is not None), None)
+
+    def _configs_of(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The call's generation config, if any, and the model's."""
+        return kwargs.get("generation_config", args[1] if len(args) > 1 else None), self.generation_config
+
+    def _refuse_dials_in_a_generation_config(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """There they do nothing, and keep those of the call from the model."""
+        for config in self._configs_of(args, kwargs):
+            for name in (*DIALS, "routing_mode", "routing"):
+                if hasattr(config, name):
+                    raise InfMoEError(f"a generation config has no {name!r}: delete it there, and give it to generate")
 
     def _rows_of(self, args: tuple, kwargs: dict[str, Any], *, timed: bool) -> int:
         """Sequences that a call of `generate` runs at once.

@@ -32,6 +32,9 @@ from infmoe.layers.routing import DIALS, FloatDial, IntDial, Mode
 _TRAINING_STATS_TOKENS = 512
 
 
+# The dials that a config holds too: what the layers are built with.
+_CONFIG_DIALS = ("num_samples", "keep_ratio", "num_experts_per_tok", "routing_mode")
+
 # What is set in another place, and where: a forward pass would hand it to the attention, which takes anything.
 _ELSEWHERE = {
     **dict.fromkeys(("latency_budget_ms", "max_loss_increase", "profile"), "a budget is an argument of `generate`"),
@@ -233,6 +236,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         self.h = nn.ModuleList([InfMoEBlock(config, i) for i in range(config.num_hidden_layers)])
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        self._built_with = {name: getattr(config, name) for name in _CONFIG_DIALS}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -273,7 +277,8 @@ class InfMoEModel(InfMoEPreTrainedModel):
             **kwargs: passed to the attention.
 
         Raises:
-            InfMoEError: a dial that the variant does not have, a sequence longer than the context.
+            InfMoEError: a dial that the variant does not have, one that was changed in the config of a finished model,
+                a sequence longer than the context.
         """
         _refuse_misnamed_dials(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -285,6 +290,8 @@ class InfMoEModel(InfMoEPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if T > 1 or (isinstance(past_length, int) and not past_length):  # the tokens after a prompt pay nothing for it
+            self._refuse_changed_dials()
         if position_ids is None:
             position_ids = _positions(attention_mask, past_length, T, device)
         # A static cache counts in a tensor, which is not looked at here. Left padding takes no positions, so
@@ -323,6 +330,16 @@ class InfMoEModel(InfMoEPreTrainedModel):
             aux_loss=aux_loss,
             routing_stats=tuple(routing_stats),
         )
+
+    def _refuse_changed_dials(self) -> None:
+        """Raise if a dial of the config is not what the layers were built with, and run at."""
+        for name, built in self._built_with.items():
+            value = getattr(self.config, name)
+            if value != built:
+                raise InfMoEError(
+                    f"config.{name} was set to {value!r} after the model was built with {built!r}, and does nothing: "
+                    "set it back, and give the dial to the call or to from_pretrained"
+                )
 
     def _complete(
         self,
