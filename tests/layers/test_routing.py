@@ -1,9 +1,12 @@
 """`Routing`, `NoiseKey` and `PerLayer`: what they refuse, and how they spread."""
 
 import dataclasses
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
+from helpers import make_layer
 
 from infmoe.errors import InfMoEError
 from infmoe.layers import NoiseKey, PerLayer, Routing
@@ -37,6 +40,47 @@ from infmoe.ops.noise import normal_noise
 def test_bad_values_are_refused_by_name(dials, named):
     with pytest.raises(InfMoEError, match=named):
         Routing(**dials)
+
+
+@pytest.mark.parametrize(
+    ("dials", "named"),
+    [
+        ({"num_samples": [1, 2]}, "num_samples takes one number, a tuple with one for each row .* or PerLayer"),
+        ({"num_samples": np.arange(1, 9)}, "num_samples takes one number, a tuple"),
+        ({"keep_ratio": PerLayer([[0.5, 0.25], 0.5])}, "keep_ratio takes one number, a tuple"),
+        ({"score_cut": [0.5, 0.25]}, "score_cut takes one number, or PerLayer with one for each layer"),
+    ],
+)
+def test_a_list_is_told_what_rows_and_layers_take(dials, named):
+    with pytest.raises(InfMoEError, match=named):
+        Routing(**dials)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int8, np.uint16])
+@pytest.mark.parametrize("real", [np.float64, np.float32, Fraction])
+def test_numbers_of_other_libraries_become_plain_ones(integer, real):
+    given = Routing(
+        num_samples=PerLayer([integer(2), (integer(1), 3)]),
+        keep_ratio=(real(0.5), 1),
+        num_experts_per_tok=integer(4),
+    )
+    assert given == Routing(num_samples=PerLayer([2, (1, 3)]), keep_ratio=(0.5, 1), num_experts_per_tok=4)
+    first, (second, third) = given.num_samples.values
+    numbers = (first, second, third, *given.keep_ratio, given.num_experts_per_tok)
+    assert [type(number) for number in numbers] == [int, int, int, float, int, int]
+    assert type(Routing(score_cut=real(0.25)).score_cut) is float
+
+
+@pytest.mark.parametrize("dials", [{"num_samples": np.float64(2)}, {"keep_ratio": np.bool_(True)}])
+def test_other_libraries_numbers_of_another_kind_are_refused(dials):
+    with pytest.raises(InfMoEError, match=next(iter(dials))):
+        Routing(**dials)
+
+
+def test_a_layer_takes_other_libraries_numbers_too():
+    layer = make_layer("infinity", num_samples=np.int64(3), keep_ratio=np.float32(0.5))
+    assert (type(layer.num_samples), type(layer.keep_ratio), type(layer.trained_keep_ratio)) == (int, float, float)
+    assert type(make_layer("moe", num_experts_per_tok=np.int64(1)).trained_experts_per_tok) is int
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])

@@ -113,10 +113,9 @@ class InfinityFFN(ConditionalFFN):
             InfMoEError: a value out of range.
         """
         super().__init__(hidden_size, intermediate_size, **shared)
-        check_num_samples(num_samples)
-        check_keep_ratio(keep_ratio)
+        self.num_samples, self.keep_ratio = check_num_samples(num_samples), check_keep_ratio(keep_ratio)
         if trained_keep_ratio is not None:
-            check_keep_ratio(trained_keep_ratio, "trained_keep_ratio")
+            trained_keep_ratio = check_keep_ratio(trained_keep_ratio, "trained_keep_ratio")
         if routing_mode not in MODES:
             raise unknown_name("routing_mode", routing_mode, MODES)
         if selection not in SELECTIONS:
@@ -137,8 +136,7 @@ class InfinityFFN(ConditionalFFN):
         self.block_size = block_size
         self.selection: Selection = selection
         self.num_units = self.width // block_size
-        self.num_samples, self.keep_ratio = num_samples, keep_ratio
-        self.trained_keep_ratio = trained_keep_ratio or keep_ratio
+        self.trained_keep_ratio = trained_keep_ratio or self.keep_ratio
         self.routing_mode: Mode = routing_mode if sigma_activation != "none" else "mu"
         self.mask_scale, self.score_dtype, self.noise_seed = mask_scale, score_dtype, noise_seed
         self.train_wz, self.wz_lr_factor, self.wz_weight_decay = train_wz, wz_lr_factor, wz_weight_decay

@@ -114,10 +114,11 @@ class MoEFFN(ConditionalFFN):
             raise InfMoEError(f"routed_scaling_factor must be above 0, and finite, got {routed_scaling_factor!r}")
         if coactivation_prob != 0.5 and ideal_experts_per_tok is None:
             raise InfMoEError("coactivation_prob goes with ideal_experts_per_tok: give both, or neither")
+        num_experts_per_tok = check_num_experts_per_tok(num_experts_per_tok)
         if trained_experts_per_tok is not None:
-            check_num_experts_per_tok(trained_experts_per_tok, "trained_experts_per_tok")
+            trained_experts_per_tok = check_num_experts_per_tok(trained_experts_per_tok, "trained_experts_per_tok")
         if ideal_experts_per_tok is not None:
-            check_num_experts_per_tok(ideal_experts_per_tok, "ideal_experts_per_tok")
+            ideal_experts_per_tok = check_num_experts_per_tok(ideal_experts_per_tok, "ideal_experts_per_tok")
         elastic = {
             "rank_damping": rank_damping != 1.0,
             "ideal_experts_per_tok": ideal_experts_per_tok is not None,
@@ -226,7 +227,7 @@ class MoEFFN(ConditionalFFN):
         return self._check_k(k)
 
     def _check_k(self, k: int, name: str = "num_experts_per_tok") -> int:
-        check_num_experts_per_tok(k, name)
+        k = check_num_experts_per_tok(k, name)
         if k > self.num_experts:
             raise InfMoEError(f"{name} {k} is more than the layer's {self.num_experts} experts: use those or fewer")
         return k

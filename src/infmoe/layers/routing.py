@@ -5,7 +5,8 @@ B batch rows, T tokens.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -141,8 +142,9 @@ class Routing:
             ("score_cut", check_score_cut),
             ("num_experts_per_tok", check_num_experts_per_tok),
         ):
-            for value in _flat(getattr(self, dial)):
-                check(value)
+            given = getattr(self, dial)
+            if given is not None and (plain := _checked(dial, given, check)) is not given:
+                object.__setattr__(self, dial, plain)
         if self.score_cut is not None and self.keep_ratio is not None:
             raise InfMoEError("score_cut takes the place of keep_ratio: give one of them")
         cuts = self.score_cut.values if isinstance(self.score_cut, PerLayer) else (self.score_cut,)
@@ -225,36 +227,57 @@ class Routing:
         )
 
 
-def check_num_samples(value: int) -> None:
-    """Raise unless `value` is a usable K."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_num_samples(value: int) -> int:
+    """`value` as a plain int; raises unless it is a usable K."""
+    number = _plain(value)
+    if not isinstance(number, int) or number < 1:
         raise InfMoEError(f"num_samples must be an integer of at least 1, or a tuple of them by row, got {value!r}")
+    return number
 
 
-def check_keep_ratio(value: float, name: str = "keep_ratio") -> None:
-    """Raise unless `value` is a usable keep ratio."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+def check_keep_ratio(value: float, name: str = "keep_ratio") -> float:
+    """`value` as a plain number; raises unless it is a usable keep ratio."""
+    number = _plain(value)
+    if number is None or not 0.0 < number <= 1.0:
         raise InfMoEError(f"{name} must lie in (0, 1], e.g. 0.25 for the paper's 25 %, got {value!r}")
+    return number
 
 
-def check_score_cut(value: float) -> None:
-    """Raise unless `value` is a usable cut."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def check_score_cut(value: float) -> float:
+    """`value` as a plain number; raises unless it is a usable cut."""
+    number = _plain(value)
+    if number is None or not math.isfinite(number):
         raise InfMoEError(f"score_cut must be a finite number, got {value!r}")
+    return number
 
 
-def check_num_experts_per_tok(value: int, name: str = "num_experts_per_tok") -> None:
-    """Raise unless `value` is a usable k."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_num_experts_per_tok(value: int, name: str = "num_experts_per_tok") -> int:
+    """`value` as a plain int; raises unless it is a usable k."""
+    number = _plain(value)
+    if not isinstance(number, int) or number < 1:
         raise InfMoEError(f"{name} must be an integer of at least 1, got {value!r}")
+    return number
 
 
-def _flat(value) -> tuple:
-    if value is None:
-        return ()
+def _plain(value: Any) -> int | float | None:
+    """A real number as Python's own (NumPy's are not); None for anything else, truth values too."""
+    if type(value) in (int, float):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _checked(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
+    """A dial whose every number was checked and made a plain one."""
     if isinstance(value, PerLayer):
-        return tuple(v for entry in value.values for v in _flat(entry))
-    return value if isinstance(value, tuple) else (value,)
+        return PerLayer([entry if entry is None else _checked(name, entry, check) for entry in value.values])
+    if isinstance(value, tuple):
+        return tuple([check(v) for v in value])
+    if not isinstance(value, int | float | str) and isinstance(value, Iterable):
+        rows = "" if name == "score_cut" else "a tuple with one for each row of the batch, "
+        raise InfMoEError(f"{name} takes one number, {rows}or PerLayer with one for each layer, got {value!r}")
+    return check(value)
 
 
 def _pick(name: str, dial: PerLayer, layer_index: int):
