@@ -85,6 +85,10 @@ class ConditionalFFN(nn.Module, ABC):
 
     Every option is a keyword argument of the subclass's `__init__`, under the name that the model's config
     has for it: `from_config` passes those that the config holds.
+
+    In a model of your own, do for the router's noise what `InfMoEModel` does: give each layer its own `layer_index`,
+    as layers of one index draw the same noise in eval mode; and where a sequence comes in parts (decoding), give each
+    call its positions, `Routing(key=NoiseKey(position=...))`, as it counts them from 0 otherwise.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class ConditionalFFN(nn.Module, ABC):
             hidden_size: D.
             intermediate_size: total neurons of the layer in parameters of a plain FFN: all experts together;
                 a gated activation gets 2/3 of it, so that the parameters stay equal.
-            layer_index: the layer's place in the model; part of the noise key.
+            layer_index: the layer's place in the model, which its noise depends on.
             initializer_range: standard deviation that weights start with (GPT-2: 0.02).
             residual_init_scale: factor on the output projection's (GPT-2: 1 / sqrt(2 * layers)).
         """
