@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from infmoe import InfMoEConfig, InfMoEForCausalLM
+from infmoe.train.optim import param_groups
 
 torch.manual_seed(0)
 config = InfMoEConfig(
@@ -16,6 +17,7 @@ config = InfMoEConfig(
     intermediate_size=256,
     max_position_embeddings=32,
     z_dim=16,
+    wz_lr_factor=0.5,
 )
 model = InfMoEForCausalLM(config)
 
@@ -29,14 +31,15 @@ with tempfile.TemporaryDirectory() as out:
         out,
         max_steps=40,
         per_device_train_batch_size=16,
-        learning_rate=3e-3,
         logging_steps=10,
         save_strategy="no",
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
+    # Trainer itself knows neither W_z's own learning rate and decay nor the biases of stacked experts.
+    optimizer = torch.optim.AdamW(param_groups(model, lr=3e-3, weight_decay=0.1))
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, optimizers=(optimizer, None))
     first = trainer.evaluate(dataset)["eval_loss"]
     trainer.train()
     last = trainer.evaluate(dataset)["eval_loss"]

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import Routing
+from infmoe.train.optim import param_groups
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -85,6 +86,20 @@ def test_the_trainer_trains_and_evaluates(ffn, tmp_path):
     ids = tokens(2, 9)
     loaded = InfMoEForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_the_trainer_takes_groups_in_which_w_z_learns_at_its_own_rate(factor, tmp_path):
+    model = tiny_model(wz_lr_factor=factor)
+    before = copy.deepcopy(model.state_dict())
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True
+    )
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, weight_decay=0.1))
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8, 9)]
+    Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
+    same = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
+    assert same == ({f"transformer.h.{i}.mlp.w_z.weight" for i in range(2)} if factor == 0 else set())
 
 
 def test_lora_on_the_matrices_of_the_layer(tmp_path):

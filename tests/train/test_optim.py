@@ -22,8 +22,10 @@ def group_of(optimizer, model, name: str) -> dict:
 
 
 def test_groups(small):
-    model = InfMoEForCausalLM(hf_config(small("model.wz_bias=true")))
-    optimizer = build_optimizer(model, OPTIM, wz_lr_factor=3.0, wz_weight_decay=0.5)
+    own = ("model.wz_bias=true", "model.wz_lr_factor=3", "model.wz_weight_decay=0.5")
+    model = InfMoEForCausalLM(hf_config(small(*own)))
+    optimizer = build_optimizer(model, OPTIM)
+    assert {group["lr"] for group in optimizer.param_groups} == {OPTIM.lr, 3 * OPTIM.lr}
     set_lr(optimizer, 1e-2)
     for name, lr, decay in (
         ("transformer.wte.weight", 1e-2, 0.1),

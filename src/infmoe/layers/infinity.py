@@ -101,7 +101,8 @@ class InfinityFFN(ConditionalFFN):
             wz_bias: give the scores a bias.
             train_wz: False freezes W_z.
             wz_lr_factor, wz_weight_decay: W_z's own, relative to the run's learning rate and in place of its
-                weight decay; None: the run's. Read by the optimizer.
+                weight decay; None: the run's. Read by `infmoe.train`; for other trainers see its
+                `optim.param_groups`.
             score_dtype: what both factors of W_z z are rounded to, "float32" or "bfloat16"; "auto": bfloat16 where
                 the layer computes in it, by its weights or autocast (about one unit in a thousand flips, and the
                 loss moves by less than 0.0001 nats: results/scores.json). Products and sums are float32. A wrapped

@@ -7,41 +7,49 @@ import torch
 from torch import nn
 
 from infmoe.errors import InfMoEError
+from infmoe.layers import InfinityFFN
 from infmoe.train.config import OptimConfig, ScheduleConfig
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimConfig, *, wz_lr_factor: float = 1.0, wz_weight_decay: float | None = None
-) -> torch.optim.AdamW:
-    """AdamW over the parameters that train.
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups over the parameters that train.
 
-    Decay falls on matrices, embeddings included; biases and norms have none. W_z has its own learning rate
-    factor and decay. Each group keeps its factor in `lr_factor`; `set_lr` applies it.
+    Decay falls on matrices, embeddings included; biases and norms have none. W_z has the learning rate factor and the
+    decay that its layer was built with (`wz_lr_factor`, `wz_weight_decay`). Each group has its learning rate and,
+    in `lr_factor`, what that is over `lr`.
+
+    For trainers other than `infmoe.train`, which know neither W_z's options nor that the biases of stacked experts are
+    no matrices: `Trainer(..., optimizers=(AdamW(param_groups(model, lr=..., weight_decay=...)), None))`. Make them once
+    all that is not to train is frozen. Trainer takes no optimizer from outside under FSDP, so there W_z's options do
+    nothing.
 
     Args:
-        model: names its W_z parameters `...w_z...`.
-        config: the run's settings.
-        wz_lr_factor: W_z's learning rate over the others'.
-        wz_weight_decay: W_z's decay; None: as the other matrices.
+        model: or anything that contains layers of `infmoe.layers`.
+        lr: of all but W_z.
+        weight_decay: of all matrices but W_z, and of W_z where its layer names none.
     """
+    of_wz: dict[nn.Parameter, tuple[float, float]] = {}
+    for layer in model.modules():
+        if isinstance(layer, InfinityFFN):
+            decay = weight_decay if layer.wz_weight_decay is None else layer.wz_weight_decay
+            of_wz |= dict.fromkeys(layer.w_z.parameters(), (layer.wz_lr_factor, decay))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        *modules, leaf = name.split(".")
-        is_wz = "w_z" in modules
-        # the biases of stacked experts have two dimensions, yet are no matrices
-        is_matrix = param.ndim >= 2 and not leaf.startswith("b")
-        decay = config.weight_decay if not is_wz or wz_weight_decay is None else wz_weight_decay
-        key = (wz_lr_factor if is_wz else 1.0, decay if is_matrix else 0.0)
-        groups.setdefault(key, []).append(param)
-    return torch.optim.AdamW(
-        [{"params": params, "weight_decay": wd, "lr_factor": f} for (f, wd), params in groups.items()],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+        if param.requires_grad:
+            factor, decay = of_wz.get(param, (1.0, weight_decay))
+            # the biases of stacked experts have two dimensions, yet are no matrices
+            is_matrix = param.ndim >= 2 and not name.rpartition(".")[2].startswith("b")
+            groups.setdefault((factor, decay if is_matrix else 0.0), []).append(param)
+    return [
+        {"params": params, "lr": lr * factor, "weight_decay": decay, "lr_factor": factor}
+        for (factor, decay), params in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over `param_groups`; `set_lr` moves their learning rates."""
+    groups = param_groups(model, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def lr_ratio(step: int, num_steps: int, config: ScheduleConfig) -> float:

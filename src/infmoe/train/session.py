@@ -89,12 +89,7 @@ class Session:
             model.activation_checkpointing_enable()
         model = accelerator.prepare(model.train())
         bare = accelerator.unwrap_model(model)
-        optimizer = build_optimizer(
-            bare,
-            config.optim,
-            wz_lr_factor=1.0 if model_config.wz_lr_factor is None else float(model_config.wz_lr_factor),
-            wz_weight_decay=model_config.wz_weight_decay,
-        )
+        optimizer = build_optimizer(bare, config.optim)
         if begin.checkpoint is not None:
             load_optimizer_tensors(bare, optimizer, load_file(begin.checkpoint / ckpt.OPTIMIZER))
         return Session(
