@@ -207,7 +207,7 @@ def _score_batch(model: Any, rows: Sequence[_Row], routing: Routing, seed: int) 
     target_M = torch.tensor(targets, device=device)
     likelihood_M, greedy_M = _likelihoods(model.lm_head, hidden_MD, target_M, model.config.vocab_size)
     results, begin = [], 0
-    values, hits = likelihood_M.double().cpu(), greedy_M.cpu()
+    values, hits = likelihood_M.cpu().double(), greedy_M.cpu()
     for index, count in spans:
         part = slice(begin, begin + count)
         results.append((index, Score(float(values[part].sum()), bool(hits[part].all()))))
