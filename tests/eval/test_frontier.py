@@ -11,6 +11,7 @@ from helpers import tiny_model
 from infmoe.checkpoint import resolve_checkpoint, verify
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
+from infmoe.eval import frontier
 from infmoe.eval.frontier import check_budgets, mark_frontier, measure_frontier, schedules, token_times
 from infmoe.hf import InfMoEForCausalLM, model_cost
 from infmoe.hf.budget import Profile, profile_name
@@ -235,3 +236,18 @@ def test_schedules_are_searched_in_the_mode_that_was_asked_for(tiny_run):
     points = [Point.of(row) for row in measure_frontier(tiny_run.run, quiet=True, **words)["points"]]
     assert any(isinstance(point.keep_ratio, tuple) for point in points)
     assert {(point.mode, point.num_samples) for point in points[1:]} == {("mu", None)}  # the first is the model's own
+
+
+def test_schedules_are_judged_on_other_text_than_they_are_searched_on(tiny_run, monkeypatch):
+    seen = []
+    evaluate = frontier.evaluate_points
+
+    def watch(model, held_out, points, **options):
+        seen.append({tuple(window.tolist()) for window in held_out.tokens_NT})
+        return evaluate(model, held_out, points, **options)
+
+    monkeypatch.setattr(frontier, "evaluate_points", watch)
+    measure_frontier(tiny_run.run, keep_ratio="1/8,1/2", num_schedules=1, windows=8, rounds=2, quiet=True)
+    *searched, judged = seen
+    assert searched
+    assert not any(windows & judged for windows in searched)

@@ -27,7 +27,7 @@ from infmoe.provenance import provenance, require_writable
 
 NEW_TOKENS = 16  # timed in a row, before another setting has its turn
 BUDGET_STEPS = 200  # timed under each budget
-_PROBE_SHARE = 4  # schedules are searched on this part of the windows
+_PROBE_SHARE = 4  # schedules are searched on so many times fewer windows
 
 
 class TokenClock(BaseStreamer):
@@ -230,7 +230,8 @@ def measure_frontier(
     if out is not None:
         require_writable(out)
     held_out = HeldOut.from_data(data, context, windows)
-    probe = HeldOut.from_data(data, context, max(2, windows // _PROBE_SHARE))
+    # schedules are searched on other text than they are judged on
+    probe = HeldOut.from_data(data, context, max(2, windows // _PROBE_SHARE), "train")
 
     dial, values = ("keep_ratio", ratios) if ratios else ("num_experts_per_tok", experts)
     searched = 0 if not values else 1 + config.num_hidden_layers * (len(set(values)) - 1)
