@@ -200,7 +200,8 @@ def test_what_is_called_unmeasured_is_unmeasured():
     assert len(tables) == 5
     for title in tables:
         section = EVIDENCE.split(f"### {title}: ")[1].split("\n### ")[0]
-        assert "| – |" in section, f"{title} is measured: say so in README.md"
+        rows = [line for line in section.splitlines() if line.startswith("| ") and "moe16-fine" not in line]
+        assert any("| – |" in row for row in rows), f"{title} is measured: say so in README.md"
 
 
 def _numbers(value) -> list[float]:

@@ -113,7 +113,7 @@ def test_accuracy_is_judged_where_models_are_large_enough(store, mini, loss, ver
     assert "at chance" not in section.body
 
 
-@pytest.mark.parametrize(("at_16", "verdict"), [(3.5, "holds"), (3.9, "differs from length to length")])
+@pytest.mark.parametrize(("at_16", "verdict"), [(3.5, "holds"), (3.9, "differs from point to point")])
 def test_figure_3_claims_what_its_lengths_say(store, mini, at_16, verdict):
     for tokens in mini.data_sizes[:-1]:
         fill(store, {"infinity": 3.5, "moe": 3.7}, tokens)

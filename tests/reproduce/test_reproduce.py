@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,13 +14,13 @@ import time
 import types
 
 import pytest
-from fake_results import MINI
+from fake_results import MINI, fake_values, fill
 
 from infmoe.cli import main
 from infmoe.data.manifest import Manifest
 from infmoe.errors import InfMoEError
 from infmoe.reproduce import measures, plan, work
-from infmoe.reproduce.command import Request, repeats, run_request
+from infmoe.reproduce.command import Request, describe_arms, only, repeats, run_request
 from infmoe.reproduce.measures import Measure
 from infmoe.reproduce.plan import Group
 from infmoe.reproduce.store import Store
@@ -269,13 +270,34 @@ def test_arms_may_be_picked_by_name_and_shown_as_training_commands(request_, in_
     assert run_request(dataclasses.replace(picked, dry_run=True)) == 0
     listed = capsys.readouterr().out
     assert "infinity" not in listed
-    (command,) = [line for line in listed.splitlines() if line.startswith("infmoe train tiny/moe16 --data DIR")]
+    (command,) = [line for line in listed.splitlines() if line.startswith("infmoe train tiny/moe16 --data DIR --out")]
     assert "--set optim.lr=0.002" in command
     assert run_request(picked) == 0
     assert list(runs_of(request_)) == ["moe16-0.001024M-lr0.002-s1"]
     with pytest.raises(InfMoEError, match="unknown arm 'moe61'; did you mean 'moe16'"):
         run_request(dataclasses.replace(request_, arms="infinity,moe61"))
     assert picked.worker_words(request_.data)[-2:] == ["--arms", "moe16"]
+
+
+def test_every_length_and_rate_of_an_arm_has_its_command(mini, store):
+    text = describe_arms(store, only(plan.groups("elastic", mini), ["infinity-sandwich-distill"]))
+    assert [f"--out runs/infinity-sandwich-distill-{n}M " in text for n in (0.001024, 0.000512)] == [True, True]
+    text = describe_arms(store, only(plan.groups("controls", mini), ["infinity", "infinity-lr2x"]))
+    rates = {
+        line.split("--out runs/")[1].split()[0]: line.split("optim.lr=")[1].split()[0] for line in text.splitlines()
+    }
+    assert float(rates["infinity-lr2x-0.001024M"]) == 2 * float(rates["infinity-0.001024M"])
+
+
+def test_picking_arms_changes_no_number_of_seeds(mini, store):
+    fill(store, {"infinity": 3.0, "moe": 3.2}, mini.tokens, seeds=2)
+    (group,) = only([Group(("infinity", "moe"), mini.tokens, (2, 4))], ["moe"])
+    assert group.trained == ("moe",)
+    assert store.seeds_wanted(group) == 2
+    spec = store.runs("moe", mini.tokens)[1].spec
+    store.put(spec, fake_values(spec, 3.9))
+    assert store.seeds_wanted(group) == 3
+    assert [spec.arm.name for spec in store.missing([group])] == ["moe"]
 
 
 def test_three_steps_of_each_arm(request_, monkeypatch):

@@ -124,6 +124,23 @@ def test_the_learning_rate_is_the_best_of_the_grid_and_passed_on(store):
     assert store.lr(store.scale.arm("moe")) is None
 
 
+def test_points_at_fewer_experts_than_are_measured_are_not_mixed_in(store, mini):
+    spec = spec_of(store, "moe16-fine-k4-scaled")
+    values = fake_values(spec, 3.5)
+    store.put(spec, values)
+    assert store.get(spec) is not None
+    values["measures"]["dials"] = [row for row in values["measures"]["dials"] if row["num_experts_per_tok"] != 5]
+    store.put(spec, values)
+    with pytest.raises(InfMoEError, match="'dials' was measured at other numbers of experts"):
+        store.get(spec)
+    # arms whose ranges are not compared are measured at fewer
+    other = spec_of(store, "moe16-fine-k4")
+    fewer = fake_values(other, 3.5)
+    fewer["measures"]["dials"] = [row for row in fewer["measures"]["dials"] if row["num_experts_per_tok"] != 5]
+    store.put(other, fewer)
+    assert store.get(other) is not None
+
+
 def test_tuning_comes_first_and_then_seed_by_seed(store, mini):
     wanted = [Group(("infinity", "moe"), mini.tokens, (2, 2))]
     first = [(s.arm.name, s.tokens, s.seed) for s in store.missing(wanted)]

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from infmoe.hf import model_cost
 from infmoe.hf.accounting import ModelCost
 from infmoe.progress import data_progress
 from infmoe.provenance import provenance, require_writable, write_json
-from infmoe.reproduce.plan import EXPERIMENTS, Group, RunSpec, Scale, groups, scale_named, tokens_text
+from infmoe.reproduce.plan import EXPERIMENTS, TUNING_SEED, Group, RunSpec, Scale, groups, scale_named, tokens_text
 from infmoe.reproduce.store import Store
 from infmoe.train.config import hf_config
 
@@ -114,8 +114,8 @@ def only(wanted: list[Group], arms: list[str]) -> list[Group]:
     for name in arms:
         if name not in known:
             raise unknown_name("arm", name, known)
-    narrowed = [Group(tuple(a for a in group.arms if a in arms), group.tokens, group.seeds) for group in wanted]
-    return [group for group in narrowed if group.arms]
+    narrowed = [replace(group, only=tuple(name for name in group.arms if name in arms)) for group in wanted]
+    return [group for group in narrowed if group.only]
 
 
 def repeats(data: Path, wanted: list[Group]) -> str | None:
@@ -223,12 +223,13 @@ def describe_plan(store: Store, wanted: list[Group]) -> str:
 
 
 def describe_arms(store: Store, wanted: list[Group]) -> str:
-    """The command that trains each arm by itself."""
-    last = {spec.arm.name: spec for spec in all_specs(store, wanted) if spec.seed == 1}
+    """The command that trains each arm by itself, at each length."""
     lines = []
-    for spec in last.values():
-        settings = [word for setting in spec.overrides() for word in ("--set", setting)]
-        lines.append(shlex.join(["infmoe", "train", spec.recipe, "--data", "DIR", *settings]))
+    for spec in all_specs(store, wanted):
+        if spec.seed == TUNING_SEED + 1:
+            settings = [word for setting in spec.overrides() for word in ("--set", setting)]
+            out = f"runs/{spec.arm.name}-{tokens_text(spec.tokens)}"
+            lines.append(shlex.join(["infmoe", "train", spec.recipe, "--data", "DIR", "--out", out, *settings]))
     return "\n".join(lines)
 
 
@@ -236,7 +237,7 @@ def all_specs(store: Store, wanted: list[Group]) -> list[RunSpec]:
     """Every run, tuning included; a learning rate that is not known yet is the recipe's."""
     specs: dict[str, RunSpec] = {}
     for group in wanted:
-        arms = [store.scale.arm(name) for name in group.arms]
+        arms = [store.scale.arm(name) for name in group.trained]
         found = [spec for arm in arms for spec in store.tuning(arm)]
         for seed in range(1, 1 + store.seeds_wanted(group)):
             for arm in arms:
@@ -250,7 +251,7 @@ def all_specs(store: Store, wanted: list[Group]) -> list[RunSpec]:
 def _recipe_lr(spec: RunSpec) -> float:
     from infmoe.recipes import recipe
 
-    return recipe(spec.recipe).optim.lr
+    return recipe(spec.recipe).optim.lr * spec.arm.lr_factor
 
 
 def smoke(request: Request, store: Store, wanted: list[Group], data: Path) -> None:

@@ -24,6 +24,7 @@ from infmoe.reproduce.section import (
     relative,
     seeds_text,
     text_of,
+    verdict_all_below,
     verdict_below,
 )
 from infmoe.reproduce.statistics import Interval
@@ -183,11 +184,10 @@ def _ahead_everywhere(gaps: Mapping[float, Interval], sizes: int) -> Claim:
     text = "∞-MoE stays ahead of MoE as data grows (Figure 3), in held-out loss"
     if len(gaps) < sizes:
         return Claim(text, "–", MISSING)
-    verdicts = {verdict_below(gap) for gap in gaps.values()}
     return Claim(
         text,
         ", ".join(f"{nats(gap)} at {tokens_text(round(tokens))}" for tokens, gap in sorted(gaps.items())),
-        verdicts.pop() if len(verdicts) == 1 else "not decided: it differs from length to length",
+        verdict_all_below(list(gaps.values())),
     )
 
 

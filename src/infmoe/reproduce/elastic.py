@@ -34,8 +34,10 @@ from infmoe.reproduce.section import (
     markdown_table,
     mean_loss,
     nats,
+    of_seeds,
     seeds_text,
     text_of,
+    verdict_all_below,
     verdict_below,
 )
 from infmoe.reproduce.speeds import decode_over_dials, speeds
@@ -152,7 +154,7 @@ def _claim_elastic(store: Store, section: Section) -> None:
 
 
 def _seeds(gap: Interval | None) -> str:
-    return "" if gap is None else f" ({gap.count} seeds)" if gap.count > 1 else " (one seed)"
+    return "" if gap is None else f" ({of_seeds(gap)})"
 
 
 def _no_worse(gaps: Sequence[Interval | None], most: float) -> str:
@@ -389,7 +391,7 @@ def _adaptive(store: Store, section: Section) -> str:
             "fixed share at equal compute",
             f"`{arm}`: "
             + ", ".join(f"{text_of(g, 4, sign=True)} at {ratio_text(s)}" for s, g in zip(shares, gaps, strict=True)),
-            _all_below(gaps) if off <= _EQUAL_SHARE else f"not decided: shares differ by {off:.0%}",
+            verdict_all_below(gaps) if off <= _EQUAL_SHARE else f"not decided: shares differ by {off:.0%}",
         )
     )
     columns = (f"mean share {ratio_text(s)}" for s in shares)
@@ -401,22 +403,12 @@ def _adaptive(store: Store, section: Section) -> str:
     )
 
 
-def _all_below(gaps: Sequence[Interval | None]) -> str:
-    """Whether all differences are below 0, or all above."""
-    verdicts = {verdict_below(gap) for gap in gaps}
-    if MISSING in verdicts or not verdicts:
-        return MISSING
-    if len(verdicts) > 1 and ONE_SEED in verdicts:
-        return "not decided: one seed at some of these shares"
-    return verdicts.pop() if len(verdicts) == 1 else "not decided: it differs from point to point"
-
-
 def _flops(store: Store) -> str:
     """What a token costs at each setting of a dial."""
     dials: dict[str, tuple[Callable[[str], Curve], Callable[[Any], str]]] = {
         "∞-MoE, K = 1, over the keep ratio": (lambda f: over_ratio(store, "infinity-keep4", figure=f), ratio_text),
         "∞-MoE, keep 1/4, over K": (lambda f: over_samples(store, "infinity", f), lambda k: f"K = {k}"),
-        "16 experts, over k′": (lambda f: over_k(store, "moe16-fine-k4", f), lambda k: f"k′ = {k}"),
+        "16 experts, over k′": (lambda f: over_k(store, "moe16-fine-k4-scaled", f), lambda k: f"k′ = {k}"),
     }
     rows = []
     for name, (of, text) in dials.items():

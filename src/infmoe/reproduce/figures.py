@@ -13,6 +13,7 @@ from infmoe.reproduce.statistics import Interval
 
 Line = Mapping[float, Interval]
 _LEGEND_INSIDE = 4  # lines of a panel; the names of more would lie over them
+_FEW = {1: " (one seed)", 2: " (two seeds)"}  # drawn hollow, without an interval: it would fill the picture
 _COLUMNS = 2  # of a legend below the panels
 _CROWDED = 8  # ticks whose labels still stand beside each other
 
@@ -78,15 +79,15 @@ def lines(
         for name, line in drawn.items():
             i = names.index(name)  # one look in all panels
             xs = sorted(line)
-            alone = all(line[x].half_width is None for x in xs)
+            seeds = max(line[x].count for x in xs)
             ax.errorbar(
                 xs,
                 [line[x].mean for x in xs],
                 [_error(line[x]) for x in xs],
-                label=f"{name} (one seed)" if alone else name,
+                label=f"{name}{_FEW.get(seeds, '')}",
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
-                markerfacecolor="white" if alone else None,
+                markerfacecolor="white" if seeds in _FEW else None,
                 linestyle=("-", "--", "-.", ":")[i % 4],
                 markersize=5,
                 capsize=3,
@@ -131,7 +132,7 @@ def lines(
 def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str) -> Path:
     """One horizontal bar with its interval for each name, the first at the top; 0 is a line.
 
-    What a single seed gave has no interval, and a hollow marker.
+    What one or two seeds gave has no interval, and a hollow marker.
     """
     fig, axes = figure(width=7.2, height=1.2 + 0.27 * len(values))
     ax = axes[0]
@@ -143,19 +144,19 @@ def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str
             place,
             xerr=_error(interval),
             color=COLOURS[1 if interval.mean < 0 else 2],
-            markerfacecolor="white" if interval.half_width is None else None,
+            markerfacecolor="white" if interval.count in _FEW else None,
             marker="o" if interval.mean < 0 else "s",
             capsize=3,
         )
-    names = [f"{name} (one seed)" if value.half_width is None else name for name, value in values.items()]
+    names = [f"{name}{_FEW.get(value.count, '')}" for name, value in values.items()]
     ax.set_yticks(list(places), names)
     ax.set(xlabel=x_label, title=title)
     return save(fig, path)
 
 
 def _error(interval: Interval) -> float:
-    """What is drawn of an interval: nothing of one or two values', whose 95 % would fill the picture."""
-    return interval.half_width if interval.half_width is not None and interval.count > 2 else math.nan
+    """What is drawn of an interval: nothing of a few values'."""
+    return math.nan if interval.half_width is None or interval.count in _FEW else interval.half_width
 
 
 def _tick(x: float) -> str:

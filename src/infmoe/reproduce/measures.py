@@ -21,12 +21,13 @@ from infmoe.layers import PerLayer, Routing
 from infmoe.layers.moe import GATE_NORMS
 from infmoe.layers.point import Point
 from infmoe.layers.routing import Mode
-from infmoe.reproduce.plan import TUNING_SEED, RunSpec, Scale
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, TUNING_SEED, RunSpec, Scale
 
 Points = list[dict[str, Any]]
 SAMPLES = (1, 2, 3, 4, 8, 16)
 KEEP_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0)
 EXPERT_COUNTS = tuple(range(1, 17))
+_FEWER_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # of arms whose useful ranges are not compared
 RANK_DAMPINGS = (0.25, 0.5)
 CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
 _SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
@@ -36,7 +37,7 @@ TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 ZERO_SHOT = "zero_shot"
 # the arms that the page shows a measure of
 ADAPTIVE_ARMS = ("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic")
-DAMPED_ARMS = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled", "moe16-fine-k4", "moe16-fine")
+DAMPED_ARMS = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
 SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
 _SCORING = 2  # which zero-shot items are chosen, and what their figures mean; raised whenever that changes
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
@@ -83,12 +84,18 @@ def dials(context: Context) -> Points:
     config = context.model.config
     windows = context.spec.scale.dial_windows
     if config.ffn == "moe":
-        points = grid(config, num_experts_per_tok=[k for k in EXPERT_COUNTS if k <= config.num_experts])
-        return context.evaluate(points, windows)
+        counts = expert_counts(context.spec, config.num_experts)
+        return context.evaluate(grid(config, num_experts_per_tok=counts), windows)
     points = grid(config, keep_ratios=KEEP_RATIOS)
     if _draws(config) and context.spec.arm.name in SAMPLE_ARMS:
         points += grid(config, num_samples=SAMPLES) + grid(config, mode="mu")
     return context.evaluate(list(dict.fromkeys(points)), windows)
+
+
+def expert_counts(spec: RunSpec, num_experts: int) -> list[int]:
+    """The numbers of experts that a discrete MoE is measured at."""
+    counts = EXPERT_COUNTS if spec.arm.name in ELASTIC_EXPERTS else _FEWER_COUNTS
+    return [k for k in counts if k <= num_experts]
 
 
 def gate_norms(context: Context) -> Points:

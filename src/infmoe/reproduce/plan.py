@@ -1,7 +1,7 @@
 """What there is to train: arms, scales, and the runs that each table and figure needs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infmoe.errors import unknown_name
@@ -270,11 +270,18 @@ class Group:
         arms: names.
         tokens: of every run.
         seeds: at least and at most; more than the least are run until `half_width` is met.
+        only: the arms that are trained; None: all. How many seeds it takes, all say.
     """
 
     arms: tuple[str, ...]
     tokens: int
     seeds: tuple[int, int]
+    only: tuple[str, ...] | None = None
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The arms that are trained."""
+        return self.arms if self.only is None else self.only
 
 
 TIER1 = ("infinity", "moe", "dense-swiglu", "infinity-glu", "dense-wide")
@@ -298,7 +305,8 @@ ELASTIC_EXPERTS = (
     *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "emoe-k4-w0-scaled", "matryoshka-k4-scaled"),
     *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled", "matryoshka-k8-scaled", "moe16-fine-k16-scaled"),
 )
-# The same with gates that sum to 1: one seed, that showed how much of a difference the size of the output makes.
+# The same with gates that sum to 1: one seed, that showed how much of a difference the size of the output makes. It
+# and the other rates are for the scale whose grid they answer.
 ELASTIC_UNSCALED = (
     *("moe16-fine-k4", "emoe-k4", "emoe-k4-w0.001", "emoe-k4-w0.0001", "emoe-k4-w0", "matryoshka-k4"),
     *("moe16-fine", "emoe-k8", "emoe-k8-w0.0001", "matryoshka-k8", "moe16-fine-k16"),
@@ -313,7 +321,7 @@ def _elastic(scale: Scale) -> list[Group]:
     side = _side(scale)
     return [
         Group(ELASTIC_KEEP, scale.tokens, side),
-        Group(ELASTIC_UNSCALED, scale.tokens, (1, 1)),
+        Group(ELASTIC_UNSCALED if scale.lr_grid else (), scale.tokens, (1, 1)),
         Group(ELASTIC_EXPERTS, scale.tokens, side),
         Group(ELASTIC_K, scale.tokens, side),
         Group(TWO_PASSES[:1], scale.tokens // 2, side),
@@ -344,7 +352,7 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
     "figure4": lambda s: [],
     "controls": lambda s: [
         Group(TIER1, s.tokens, s.seeds),
-        Group(OTHER_RATES, s.tokens, _side(s)),
+        Group(OTHER_RATES if s.lr_grid else (), s.tokens, _side(s)),
         Group(("infinity", *_TIER2_FIRST), s.tokens, _side(s)),
         Group(TIER1, s.long_tokens, _side(s)),
         Group(("infinity", *_TIER2_THEN), s.tokens, _side(s)),
@@ -379,4 +387,4 @@ def groups(name: str, scale: Scale, seeds: int | None = None) -> list[Group]:
     if name != "all" and name not in EXPERIMENTS:
         raise unknown_name("table or figure", name, [*EXPERIMENTS, "all"])
     found = _all(scale) if name == "all" else EXPERIMENTS[name](scale)
-    return found if seeds is None else [Group(g.arms, g.tokens, (seeds, seeds)) for g in found]
+    return found if seeds is None else [replace(group, seeds=(seeds, seeds)) for group in found]

@@ -86,6 +86,16 @@ def verdict_below(difference: Interval | None) -> str:
     return HOLDS if difference.high < 0 else FAILS if difference.low > 0 else UNDECIDED
 
 
+def verdict_all_below(differences: Sequence[Interval | None]) -> str:
+    """Whether all differences are below 0, or none is."""
+    verdicts = {verdict_below(difference) for difference in differences}
+    if MISSING in verdicts or not verdicts:
+        return MISSING
+    if len(verdicts) > 1 and ONE_SEED in verdicts:
+        return "not decided: one seed at some points"
+    return verdicts.pop() if len(verdicts) == 1 else "not decided: it differs from point to point"
+
+
 def better(difference: Interval | None) -> str:
     """The verdict on a difference that is no claim of the paper's, and better below 0."""
     verdict = verdict_below(difference)
@@ -96,8 +106,12 @@ def nats(difference: Interval | None, digits: int = 3) -> str:
     """A difference with its unit and its seeds, or a dash."""
     if difference is None:
         return "–"
-    seeds = f"{difference.count} seeds" if difference.count > 1 else "one seed"
-    return f"{text_of(difference, digits, sign=True)} nats ({seeds})"
+    return f"{text_of(difference, digits, sign=True)} nats ({of_seeds(difference)})"
+
+
+def of_seeds(difference: Interval) -> str:
+    """How many seeds stand behind a difference, in words."""
+    return f"{difference.count} seeds" if difference.count > 1 else "one seed"
 
 
 def rivals(section: Section, store: Store, gallery: Gallery, arms: Sequence[str], tokens: int) -> None:

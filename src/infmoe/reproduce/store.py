@@ -11,7 +11,7 @@ from typing import Any
 from infmoe.errors import InfMoEError
 from infmoe.provenance import write_json
 from infmoe.recipes import recipe
-from infmoe.reproduce.measures import COUNTS, MEASURES, ZERO_SHOT, own_settings, settings
+from infmoe.reproduce.measures import COUNTS, MEASURES, ZERO_SHOT, expert_counts, own_settings, settings
 from infmoe.reproduce.plan import TUNING_SEED, Arm, Group, RunSpec, Scale
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.train.config import differing_keys
@@ -172,6 +172,11 @@ class Store:
                     f"{path}: {name!r} was measured with other settings{where}: restore it, or take {name!r} out of "
                     "its measures to have it measured anew"
                 )
+        if _lacks_experts(spec, values):
+            raise InfMoEError(
+                f"{path}: 'dials' was measured at other numbers of experts: restore it, or take 'dials' out of its "
+                "measures to have it measured anew"
+            )
         data = self.data
         if data is not None and values["data"]["sha256"] != data["sha256"]:
             raise InfMoEError(f"{path} was trained on other data than {self.folder / 'data.json'} says: move it away")
@@ -263,7 +268,7 @@ class Store:
         """The runs that are still to be trained, in order; what hangs on a missing learning rate comes later."""
         named: set[str] = set()
         for group in groups:
-            arms = [self.scale.arm(name) for name in group.arms]
+            arms = [self.scale.arm(name) for name in group.trained]
             specs = [spec for arm in arms for spec in self.tuning(arm)]
             seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.seeds_wanted(group))
             for seed in seeds:
@@ -287,6 +292,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InfMoEError(f"{path} is damaged (no object): restore it, or move it away")
     return values
+
+
+def _lacks_experts(spec: RunSpec, values: dict[str, Any]) -> bool:
+    """Whether a discrete MoE's points leave out numbers of experts that such a run is measured at."""
+    model = values["config"]["model"]
+    points = values["measures"].get("dials")
+    if model.get("ffn") != "moe" or points is None:
+        return False
+    return not set(expert_counts(spec, model["num_experts"])) <= {row["num_experts_per_tok"] for row in points}
 
 
 def _damage(values: dict[str, Any]) -> str | None:

@@ -114,7 +114,7 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
 def _todo(shop: Workshop, groups: Sequence[Group]) -> Iterator[RunSpec]:
     """What is still to be done: measures that finished runs lack come first, for they take minutes."""
     for group in groups:
-        for name in group.arms:
+        for name in group.trained:
             for run in shop.store.runs(name, group.tokens):
                 if not run.diverged and _missing_measures(shop, run.spec, run) and shop.model_dir(run.spec).is_dir():
                     yield run.spec
