@@ -161,7 +161,9 @@ def check_architecture(model_dir: Path) -> None:
 
 def is_sealed(folder: Path) -> bool:
     """Whether the folder is a checkpoint of a run, which verifies as long as nothing is added to it."""
-    return (folder / MANIFEST).exists() or (folder / TRAINER_STATE).exists()
+    # transformers' Trainer has a file of the second name too, beside its own arguments; its checkpoints are plain
+    lost = (folder / TRAINER_STATE).exists() and not (folder / "training_args.bin").exists()
+    return (folder / MANIFEST).exists() or lost
 
 
 def results_folder(path: Path) -> Path:

@@ -237,7 +237,8 @@ def test_other_weights_are_refused_and_the_command_measures_the_model_that_was_o
         model.transformer.h[1].mlp.router.weight += 1e-2
     line = refusal(profile, model)
     assert f"{mine / profile_name(1)}, measured on runs/mine, is of other weights" in line
-    assert line.endswith(f"measure again with `infmoe frontier {mine} --dtype float32`")
+    assert f"measure again with `infmoe frontier {mine} --dtype float32`; " in line
+    assert line.endswith("save the model to a folder of its own first, and measure that")
     model.save_pretrained(other)
     line = refusal(profile, type(model).from_pretrained(other))
     assert line.endswith(f"measure this model with `infmoe frontier {other} --dtype float32`, and leave profile out")

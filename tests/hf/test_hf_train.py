@@ -8,6 +8,7 @@ from helpers import key, tiny_model, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from infmoe.checkpoint import resolve_checkpoint, results_folder
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import Routing
 from infmoe.train.optim import param_groups
@@ -70,12 +71,15 @@ def test_the_trainer_trains_and_evaluates(ffn, tmp_path):
         activation_checkpointing=True,
         learning_rate=1e-2,
         use_cpu=True,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=2,
         report_to="none",
         disable_tqdm=True,
     )
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
     assert trainer.train().global_step == 3
+    checkpoint = tmp_path / "checkpoint-2"
+    assert resolve_checkpoint(checkpoint) == results_folder(checkpoint) == checkpoint  # no run of ours, not sealed
     assert not torch.equal(
         model.transformer.h[0].mlp.state_dict()["w2.weight" if ffn == "infinity" else "experts.w2_EFD"],
         before["transformer.h.0.mlp." + ("w2.weight" if ffn == "infinity" else "experts.w2_EFD")],

@@ -121,7 +121,7 @@ def open_model(
     checkpoint = resolve_checkpoint(path, warn=lambda line: print(line, file=sys.stderr))
     disable_progress_bar()  # a bar over a handful of tensors is noise
     ffn = json.loads((checkpoint / "config.json").read_text()).get("ffn", InfMoEConfig.ffn)
-    options = variant_options(ffn, overrides) if overrides else {}
+    options = option_overrides(ffn, overrides) if overrides else {}
     try:
         loaded: Any = InfMoEForCausalLM.from_pretrained(
             checkpoint, use_safetensors=True, output_loading_info=True, **options
@@ -151,7 +151,7 @@ def open_model(
     return Opened(model, checkpoint)
 
 
-def variant_options(ffn: str, overrides: Sequence[str]) -> dict[str, Any]:
+def option_overrides(ffn: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Options of a variant from "name=value", as `from_pretrained` takes them; null: the default.
 
     Raises:

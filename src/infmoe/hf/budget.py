@@ -187,8 +187,12 @@ class Profile:
         if changed:
             return self._apart(model, changed)
         if self.path.parent.resolve() in usual_places(model):
-            return f"measure again with {measure_command(model, self.rows, place=self.path.parent)}"
-        return f"measure this model with {measure_command(model, self.rows)}, and leave profile out"
+            return (
+                f"measure again with {measure_command(model, self.rows, place=self.path.parent)}; where the weights "
+                "were changed since they were loaded, save the model to a folder of its own first, and measure that"
+            )
+        then = "pass that folder as profile" if home(model) is None else "leave profile out"
+        return f"measure this model with {measure_command(model, self.rows)}, and {then}"
 
     def _fitting(self, model: nn.Module, here: dict[str, Any]) -> str:
         """What to do where a profile of the same weights was measured otherwise.

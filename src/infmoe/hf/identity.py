@@ -111,11 +111,13 @@ def measure_command(
     if model is not None:
         parameter = next(model.parameters())
         words += ["--dtype", _dtype(parameter)]
-        if parameter.device.type == "cpu" and torch.cuda.is_available():
-            words += ["--device", "cpu"]
+        if parameter.device.type != ("cuda" if torch.cuda.is_available() else "cpu"):
+            words += ["--device", parameter.device.type]
         for name, value in opened_with(model).items():
             words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    if place is not None and place.resolve() != there:
+    if source is not None and there is None:  # a sealed checkpoint outside of a run
+        words += ["--out", "ELSEWHERE"]
+    elif place is not None and place.resolve() != there:
         words += ["--out", str(place)]
     environment = [] if threads is None else [f"OMP_NUM_THREADS={threads} "]
     if (backend := dispatch.requested(None)) != "auto":

@@ -338,7 +338,8 @@ class InfMoEModel(InfMoEPreTrainedModel):
             if value != built:
                 raise InfMoEError(
                     f"config.{name} was set to {value!r} after the model was built with {built!r}, and does nothing: "
-                    "set it back, and give the dial to the call or to from_pretrained"
+                    "set it back, and give the dial to the call or to from_pretrained; models of different dials need "
+                    "a config each"
                 )
 
     def _complete(
