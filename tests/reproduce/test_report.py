@@ -82,9 +82,9 @@ def test_tier_1_is_set_side_by_side_at_equal_learning_rates(store, mini):
     head = next(line for line in lines if line.startswith("| arm"))
     assert [word in head for word in ("0.001", "0.002", "0.004")] == [True] * 3
     rows = {line.split(" | ")[0][2:]: line for line in lines[:8] if line.startswith("| ")}
-    assert rows["infinity"] == "| infinity | – |  | 3.402 ± 0.002 |  | 3.102 ± 0.002 |  |"
-    assert rows["dense-wide"] == "| dense-wide | 3.302 ± 0.002 | – | 3.502 ± 0.002 | -0.100 ± 0.000 | – | – |"
-    assert rows["moe"] == "| moe | – | – | 3.602 ± 0.003 | -0.200 ± 0.001 | – | – |"
+    assert rows["infinity"] == "| infinity | – |  | 3.402 ± 0.002 (3) |  | 3.102 ± 0.002 (3) |  |"
+    assert rows["dense-wide"] == "| dense-wide | 3.302 ± 0.002 (3) | – | 3.502 ± 0.002 (3) | -0.100 ± 0.000 | – | – |"
+    assert rows["moe"] == "| moe | – | – | 3.602 ± 0.003 (3) | -0.200 ± 0.001 | – | – |"
 
 
 def test_what_a_comparison_leaves_unequal_is_said(filled, mini):

@@ -161,10 +161,11 @@ def _rates(store: Store) -> str:
         for lr in rates:
             ours = found.get(OURS, {}).get(lr)
             gap = store.difference(ours[0], at[lr][0], scale.tokens) if lr in at and ours else None
-            cells += [text_of(at[lr][1]) if lr in at else "–", "" if name == OURS else text_of(gap, sign=True)]
+            own = f"{text_of(at[lr][1])} ({at[lr][1].count})" if lr in at else "–"
+            cells += [own, "" if name == OURS else text_of(gap, sign=True)]
         rows.append([name, *cells])
     head = ("arm", *(text for lr in rates for text in (f"loss at learning rate {lr:g}, nats", "∞-MoE minus it")))
-    return "**At equal learning rates**\n\n" + markdown_table(head, rows)
+    return "**At equal learning rates** (seeds in brackets)\n\n" + markdown_table(head, rows)
 
 
 def _longer(store: Store) -> str:
