@@ -119,10 +119,9 @@ def _claim_elastic(store: Store, section: Section) -> None:
         ("infinity-sandwich-distill", tokens // 2),
     ):
         ours = over_ratio(store, arm, length)
-        twice = arm in TWO_PASSES
         subject = f"`{arm}`" + (f" on {tokens_text(length)} tokens" if length < tokens else "")
-        note = "equal training FLOPs" if length < tokens else "two passes a token: twice the training FLOPs"
-        note = note if twice else ""
+        twice = "equal training FLOPs" if length < tokens else "two passes a token: twice the training FLOPs"
+        note = twice if arm in TWO_PASSES else ""
         text = (
             f"not in the paper: {subject}, at every ratio from 1/16 to 1/2, is no worse than the best fixed checkpoint"
         )
