@@ -359,18 +359,24 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
     ],
     "elastic": _elastic,
 }
-_REST = ("table6", "figure3", "table1", "figure2", "table3", "table5", "figure4")
+_TABLES = ("table5", "table3", "figure3", "table6", "table1", "figure2", "figure4")
 
 
 def _all(scale: Scale) -> list[Group]:
-    """Everything, the most informative first."""
+    """Everything, the most informative first: every comparison once, then the seeds that make directions results."""
     first, rates, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
     keep, unscaled, experts, samples, half, elastic_more, half_more = EXPERIMENTS["elastic"](scale)
     few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come last
-    rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
-    soon = [few, keep, unscaled, rates_once, experts, rates, samples, half, tier2, *EXPERIMENTS["table2"](scale)]
-    tables = [group for name in _REST for group in EXPERIMENTS[name](scale)]
-    return [*soon, longer, *tables, tier2_then, elastic_more, half_more, first]
+    sizes = EXPERIMENTS["table2"](scale)
+    long, *tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
+    once = [Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1)), experts, tier2, samples, half, long, *sizes]
+    soon = [few, keep, unscaled, *_seeds(once, 1), *_seeds(tables, 1)]
+    then = [experts, tier2, samples, half, *sizes, rates, *tables, longer, tier2_then, elastic_more, half_more]
+    return [*soon, *then, first, long]
+
+
+def _seeds(wanted: list[Group], seeds: int) -> list[Group]:
+    return [replace(group, seeds=(seeds, seeds)) for group in wanted]
 
 
 def groups(name: str, scale: Scale, seeds: int | None = None) -> list[Group]:
@@ -387,4 +393,4 @@ def groups(name: str, scale: Scale, seeds: int | None = None) -> list[Group]:
     if name != "all" and name not in EXPERIMENTS:
         raise unknown_name("table or figure", name, [*EXPERIMENTS, "all"])
     found = _all(scale) if name == "all" else EXPERIMENTS[name](scale)
-    return found if seeds is None else [replace(group, seeds=(seeds, seeds)) for group in found]
+    return found if seeds is None else _seeds(found, seeds)
