@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from infmoe.errors import InfMoEError
 from infmoe.hf import identity
-from infmoe.hf.budget import Profile, profile_name, profile_values, upper_increase, upper_p95
+from infmoe.hf.budget import Profile, profile_name, profile_values, upper_increase, upper_p95s, upper_quantile
 from infmoe.hf.identity import fingerprint
 from infmoe.layers import PerLayer, Routing
 from infmoe.layers.point import Point
@@ -420,9 +420,33 @@ def test_the_bound_lies_above_the_percentile_nineteen_times_in_twenty():
     true = -math.log(0.05)  # of the exponential distribution
     for count in (100, 200, 1000):
         samples = torch.empty(400, count).exponential_(generator=draw)
-        held = sum(upper_p95(row.tolist()) >= true for row in samples) / 400
+        held = sum(upper_quantile(row.tolist(), 0.95) >= true for row in samples) / 400
         assert 0.92 < held < 0.985, count
-    assert upper_p95([3.0, 1.0, 2.0]) == 3.0
+    assert upper_quantile([3.0, 1.0, 2.0], 0.95) == 3.0
+
+
+def test_the_setting_with_the_lowest_bound_keeps_to_it():
+    """Tokens of a turn are late together: settings of one speed get bounds that differ, the lowest by luck."""
+    draw = torch.Generator().manual_seed(0)
+
+    def times(settings):
+        turns = 1 + 0.1 * torch.empty(settings, 16, 1).exponential_(generator=draw)
+        return 10 * turns * (1 + 0.02 * torch.rand(settings, 16, 16, generator=draw))
+
+    later = times(1000).flatten()
+    kept, alone = 0, 0
+    for _ in range(50):
+        spent = times(16).flatten(1).tolist()
+        kept += (later <= min(upper_p95s(spent, 16))).float().mean().item() >= 0.95
+        alone += (later <= min(upper_quantile(own, 0.95) for own in spent)).float().mean().item() >= 0.95
+    assert kept >= 47
+    assert alone <= 5
+
+
+def test_a_setting_that_is_late_more_often_keeps_a_bound_of_its_own():
+    steady, late = [10.0] * 256, [20.0] * 200 + [40.0] * 56
+    assert upper_p95s([steady] * 9 + [late]) == [10.0] * 9 + [40.0]
+    assert upper_p95s([late], 16) == [upper_quantile(late, 0.95)]
 
 
 ROW = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Measured:
         increase_at_most: what the increase lies below, 19 times in 20; of this point by itself: see
             `upper_increase`.
         token_ms: median time of a generated token, in ms.
-        token_ms_p95: what 95 of 100 tokens take at most, with some certainty: see `upper_p95`.
+        token_ms_p95: what 95 of 100 tokens take at most, with some certainty: see `upper_p95s`.
     """
 
     point: Point
@@ -275,15 +276,37 @@ def profile_name(rows: int) -> str:
     return "frontier.json" if rows == 1 else f"frontier-rows{rows}.json"
 
 
-def upper_p95(milliseconds: Sequence[float]) -> float:
-    """What 95 of 100 tokens stay below: an upper bound that holds 19 times in 20, were they independent.
+def upper_quantile(values: Sequence[float], share: float, draws: int | None = None) -> float:
+    """An upper bound of a quantile that holds 19 times in 20; where there are too few values for one, the largest.
 
-    The plain percentile of a few hundred tokens is too low every other time. Of fewer than 59 it is the longest.
+    Args:
+        values: measured.
+        share: below the quantile.
+        draws: so many of the values count as independent; None: all.
     """
-    ordered = sorted(milliseconds)
-    count = len(ordered)
-    rank = math.ceil(0.95 * count + 1.645 * math.sqrt(0.05 * 0.95 * count))
-    return ordered[min(rank, count) - 1]
+    ordered = sorted(values)
+    share += 1.645 * math.sqrt(share * (1 - share) / (draws or len(ordered)))
+    return ordered[min(math.ceil(share * len(ordered)), len(ordered)) - 1]
+
+
+def upper_p95s(milliseconds: Sequence[Sequence[float]], per_turn: int = 1) -> list[float]:
+    """What 95 of 100 tokens of each of several settings stay below, timed in turns.
+
+    A token is late because of the machine more than of its setting. So beside what a setting's own tokens say, the
+    ratio of the quantile to the median is taken over all settings: one whose few turns happened to be on time would
+    be picked for a budget that it misses. The larger of the two bounds counts.
+
+    Args:
+        milliseconds: of each token of each setting.
+        per_turn: tokens in a row of one setting, which are late together.
+    """
+    medians = [statistics.median(spent) for spent in milliseconds]
+    ratios = [time / median for spent, median in zip(milliseconds, medians, strict=True) for time in spent]
+    late = upper_quantile(ratios, 0.95, max(1, len(ratios) // per_turn))
+    middles = [upper_quantile(spent, 0.5, max(1, len(spent) // per_turn)) for spent in milliseconds]
+    return [
+        max(upper_quantile(spent, 0.95), late * middle) for spent, middle in zip(milliseconds, middles, strict=True)
+    ]
 
 
 def upper_increase(increase: float, standard_error: float, windows: int) -> float:
