@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from infmoe.hf import InfMoEConfig, model_cost
+from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.measures import EXPERT_COUNTS, TASK_KEEP_RATIOS, TASK_SAMPLES, own_settings, settings
 from infmoe.reproduce.plan import SCALES, RunSpec
 from infmoe.reproduce.store import Store
@@ -52,7 +53,7 @@ def _built(model: str) -> tuple[Any, dict[str, int]]:
 
 def spec_of(store: Store, arm: str = "infinity", seed: int = 1, *, tokens: int | None = None, lr: float = 2e-3):
     """A run of an arm."""
-    return RunSpec(store.scale, store.scale.arm(arm), tokens or store.scale.tokens, lr, seed)
+    return RunSpec(store.scale, arm_named(arm), tokens or store.scale.tokens, lr, seed)
 
 
 def fake_scores(spec: RunSpec, model: Any, loss: float) -> list[dict[str, Any]]:
@@ -154,7 +155,7 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
 def fill(store: Store, losses: dict[str, float], tokens: int, seeds: int = 3, *, tasks: bool = True) -> None:
     """Runs of these arms at these losses, a little different from seed to seed, tuning runs too."""
     for arm_name, loss in losses.items():
-        arm = store.scale.arm(arm_name)
+        arm = arm_named(arm_name)
         for i, spec in enumerate(store.tuning(arm)):
             store.put(spec, fake_values(spec, loss + 1.0 - 0.1 * i))
         for seed in range(1, 1 + seeds):

@@ -7,6 +7,7 @@ import pytest
 from fake_results import fill
 
 from infmoe.provenance import write_json
+from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.dial_curves import curve, means, useful_range, useful_ranges
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
@@ -185,7 +186,9 @@ def test_the_alpha_dial_is_drawn_at_every_k_and_leaves_the_first_alone(store, mi
     head, plain = (
         next(x for x in body.splitlines() if x.startswith(t)) for t in ("| loss, nats | k′", "| moe16-fine-k4-scaled:")
     )
-    (half,) = [line for line in body.splitlines() if line.startswith("| moe16-fine-k4-scaled, α = 0.5 | 3")]
+    (half,) = [
+        line for line in body.splitlines() if line.startswith("| moe16-fine-k4-scaled: plain top-4 of 16, α = 0.5 | 3")
+    ]
     ks = [int(cell.split()[-1]) for cell in head.split("|")[2:-2]]
     cells = dict(zip(ks, half.split("|")[2:-2], strict=True))
     assert ks == [1, 2, 3, 4, 6, 8, 12, 16]
@@ -272,7 +275,7 @@ def test_curves_keep_seeds_apart(store, mini):
 
 def test_elastic_arms_train_as_their_names_say(mini):
     specs = {
-        arm: mini.arm(arm) for group in groups("elastic", mini) for arm in group.arms if group.tokens == mini.tokens
+        arm: arm_named(arm) for group in groups("elastic", mini) for arm in group.arms if group.tokens == mini.tokens
     }
     assert set(specs) >= {*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_UNSCALED, *TWO_PASSES}
     weights = {name: specs[name].model["hierarchical_loss_weight"] for name in specs if name.startswith("emoe")}

@@ -4,8 +4,10 @@ import pytest
 
 from infmoe.errors import InfMoEError
 from infmoe.hf import model_cost
+from infmoe.recipes import VARIANTS
+from infmoe.reproduce.arms import ARMS, arm_named, label, titled
 from infmoe.reproduce.command import all_specs, describe_plan
-from infmoe.reproduce.plan import ARMS, EXPERIMENTS, SCALES, TIER1, TIER2, TUNING_SEED, RunSpec, groups, scale_named
+from infmoe.reproduce.plan import EXPERIMENTS, SCALES, TIER1, TIER2, TUNING_SEED, RunSpec, groups, scale_named
 from infmoe.reproduce.store import Store
 from infmoe.train.config import hf_config
 
@@ -14,17 +16,29 @@ SCALE = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 
 @SCALE
 def test_every_arm_is_a_run_that_can_be_built(scale):
-    for arm in (*ARMS.values(), *(scale.arm(f"infinity-z{z}") for z in scale.z_dims)):
+    for arm in (*ARMS.values(), *(arm_named(f"infinity-z{z}") for z in scale.z_dims)):
         config = RunSpec(scale, arm, scale.tokens, 1e-3, 1).config()
         cost = model_cost(hf_config(config))
         assert cost.flops_executed >= cost.flops_ideal > 0
-        assert arm.tuned_as is None or scale.arm(arm.tuned_as).tuned_as is None
+        assert arm.tuned_as is None or arm_named(arm.tuned_as).tuned_as is None
+
+
+def test_every_recipe_is_an_arm_and_every_arm_says_what_it_is():
+    assert set(VARIANTS) <= set(ARMS)
+    texts = [arm.label for arm in ARMS.values()]
+    assert len(set(texts)) == len(texts)
+    assert max(map(len, texts)) <= 52  # they stand in pictures
+    assert label("infinity-z8, z = μ") == "∞-MoE, d_z = 8, z = μ"
+    assert titled("moe-hash") == "moe-hash: MoE, token ids hashed"
+    assert titled("infinity, qmc samples") == "infinity: ∞-MoE, K = 2, 1/4 kept, qmc samples"
+    with pytest.raises(InfMoEError, match="unknown arm 'infinity-keep5'; did you mean 'infinity-keep"):
+        label("infinity-keep5, keep ratio")
 
 
 @SCALE
 def test_the_arms_that_get_the_routers_parameters_too_have_them(scale):
     cost = {
-        name: model_cost(hf_config(RunSpec(scale, scale.arm(name), scale.tokens, 1e-3, 1).config()))
+        name: model_cost(hf_config(RunSpec(scale, arm_named(name), scale.tokens, 1e-3, 1).config()))
         for name in ("infinity", "moe-plus", "dense-swiglu-plus", "moe", "dense-swiglu", "dense-wide")
     }
     wanted = cost["infinity"].total_with_wz
@@ -38,7 +52,7 @@ def test_the_arms_that_get_the_routers_parameters_too_have_them(scale):
 @pytest.mark.parametrize("name", ["small", "medium"])
 def test_the_papers_scales_are_the_papers_setting(name):
     scale = scale_named(name)
-    specs = {name: RunSpec(scale, scale.arm("infinity"), tokens, 6e-4, 1).config() for name, tokens in (
+    specs = {name: RunSpec(scale, arm_named("infinity"), tokens, 6e-4, 1).config() for name, tokens in (
         ("table1", scale.tokens), ("table3", scale.entropy_tokens), ("table5", scale.long_tokens))}  # fmt: skip
     assert specs["table1"].steps == 19_074  # 10B tokens, the last step begun
     assert specs["table3"].steps == 20_000
@@ -74,7 +88,7 @@ def test_the_tuning_seed_is_not_reported(mini, tmp_path):
 
 def test_all_arms_of_a_seed_see_the_same_data_in_the_same_order():
     scale = SCALES["tiny"]
-    configs = [RunSpec(scale, scale.arm(name), scale.tokens, 1e-3, 3).config() for name in (*TIER1, *TIER2)]
+    configs = [RunSpec(scale, arm_named(name), scale.tokens, 1e-3, 3).config() for name in (*TIER1, *TIER2)]
     assert len({(c.seed, c.batch_tokens, c.window, c.steps, c.schedule.warmup_steps) for c in configs}) == 1
 
 
@@ -87,7 +101,7 @@ def test_all_arms_of_a_seed_see_the_same_data_in_the_same_order():
         (lambda: scale_named("smal"), "did you mean 'small'? known: medium, small, tiny"),
         (lambda: groups("zzz", SCALES["tiny"]), "known: all, controls, elastic, figure2"),
         (lambda: scale_named("large"), "unknown scale 'large'; known: medium, small, tiny"),
-        (lambda: SCALES["tiny"].arm("infinity-blocks"), "unknown arm"),
+        (lambda: arm_named("infinity-blocks"), "unknown arm"),
     ],
 )
 def test_unknown_names_name_the_known(call, words):

@@ -8,6 +8,7 @@ import pytest
 from fake_results import DATA, TASK_FILES, fake_values, fill, spec_of
 
 from infmoe.errors import InfMoEError
+from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.plan import Group
 from infmoe.reproduce.store import Store
 
@@ -74,7 +75,7 @@ def test_a_bad_file_is_named_and_left_alone(store, mini, damage, words):
     damage(path)
     before = path.read_bytes()
     fresh = Store(store.folder.parent, mini)
-    for tuning in fresh.tuning(mini.arm("infinity")):
+    for tuning in fresh.tuning(arm_named("infinity")):
         fresh.put(tuning, fake_values(tuning, 4.0 - tuning.lr))
     for ask in (lambda: fresh.get(spec), lambda: list(fresh.missing([Group(("infinity",), mini.tokens, (1, 1))]))):
         with pytest.raises(InfMoEError) as error:
@@ -115,13 +116,13 @@ def test_a_run_without_zero_shot_scores_is_as_good_as_ever(store, mini):
 
 
 def test_the_learning_rate_is_the_best_of_the_grid_and_passed_on(store):
-    arm, child = store.scale.arm("infinity"), store.scale.arm("infinity-sigma0")
+    arm, child = arm_named("infinity"), arm_named("infinity-sigma0")
     assert store.lr(arm) is None
     for spec, loss in zip(store.tuning(arm), (3.9, 4.1), strict=True):
         assert store.lr(child) is None
         store.put(spec, fake_values(spec, loss))
     assert store.lr(arm) == store.lr(child) == 1e-3
-    assert store.lr(store.scale.arm("moe")) is None
+    assert store.lr(arm_named("moe")) is None
 
 
 def test_points_at_fewer_experts_than_are_measured_are_not_mixed_in(store, mini):
@@ -146,7 +147,7 @@ def test_tuning_comes_first_and_then_seed_by_seed(store, mini):
     first = [(s.arm.name, s.tokens, s.seed) for s in store.missing(wanted)]
     assert first == [(arm, mini.tune_tokens, 0) for arm in ("infinity", "infinity", "moe", "moe")]
     for name in ("infinity", "moe"):
-        for spec in store.tuning(mini.arm(name)):
+        for spec in store.tuning(arm_named(name)):
             store.put(spec, fake_values(spec, 4.0 - spec.lr))
     rest = [(s.arm.name, s.lr, s.seed) for s in store.missing(wanted)]
     assert rest == [(arm, 2e-3, seed) for seed in (1, 2) for arm in ("infinity", "moe")]
@@ -180,11 +181,11 @@ def test_a_seed_that_diverged_does_not_end_the_search(store, mini):
 def test_an_arm_at_another_learning_rate_follows_the_one_it_is_tuned_as(store, mini):
     fill(store, {"infinity": 3.0, "infinity-glu": 3.0}, mini.tokens, seeds=1)
     for name, factor in (("infinity", 2.0), ("infinity-glu", 0.5)):
-        assert store.lr(mini.arm(f"{name}-lr{factor:g}x")) == factor * store.lr(mini.arm(name))
+        assert store.lr(arm_named(f"{name}-lr{factor:g}x")) == factor * store.lr(arm_named(name))
 
 
 def test_a_diverged_run_is_finished_and_has_no_loss(store, mini):
-    arm = mini.arm("infinity")
+    arm = arm_named("infinity")
     broken = {"diverged": "the loss is nan at step 3", "measures": {}}
     for spec, changes in zip(store.tuning(arm), ({}, broken), strict=True):
         store.put(spec, fake_values(spec, 3.0, **changes))

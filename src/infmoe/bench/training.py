@@ -139,6 +139,7 @@ def variant_speed(*, quick: bool = False) -> Measured:
 
     ∞-MoE decodes at several settings of its dials too; those rows name them.
     """
+    from infmoe.reproduce.arms import arm_named
     from infmoe.reproduce.measures import KEEP_RATIOS
     from infmoe.reproduce.plan import SCALES, TIER1, TIER2, RunSpec
 
@@ -147,7 +148,7 @@ def variant_speed(*, quick: bool = False) -> Measured:
     names = TIER1 if quick else (*TIER1, *TIER2)
     arms, labels, models = [], [], []
     for name in names:
-        spec = RunSpec(scale, scale.arm(name), scale.tokens, 1e-3, 1)
+        spec = RunSpec(scale, arm_named(name), scale.tokens, 1e-3, 1)
         model = InfMoEForCausalLM(hf_config(spec.config())).train()
         models.append(model)
         for precision in ("fp32", "bf16"):

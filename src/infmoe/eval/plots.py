@@ -15,6 +15,11 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
+def look(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th line of a picture: no two of the first 49 have both in common."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
+
+
 def figure(
     columns: int = 1, *, rows: int = 1, width: float = 5.2, height: float = 4.0
 ) -> tuple["Figure", list["Axes"]]:
@@ -60,7 +65,7 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Pat
     reference = next(row for row in rows if row["is_reference"])
     for ax, (key, (axis, unit)) in zip(axes, shown.items(), strict=True):
         for i, (value, line) in enumerate(by_line.items()):
-            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            style = look(i)
             if key == "decode_ms":
                 low, high = [r[key] - r["decode_ms_low"] for r in line], [r["decode_ms_high"] - r[key] for r in line]
                 style["xerr"] = [low, high]
@@ -107,8 +112,7 @@ def plot_frontier(result: dict[str, Any], path: Path, *, title: str) -> Path:
             [[0.0] * len(members), [r["token_ms_p95"] - r["token_ms"] for r in members]],
             ls="none",
             label=name,
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
+            **look(i),
             capsize=2,
             elinewidth=0.8,
         )

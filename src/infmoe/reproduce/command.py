@@ -16,6 +16,7 @@ from infmoe.hf import model_cost
 from infmoe.hf.accounting import ModelCost
 from infmoe.progress import data_progress
 from infmoe.provenance import provenance, require_writable, write_json
+from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.plan import EXPERIMENTS, TUNING_SEED, Group, RunSpec, Scale, groups, scale_named, tokens_text
 from infmoe.reproduce.store import Store
 from infmoe.train.config import hf_config
@@ -237,7 +238,7 @@ def all_specs(store: Store, wanted: list[Group]) -> list[RunSpec]:
     """Every run, tuning included; a learning rate that is not known yet is the recipe's."""
     specs: dict[str, RunSpec] = {}
     for group in wanted:
-        arms = [store.scale.arm(name) for name in group.trained]
+        arms = [arm_named(name) for name in group.trained]
         found = [spec for arm in arms for spec in store.tuning(arm)]
         for seed in range(1, 1 + store.seeds_wanted(group)):
             for arm in arms:

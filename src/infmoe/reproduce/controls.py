@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from infmoe.layers.point import ratio_text
+from infmoe.reproduce.arms import arm_named, label, titled
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import OTHER_RATES, TIER1, TIER2, tokens_text
 from infmoe.reproduce.section import (
@@ -82,7 +83,7 @@ def controls(store: Store, gallery: Gallery) -> Section:
         ordered = dict(sorted(differences.items(), key=lambda item: item[1].mean))
         picture = gallery.bars(
             "controls.png",
-            ordered,
+            {label(name): difference for name, difference in ordered.items()},
             x_label=f"held-out loss minus ∞-MoE's at {tokens_text(scale.tokens)} tokens (nats; 95 %, paired by seed)",
             title="Left of 0: better than ∞-MoE",
         )
@@ -97,13 +98,13 @@ def _all_arms(store: Store) -> str:
     for name in (*TIER1, *TIER2):
         runs = store.runs(name, scale.tokens)
         if not runs:
-            rows.append([name, *["–"] * 7, MISSING, "–", "0"])
+            rows.append([titled(name), *["–"] * 7, MISSING, "–", "0"])
             continue
         cost, lr = runs[0].cost, runs[0].spec.lr
         speed = times.get(name, {})
         rows.append(
             [
-                name,
+                titled(name),
                 f"{cost['total'] / 1e6:.2f}",
                 f"{cost['total_with_wz'] / 1e6:.2f}",
                 f"{cost['flops_executed'] / 1e6:.2f}",
@@ -149,7 +150,7 @@ def _rates(store: Store) -> str:
     found: dict[str, dict[float, tuple[str, Interval]]] = {}
     for name in TIER1:
         for arm in (name, *(other for other in OTHER_RATES if other.startswith(f"{name}-lr"))):
-            loss, lr = mean_loss(store, arm, scale.tokens), store.lr(scale.arm(arm))
+            loss, lr = mean_loss(store, arm, scale.tokens), store.lr(arm_named(arm))
             if loss is not None and lr is not None:
                 found.setdefault(name, {})[lr] = arm, loss
     rates = sorted({lr for at in found.values() for lr in at})

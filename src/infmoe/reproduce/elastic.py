@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from infmoe.layers.point import ratio_text
+from infmoe.reproduce.arms import label, titled
 from infmoe.reproduce.dial_curves import (
     RANGE,
     Curve,
@@ -17,10 +18,10 @@ from infmoe.reproduce.dial_curves import (
     ratio_of,
     useful_ranges,
 )
-from infmoe.reproduce.elastic_experts import EXPERTS, each, expert_curves, experts
+from infmoe.reproduce.elastic_experts import each, expert_curves, experts
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.measures import ADAPTIVE_ARMS, SAMPLE_ARMS
-from infmoe.reproduce.plan import TWO_PASSES, tokens_text
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, TWO_PASSES, tokens_text
 from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
@@ -49,19 +50,9 @@ _SHOWN = 0.4  # nats above the best that pictures show: the ends of the dials li
 _RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _FIXED = {"infinity-keep4": 1 / 4, "infinity-keep8": 1 / 8, "infinity-keep16": 1 / 16}
 _ONE_PASS = ("infinity-keep4", "infinity-elastic")  # what rules of two passes are held against
-_ELASTIC = {
-    "infinity-elastic": "drawn for each layer",
-    "infinity-elastic-step": "drawn for each step",
-    "infinity-elastic-scaled": "drawn for each layer, mask size kept",
-    "infinity-sandwich": "largest and smallest in every step",
-    "infinity-sandwich-distill": "the largest teaches the smallest",
-}
-_SAMPLES = dict(
-    zip(
-        SAMPLE_ARMS,
-        ("plain, K = 2", "K drawn from 1 … 4 for each layer", "K = 2, two draws made to agree"),
-        strict=True,
-    )
+_ELASTIC = (
+    *("infinity-elastic", "infinity-elastic-step", "infinity-elastic-scaled"),
+    *("infinity-sandwich", "infinity-sandwich-distill"),
 )
 
 
@@ -86,8 +77,7 @@ def elastic(store: Store, gallery: Gallery) -> Section:
 
 def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
     tokens = store.scale.tokens
-    names = {arm: f"trained at {ratio_text(ratio)}" for arm, ratio in _FIXED.items()} | _ELASTIC
-    curves = {arm: found for arm in names if (found := over_ratio(store, arm))}
+    curves = {arm: found for arm in (*_FIXED, *_ELASTIC) if (found := over_ratio(store, arm))}
     _claim_elastic(store, section)
     if not curves:
         return f"**Loss over the keep ratio, K = 1**: {MISSING}."
@@ -96,10 +86,10 @@ def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
     for arm, found in curves.items():
         line = means(found)
         seeds = seeds_text(store.runs(arm, tokens))
-        rows.append([f"{arm}: {names[arm]}", *(text_of(line.get(r)) for r in ratios), seeds])
+        rows.append([titled(arm), *(text_of(line.get(r)) for r in ratios), seeds])
     picture = gallery.lines(
         "elastic_keep.png",
-        [("", {arm: means(found) for arm, found in curves.items()})],
+        [("", {label(arm): means(found) for arm, found in curves.items()})],
         x_label="share of the neurons that the sample keeps",
         y_label="held-out loss (nats per token)",
         title=f"One checkpoint over the keep ratio, K = 1\n(95 % over seeds; up to {_SHOWN} nats above the best)",
@@ -169,10 +159,10 @@ def _no_worse(gaps: Sequence[Interval | None], most: float) -> str:
 
 
 def _samples(store: Store, section: Section) -> str:
-    ks = sorted({k for arm in _SAMPLES for k in over_samples(store, arm)} - {1})
+    ks = sorted({k for arm in SAMPLE_ARMS for k in over_samples(store, arm)} - {1})
     plain = over_samples(store, "infinity").get(1, {})
     rows = []
-    for arm, text in _SAMPLES.items():
+    for arm in SAMPLE_ARMS:
         if line := over_samples(store, arm):
             base = line.get(1, {})
             gaps = [text_of(paired(line[k], base), 4, sign=True) if k in line else "–" for k in ks]
@@ -180,7 +170,7 @@ def _samples(store: Store, section: Section) -> str:
             against = "" if arm == "infinity" else text_of(paired(base, plain), sign=True)
             shared = means(over_samples(store, arm, "overlap_ratio")).get(2)
             alone = text_of(means({1: base})[1]) if base else "–"
-            rows.append([f"{arm}: {text}", alone, against, *gaps, mean, text_of(shared, 2)])
+            rows.append([titled(arm), alone, against, *gaps, mean, text_of(shared, 2)])
         _claim_samples(store, section, arm)
     for mode in ("antithetic", "qmc"):
         line = curve(
@@ -192,7 +182,7 @@ def _samples(store: Store, section: Section) -> str:
         )
         if line:
             gaps = [text_of(paired(line[k], plain), 4, sign=True) if k in line else "–" for k in ks]
-            rows.append([f"infinity, {mode} samples", "", "", *gaps, "", ""])
+            rows.append([titled(f"infinity, {mode} samples"), "", "", *gaps, "", ""])
     if not rows:
         return f"**Loss over the number of samples**: {MISSING}."
     head = (
@@ -230,7 +220,7 @@ def _useful_ranges(store: Store) -> str:
         curves[f"{arm} (keep ratio)"] = over_ratio(store, arm), ratio_text
     for name, line in expert_curves(store).items():
         curves[f"{name} (k′)"] = line, str
-    for arm in _SAMPLES:
+    for arm in SAMPLE_ARMS:
         curves[f"{arm} (K)"] = over_samples(store, arm), str
     rows = []
     for name, (found, text) in curves.items():
@@ -253,7 +243,7 @@ def _training_cost(store: Store) -> str:
     """What each rule costs, and the rules that pass twice over every token at equal tokens and equal FLOPs."""
     tokens = store.scale.tokens
     rows = []
-    for arm in (*_FIXED, *_ELASTIC, *_SAMPLES, *EXPERTS):
+    for arm in (*_FIXED, *_ELASTIC, *SAMPLE_ARMS, *ELASTIC_EXPERTS):
         runs = store.runs(arm, tokens)
         if runs and (flops := _flops_per_token(runs[0])) is not None:
             passes = runs[0].spec.config().elastic.passes
@@ -426,14 +416,16 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> None:
     panels: dict[str, dict[str, tuple[Curve, Curve]]] = {"∞-MoE": {}, "16 experts, k′ = 1 … 16": {}}
     infinity, discrete = panels.values()
     for arm in (*_FIXED, *_ELASTIC):
-        infinity[f"{arm}, keep ratio"] = over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal")
+        infinity[f"{arm}, over the keep ratio"] = over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal")
     for arm in SAMPLE_ARMS:
-        infinity[f"{arm}, K"] = over_samples(store, arm), over_samples(store, arm, "flops_ideal")
-        infinity[f"{arm}, z = μ"] = at_mu(store, arm), at_mu(store, arm, "flops_ideal")
+        infinity[f"{arm}, over K"] = over_samples(store, arm), over_samples(store, arm, "flops_ideal")
+        infinity[f"{arm}, at z = μ"] = at_mu(store, arm), at_mu(store, arm, "flops_ideal")
     for name, line in expert_curves(store).items():
+        if name.endswith("α = 0.5"):  # between no damping and 0.25 at every k'
+            continue
         discrete[name] = line, over_k(store, name.partition(",")[0], "flops_ideal")
     for drawn_there in (infinity, discrete):
-        drawn_there["MoE, 4 experts, top-2"] = (
+        drawn_there["moe"] = (
             {2: over_k(store, "moe").get(2, {})},
             {2: over_k(store, "moe", "flops_ideal").get(2, {})},
         )
@@ -444,7 +436,7 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> None:
             places = {at: interval(list(values.values())).mean / 1e6 for at, values in flops.items() if values}
             by_flops = {places[at]: value for at, value in means(losses).items() if at in places}
             if by_flops:
-                lines[name] = by_flops
+                lines[label(name)] = by_flops
         if lines:
             drawn.append((title, lines))
     if drawn:
@@ -463,6 +455,6 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> None:
 
 def _unmeasured(store: Store) -> str:
     """Planned arms that no run is of."""
-    planned = (*_FIXED, *_ELASTIC, *EXPERTS, *_SAMPLES)
+    planned = (*_FIXED, *_ELASTIC, *ELASTIC_EXPERTS, *SAMPLE_ARMS)
     absent = [f"`{arm}`" for arm in planned if not store.runs(arm, store.scale.tokens)]
     return f"Not measured yet: {', '.join(absent)}." if absent else ""

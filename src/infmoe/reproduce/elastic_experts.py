@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from infmoe.reproduce.arms import arm_named, label, titled
 from infmoe.reproduce.dial_curves import RANGE, Curve, Stretch, means, over_k, useful_ranges
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.measures import DAMPED_ARMS
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_UNSCALED
 from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
@@ -23,29 +25,6 @@ from infmoe.reproduce.section import (
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.reproduce.store import Store
 
-EXPERTS = {
-    "moe16-fine-k4-scaled": "plain, k = 4",
-    "emoe-k4-w0.0001-scaled": "Elastic MoE, k = 4, k_ideal = 8, λ = 0.0001",
-    "emoe-k4-w0-scaled": "Elastic MoE's draws alone, λ = 0",
-    "matryoshka-k4-scaled": "Matryoshka, k = 1 … 8",
-    "moe16-fine-k8-scaled": "plain, k = 8 (direct, for k = 4)",
-    "emoe-k8-w0.0001-scaled": "Elastic MoE, k = 8, k_ideal = 16, λ = 0.0001",
-    "matryoshka-k8-scaled": "Matryoshka, k = 1 … 16",
-    "moe16-fine-k16-scaled": "plain, k = 16 (direct, for k = 8)",
-}
-_UNSCALED = {
-    "moe16-fine-k4": "plain, k = 4",
-    "emoe-k4": "Elastic MoE, k = 4, k_ideal = 8, λ = 0.01",
-    "emoe-k4-w0.001": "λ = 0.001",
-    "emoe-k4-w0.0001": "λ = 0.0001",
-    "emoe-k4-w0": "λ = 0, its draws alone",
-    "matryoshka-k4": "Matryoshka, k = 1 … 8",
-    "moe16-fine": "plain, k = 8",
-    "emoe-k8": "Elastic MoE, k = 8, k_ideal = 16, λ = 0.01",
-    "emoe-k8-w0.0001": "λ = 0.0001",
-    "matryoshka-k8": "Matryoshka, k = 1 … 16",
-    "moe16-fine-k16": "plain, k = 16",
-}
 _PLAIN = {4: "moe16-fine-k4-scaled", 8: "moe16-fine-k8-scaled"}
 _DIRECT = {4: "moe16-fine-k8-scaled", 8: "moe16-fine-k16-scaled"}
 _TRAINED_FOR = {k: (f"moe16-fine-k{k}-", f"emoe-k{k}-", f"matryoshka-k{k}-") for k in (4, 8)}
@@ -61,14 +40,12 @@ _SCALED = {
 
 def experts(store: Store, gallery: Gallery, section: Section) -> str:
     """Loss over the number of experts, as it is and against the plain model."""
-    lines = {
-        name if "α" in name else f"{name}: {EXPERTS[name]}": line for name, line in expert_curves(store).items() if line
-    }
+    lines = {name: line for name, line in expert_curves(store).items() if line}
     _claims(store, section)
     if not lines:
         return f"**Loss over the number of experts, 16 experts of d_ff/8**: {MISSING}."
     panels = [
-        (f"trained for k = {k}", {n: means(line) for n, line in lines.items() if n.startswith(arms)})
+        (f"trained for k = {k}", {label(n): means(line) for n, line in lines.items() if n.startswith(arms)})
         for k, arms in _TRAINED_FOR.items()
     ]
     picture = gallery.lines(
@@ -97,7 +74,7 @@ def experts(store: Store, gallery: Gallery, section: Section) -> str:
 def expert_curves(store: Store) -> dict[str, Curve]:
     """The curve of every arm, and of the damped ones by α: "moe16-fine, α = 0.25"."""
     lines: dict[str, Curve] = {}
-    for arm in EXPERTS:
+    for arm in ELASTIC_EXPERTS:
         lines[arm] = over_k(store, arm)
         if arm in DAMPED_ARMS:
             lines |= {f"{arm}, α = {alpha:g}": line for alpha, line in _damped(store, arm).items()}
@@ -123,18 +100,18 @@ def _against_plain(lines: Mapping[str, Curve]) -> str:
     """Every method minus plain top-k run with as many experts, paired by seed."""
     rows = []
     for k, arms in _TRAINED_FOR.items():
-        plain = next((line for name, line in lines.items() if name.startswith(f"{_PLAIN[k]}:")), None)
+        plain = lines.get(_PLAIN[k])
         if plain is None:
             continue
         for name, line in lines.items():
-            if not name.startswith((*arms, f"{_DIRECT[k]}:")):
+            if not name.startswith((*arms, _DIRECT[k])):
                 continue
             gaps = {k2: paired(line[k2], plain.get(k2, {})) for k2 in line}
             beyond = _best_beyond(line, plain, k)
             last = "–" if beyond is None else f"{text_of(beyond[1], sign=True)} (k′ = {beyond[0]})"
             seeds = max((gap.count for gap in gaps.values() if gap is not None), default=0)
             cells = ["" if line is plain else text_of(gaps.get(k2), sign=True) for k2 in _IN_TABLES]
-            rows.append([f"{name}, minus plain k = {k}", *cells, last, str(seeds)])
+            rows.append([f"{titled(name)}; minus plain top-{k}", *cells, last, str(seeds)])
     if not rows:
         return ""
     head = ("nats", *(f"k′ = {k}" for k in _IN_TABLES), "best beyond k, minus plain's at k", "seeds")
@@ -154,7 +131,7 @@ def _output_sizes(store: Store) -> str:
     for arm, scaled in _SCALED.items():
         gap = store.difference(scaled, arm, tokens)
         if gap is not None:
-            factor = store.scale.arm(scaled).model["routed_scaling_factor"]
+            factor = arm_named(scaled).model["routed_scaling_factor"]
             cells = [text_of(mean_loss(store, name, tokens)) for name in (arm, scaled)]
             rows.append([arm, f"{factor:g}", *cells, text_of(gap, sign=True), str(gap.count)])
     if not rows:
@@ -171,14 +148,14 @@ def _output_sizes(store: Store) -> str:
 
 def _unscaled(store: Store) -> str:
     """The first arms, whose gates sum to 1."""
-    lines = {f"{arm}: {text}": line for arm, text in _UNSCALED.items() if (line := over_k(store, arm))}
+    lines = {arm: line for arm in ELASTIC_UNSCALED if (line := over_k(store, arm))}
     return f"**With gates that sum to 1**, where the weights λ were tried\n\n{_table(lines)}" if lines else ""
 
 
 def _table(lines: Mapping[str, Curve]) -> str:
     """Losses over the number of experts, a row a line."""
     rows = [
-        [name, *(text_of(means(line).get(k)) for k in _IN_TABLES), str(max(map(len, line.values())))]
+        [titled(name), *(text_of(means(line).get(k)) for k in _IN_TABLES), str(max(map(len, line.values())))]
         for name, line in lines.items()
     ]
     return markdown_table(("loss, nats", *(f"k′ = {k}" for k in _IN_TABLES), "seeds"), rows)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infmoe.eval.plots import COLOURS, MARKERS, figure, save
+from infmoe.eval.plots import COLOURS, figure, look, save
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.plan import tokens_text
 from infmoe.reproduce.statistics import Interval
@@ -85,8 +85,7 @@ def lines(
                 [line[x].mean for x in xs],
                 [_error(line[x]) for x in xs],
                 label=f"{name}{_FEW.get(seeds, '')}",
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
+                **look(i),
                 markerfacecolor="white" if seeds in _FEW else None,
                 linestyle=("-", "--", "-.", ":")[i % 4],
                 markersize=5,

@@ -1,112 +1,14 @@
-"""What there is to train: arms, scales, and the runs that each table and figure needs."""
+"""What there is to train: scales, and the runs that each table and figure needs."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from infmoe.errors import unknown_name
-from infmoe.recipes import VARIANTS, recipe
+from infmoe.recipes import recipe
+from infmoe.reproduce.arms import RATE_FACTORS, Arm
 from infmoe.train.config import RunConfig, apply_overrides
 
 TUNING_SEED = 0  # learning rates are chosen on it, so it is not reported
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One model that is compared.
-
-    Attributes:
-        name: in file names and tables.
-        variant: the recipe's.
-        model: fields of the model's config, over the recipe's.
-        tuned_as: the arm whose learning rate it takes; None: it has a grid of its own.
-        settings: of the run, over the recipe's, as on the command line.
-        lr_factor: on that learning rate.
-    """
-
-    name: str
-    variant: str
-    model: Mapping[str, Any] = field(default_factory=dict)
-    tuned_as: str | None = None
-    settings: tuple[str, ...] = ()
-    lr_factor: float = 1.0
-
-
-# Tier 1 at the rates that it was not tuned to: at 0.002 and 0.004 there is then a run of every arm.
-_OTHER_RATES = {"infinity": 2.0, "infinity-glu": 0.5, "moe": 2.0, "dense-swiglu": 2.0, "dense-wide": 0.5}
-
-
-def _arms() -> dict[str, Arm]:
-    """Every recipe's variant, and W_z's ablation; what differs little from another arm takes its learning rate."""
-    tuned_as = {
-        "dense-swiglu-active": "dense-swiglu",
-        "dense-swiglu-plus": "dense-swiglu",
-        "moe-plus": "moe",
-        "moe-hash": "moe",
-        "moe16-fine": "moe",
-        **dict.fromkeys([v for v in VARIANTS if v.startswith("infinity-")], "infinity"),
-        "infinity-glu": None,
-        "infinity-swiglu": None,
-    }
-    arms = [Arm(name, name, tuned_as=tuned_as.get(name)) for name in VARIANTS]
-    arms += [
-        Arm("infinity-wz-decay0", "infinity", {"wz_weight_decay": 0.0}, "infinity"),
-        Arm("infinity-wz-lr-half", "infinity", {"wz_lr_factor": 0.5}, "infinity"),
-        Arm("infinity-wz-lr-double", "infinity", {"wz_lr_factor": 2.0}, "infinity"),
-    ]
-    arms += [Arm(f"{name}-lr{factor:g}x", name, {}, name, lr_factor=factor) for name, factor in _OTHER_RATES.items()]
-    return {arm.name: arm for arm in [*arms, *_elastic_arms()]}
-
-
-def _elastic_arms() -> list[Arm]:
-    """Models trained for their dials, and the fixed ones that they are held against."""
-    one_sample = {"num_samples": 1}
-    ratios = "elastic.keep_ratio=[0.0625,0.125,0.25,0.5]"
-    ends, sandwich = "elastic.keep_ratio=[0.0625,0.5]", "elastic.rule=sandwich"
-    infinity = {
-        "infinity-keep4": (),
-        "infinity-elastic": (ratios,),
-        "infinity-elastic-step": (ratios, "elastic.per=step"),
-        "infinity-sandwich": (ends, sandwich),
-        "infinity-sandwich-distill": (ends, sandwich, "elastic.distill=true"),
-    }
-    arms = [Arm(name, "infinity", one_sample, "infinity", settings) for name, settings in infinity.items()]
-    arms += [
-        Arm("infinity-elastic-scaled", "infinity", one_sample | {"mask_scale": "fixed"}, "infinity", (ratios,)),
-        Arm("infinity-elastic-k", "infinity", {}, "infinity", ("elastic.num_samples=[1,2,3,4]",)),
-        Arm("infinity-consistency", "infinity", {}, "infinity", ("elastic.consistency_weight=1.0",)),
-    ]
-    return [*arms, *_expert_arms()]
-
-
-def _expert_arms() -> list[Arm]:
-    """16 experts for every number of them: plain, drawn, and trained at more; gates sum to k, or (first tried) to 1."""
-    arms = []
-    for suffix, scaled in (("-scaled", True), ("", False)):
-        for k in (4, 8, 16):
-            own: dict[str, Any] = {"num_experts_per_tok": k} | ({"routed_scaling_factor": float(k)} if scaled else {})
-            if scaled or k != 8:  # that one is a recipe of its own
-                arms.append(Arm(f"moe16-fine-k{k}{suffix}", "moe16-fine", own, "moe"))
-            if k == 16:
-                continue
-            # The paper names neither the probability nor the loss's weight: a half, and weights from none to the
-            # balance loss's own; of those above 0 the least gave the lowest loss with one seed, and is compared.
-            emoe = own | {"ideal_experts_per_tok": 2 * k}
-            weights = {"-w0.0001": 1e-4} | ({"-w0": 0.0} if k == 4 else {})
-            if not scaled:
-                weights |= {"": 0.01} | ({"-w0.001": 1e-3} if k == 4 else {})
-            arms += [
-                Arm(f"emoe-k{k}{name}{suffix}", "moe16-fine", emoe | {"hierarchical_loss_weight": weight}, "moe")
-                for name, weight in weights.items()
-            ]
-            upto = list(range(1, 2 * k + 1))
-            drawn = (f"elastic.num_experts_per_tok={upto}",)
-            arms.append(Arm(f"matryoshka-k{k}{suffix}", "moe16-fine", own, "moe", drawn))
-    arms.append(Arm("moe-scaled", "moe", {"routed_scaling_factor": 2.0}, "moe"))
-    return arms
-
-
-ARMS = _arms()
 
 
 @dataclass(frozen=True)
@@ -150,19 +52,6 @@ class Scale:
     task_items: int | None = None
     settings: tuple[str, ...] = ()
     vocab: int | None = None
-
-    def arm(self, name: str) -> Arm:
-        """An arm of this scale; "infinity-z8" has z_dim 8.
-
-        Raises:
-            InfMoEError: no such arm.
-        """
-        stem, _, z_dim = name.rpartition("-z")
-        if stem == "infinity" and z_dim.isdigit():
-            return Arm(name, "infinity", {"z_dim": int(z_dim)}, "infinity")
-        if name not in ARMS:
-            raise unknown_name("arm", name, ARMS)
-        return ARMS[name]
 
 
 _B = 10**9
@@ -285,7 +174,7 @@ class Group:
 
 
 TIER1 = ("infinity", "moe", "dense-swiglu", "infinity-glu", "dense-wide")
-OTHER_RATES = tuple(f"{name}-lr{factor:g}x" for name, factor in _OTHER_RATES.items())
+OTHER_RATES = tuple(f"{name}-lr{factor:g}x" for name, factor in RATE_FACTORS.items())
 # Tier 2, the more informative half first
 _TIER2_FIRST = (
     *("infinity-sigma0", "infinity-no-topn", "infinity-frozen-wz", "infinity-keep8", "infinity-keep16"),

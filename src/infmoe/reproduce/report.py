@@ -6,6 +6,7 @@ from pathlib import Path
 
 from infmoe.errors import InfMoEError
 from infmoe.reproduce import curves, tables
+from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.controls import controls
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
@@ -128,7 +129,7 @@ def _setting(store: Store) -> str:
     if any_run is not None:
         config = any_run.values["config"]
         # a discrete MoE's own has no d_z
-        model = RunSpec(store.scale, store.scale.arm("infinity"), store.scale.tokens, any_run.spec.lr, 1).config().model
+        model = RunSpec(store.scale, arm_named("infinity"), store.scale.tokens, any_run.spec.lr, 1).config().model
         lines.append(
             f"Model: {model['num_hidden_layers']} layers of width {model['hidden_size']}, context "
             f"{model['max_position_embeddings']}, total FFN width {model['intermediate_size']}; ∞-MoE with d_z = "
@@ -155,7 +156,7 @@ def _files(store: Store) -> tuple[list[Path], list[Path]]:
     """The files of runs that are part of the plan, at any seed, and those that are not."""
     planned = set()
     for group in groups("all", store.scale):
-        for arm in map(store.scale.arm, group.arms):
+        for arm in map(arm_named, group.arms):
             planned |= {store.path(spec) for spec in store.tuning(arm)}
             if (lr := store.lr(arm)) is not None:
                 seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + MAX_SEEDS)
@@ -170,10 +171,10 @@ def _learning_rates(store: Store) -> str:
     if not scale.lr_grid:
         return "The recipe's, for all arms: the paper names one."
     rows = []
-    for path in sorted({spec.arm.name for group in _every_arm(scale) for spec in store.tuning(scale.arm(group))}):
-        specs = store.tuning(scale.arm(path))
+    for path in sorted({spec.arm.name for group in _every_arm(scale) for spec in store.tuning(arm_named(group))}):
+        specs = store.tuning(arm_named(path))
         losses = [run.loss if (run := store.get(spec)) is not None else None for spec in specs]
-        chosen = store.lr(scale.arm(path))
+        chosen = store.lr(arm_named(path))
         edge = chosen in (min(scale.lr_grid), max(scale.lr_grid))
         rows.append(
             [
@@ -186,7 +187,7 @@ def _learning_rates(store: Store) -> str:
     tokens = scale.tune_tokens / 1e6
     inherited: dict[str, list[str]] = {}
     for name in _every_arm(scale):
-        if (root := scale.arm(name).tuned_as) is not None:
+        if (root := arm_named(name).tuned_as) is not None:
             inherited.setdefault(root, []).append(name)
     passed_on = "; ".join(f"`{root}`: {', '.join(names)}" for root, names in inherited.items())
     return (

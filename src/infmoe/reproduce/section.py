@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infmoe.reproduce.arms import label
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import Scale, tokens_text
 from infmoe.reproduce.statistics import Interval, interval
@@ -121,7 +122,7 @@ def rivals(section: Section, store: Store, gallery: Gallery, arms: Sequence[str]
         name = section.command.split()[2]
         picture = gallery.bars(
             f"{name}.png",
-            found,
+            {label(arm): difference for arm, difference in found.items()},
             x_label=f"held-out loss minus ∞-MoE's at {tokens_text(tokens)} tokens (nats; 95 %, paired by seed)",
             title="Right of 0: ∞-MoE is better",
         )

@@ -11,8 +11,9 @@ from typing import Any
 from infmoe.errors import InfMoEError
 from infmoe.provenance import write_json
 from infmoe.recipes import recipe
+from infmoe.reproduce.arms import Arm, arm_named
 from infmoe.reproduce.measures import COUNTS, MEASURES, ZERO_SHOT, expert_counts, own_settings, settings
-from infmoe.reproduce.plan import TUNING_SEED, Arm, Group, RunSpec, Scale
+from infmoe.reproduce.plan import TUNING_SEED, Group, RunSpec, Scale
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.train.config import differing_keys
 
@@ -199,7 +200,7 @@ class Store:
 
     def tuning(self, arm: Arm) -> list[RunSpec]:
         """The runs that an arm's learning rate is chosen by; none where the recipe's is taken."""
-        root = arm if arm.tuned_as is None else self.scale.arm(arm.tuned_as)
+        root = arm if arm.tuned_as is None else arm_named(arm.tuned_as)
         return [RunSpec(self.scale, root, self.scale.tune_tokens, lr, TUNING_SEED) for lr in self.scale.lr_grid]
 
     def lr(self, arm: Arm) -> float | None:
@@ -221,7 +222,7 @@ class Store:
 
     def run(self, arm_name: str, tokens: int, seed: int) -> Finished | None:
         """The finished run of an arm; None while it, or its learning rate, is missing."""
-        arm = self.scale.arm(arm_name)
+        arm = arm_named(arm_name)
         lr = self.lr(arm)
         return None if lr is None else self.get(RunSpec(self.scale, arm, tokens, lr, seed))
 
@@ -268,7 +269,7 @@ class Store:
         """The runs that are still to be trained, in order; what hangs on a missing learning rate comes later."""
         named: set[str] = set()
         for group in groups:
-            arms = [self.scale.arm(name) for name in group.trained]
+            arms = [arm_named(name) for name in group.trained]
             specs = [spec for arm in arms for spec in self.tuning(arm)]
             seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.seeds_wanted(group))
             for seed in seeds:

@@ -6,6 +6,7 @@ from infmoe import paper
 from infmoe.hf import model_cost
 from infmoe.recipes import recipe
 from infmoe.reproduce.accuracy import accuracy_claim, mean_difference, points_text, table1_accuracy
+from infmoe.reproduce.arms import titled
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import Scale, tokens_text
 from infmoe.reproduce.section import (
@@ -45,7 +46,7 @@ def table1(store: Store, gallery: Gallery) -> Section:
         cost = runs[0].cost if runs else None
         rows.append(
             [
-                arm,
+                titled(arm),
                 *(paper.TABLE1[size][arm][0] for size in ("small", "medium")),
                 *(f"{paper.TABLE1[size][arm][2]:.1f}" for size in ("small", "medium")),
                 "–" if cost is None else f"{cost['active'] / 1e6:.2f} / {cost['total'] / 1e6:.2f}",
@@ -263,7 +264,12 @@ def table5(store: Store, gallery: Gallery) -> Section:
     tokens = scale.long_tokens
     section = Section("Table 5: MoE and ∞-MoE on more data", command("table5", scale))
     rows = [
-        [arm, f"{paper.TABLE5[arm]:.3f}", text_of(mean_loss(store, arm, tokens)), seeds_text(store.runs(arm, tokens))]
+        [
+            titled(arm),
+            f"{paper.TABLE5[arm]:.3f}",
+            text_of(mean_loss(store, arm, tokens)),
+            seeds_text(store.runs(arm, tokens)),
+        ]
         for arm in ("moe", "infinity")
     ]
     difference = store.difference("infinity", "moe", tokens)
@@ -300,7 +306,7 @@ def table6(store: Store, gallery: Gallery) -> Section:
         runs = store.runs(arm, scale.tokens)
         rows.append(
             [
-                arm,
+                titled(arm),
                 "–" if printed is None else f"{printed:.3f}",
                 *_costs(store, arm),
                 text_of(mean_loss(store, arm, scale.tokens)),

@@ -268,6 +268,6 @@ def _figures(figures: dict[str, Any], value: str) -> tuple[float, float]:
 
 
 def _style(i: int) -> dict[str, Any]:
-    from infmoe.eval.plots import COLOURS, MARKERS
+    from infmoe.eval.plots import look
 
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+    return look(i) | {"markersize": 5, "linewidth": 1.2}
