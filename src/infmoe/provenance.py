@@ -76,21 +76,25 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, option: str = "--out") -> None:
     """Make `folder`, and write to it once, before the work whose results go there.
+
+    Args:
+        folder: is made where it is missing.
+        option: of the command, that chooses it.
 
     Raises:
         InfMoEError: it cannot be made or written to, or is a sealed checkpoint.
     """
     if is_sealed(folder):
-        raise InfMoEError(f"{folder} is sealed by its manifest, and would not verify any more: choose another --out")
+        raise InfMoEError(f"{folder} is sealed by its manifest, and would not verify any more: choose another {option}")
     probe = folder / f".{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InfMoEError(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
+        raise InfMoEError(f"cannot write to {folder} ({error.strerror}): choose another {option}") from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

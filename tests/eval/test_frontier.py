@@ -151,6 +151,26 @@ def test_a_checkpoint_stays_sealed_and_its_run_keeps_the_results(tiny_run, tmp_p
     verify(checkpoint)
 
 
+def test_a_profile_is_not_replaced_by_that_of_another_way_to_open(tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run.run, tmp_path / "run")
+    words = ["frontier", str(run), *FEW, "--rounds", "2", "--schedules", "0"]
+    assert main(words) == 0
+    before = (run / "frontier.json").read_bytes()
+    for more, named in (
+        (["--dtype", "bfloat16"], "profile with dtype float32: give --out to keep both"),
+        (["--set", "mask_scale=fixed"], "profile with another mask_scale: give --out to keep both"),
+    ):
+        capsys.readouterr()
+        assert main([*words, *more]) == 2
+        assert f"error: {run / 'frontier.json'} is the checkpoint's {named}" in capsys.readouterr().err
+        assert (run / "frontier.json").read_bytes() == before
+    assert main([*words, "--dtype", "bfloat16", "--out", str(tmp_path / "beside")]) == 0
+    assert main(words) == 0  # its own is measured anew
+    values = json.loads((run / "frontier.json").read_text())
+    (run / "frontier.json").write_text(json.dumps(values | {"checkpoint": "trained further since"}))
+    assert main(words) == 0
+
+
 def test_the_commands_mistakes_are_one_line(tiny_run, capsys, tmp_path):
     for more, named in (
         (["--num-experts-per-tok", "2"], "no dial 'num_experts_per_tok'"),

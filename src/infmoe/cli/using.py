@@ -314,6 +314,7 @@ def frontier(
         dtype=dtype,
         overrides=set_ or (),
         out=place,
+        only_own=out is None,
         quiet=as_json,
     )
     profile = place / profile_name(rows)

@@ -17,7 +17,7 @@ from infmoe.eval.zero_shot.show import finished, with_error
 from infmoe.eval.zero_shot.tasks import Column, columns_named
 from infmoe.hf.identity import fingerprint
 from infmoe.layers.point import Point
-from infmoe.provenance import provenance, write_json
+from infmoe.provenance import provenance, require_writable, write_json
 
 try:
     from infmoe.eval.zero_shot import harness
@@ -106,8 +106,8 @@ def evaluate_tasks(
     }
     model = harness.InfMoELM(opened, batch_size=settings.batch_size)
     if settings.per_item is not None:
+        require_writable(settings.per_item.parent, "--per-item")
         try:
-            settings.per_item.parent.mkdir(parents=True, exist_ok=True)
             settings.per_item.write_text("")
         except OSError as error:
             raise InfMoEError(
