@@ -45,6 +45,12 @@ def rows():
     ]
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    """The commands that errors name leave out the device that a model is opened on anyway."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def model():
     return tiny_model()
