@@ -7,7 +7,15 @@ from typing import Any
 
 from infmoe.hf import InfMoEConfig, model_cost
 from infmoe.reproduce.arms import arm_named
-from infmoe.reproduce.measures import EXPERT_COUNTS, TASK_KEEP_RATIOS, TASK_SAMPLES, own_settings, settings
+from infmoe.reproduce.measures import (
+    EXPERT_COUNTS,
+    GRID_RATIOS,
+    GRID_SAMPLES,
+    TASK_KEEP_RATIOS,
+    TASK_SAMPLES,
+    own_settings,
+    settings,
+)
 from infmoe.reproduce.plan import SCALES, RunSpec
 from infmoe.reproduce.store import Store
 
@@ -115,6 +123,15 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
             for rule, gap in rules
         ]
         if trained:
+            own_ratio = figures | {"flops_ideal": 10**6, "flops_executed": 10**7}
+            measures["dial_grid"] = [
+                {"num_samples": k, "keep_ratio": r, "loss": loss + 0.01 / k - 0.1 * r} | own_ratio
+                for r in GRID_RATIOS
+                for k in GRID_SAMPLES
+            ]
+            measures["dial_grid"] += [
+                {"mode": "mu", "keep_ratio": r, "loss": loss - 0.1 * r} | own_ratio for r in GRID_RATIOS
+            ]
             spread = [("antithetic", 0.003), ("qmc", 0.004)]
             measures["modes"] = [
                 {"mode": mode, "num_samples": k, "keep_ratio": 0.25, "loss": loss + gap / k}

@@ -11,7 +11,7 @@ from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.dial_curves import curve, means, useful_range, useful_ranges
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, ELASTIC_UNSCALED, TWO_PASSES, groups
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, ELASTIC_UNSCALED, PASSES, groups
 from infmoe.reproduce.store import Store
 from infmoe.train.config import ElasticConfig
 
@@ -41,7 +41,7 @@ def test_what_passes_twice_is_judged_at_equal_training_flops_too(store, mini):
     fill(store, LOSSES | {"infinity-sandwich-distill": 3.4}, mini.tokens)
     fill(store, {"infinity-sandwich-distill": 3.6}, mini.tokens // 2)
     found = {claim.reason: claim.verdict for claim in claims(store, "at 1/4 is within 0.01") if claim.reason}
-    assert found == {"two passes a token: twice the training FLOPs": "holds", "equal training FLOPs": "does not hold"}
+    assert found == {"2 passes a token: 2 times the training FLOPs": "holds", "equal training FLOPs": "does not hold"}
 
 
 def test_one_seed_and_none_decide_nothing(store, mini):
@@ -228,16 +228,17 @@ def test_the_time_of_decoding_stands_beside_moes(store, mini):
     assert "decoding 5.25 ms per token" in body
 
 
-def test_two_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini):
+def test_several_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini):
     one_pass = {"infinity": 3.4, "infinity-elastic": 3.45, "infinity-keep4": 3.3}
-    fill(store, dict.fromkeys(TWO_PASSES, 3.5) | one_pass, mini.tokens)
-    fill(store, dict.fromkeys(TWO_PASSES, 3.9), mini.tokens // 2)
+    fill(store, dict.fromkeys(PASSES, 3.5) | one_pass, mini.tokens)
+    for arm, passes in PASSES.items():
+        fill(store, {arm: 3.9}, mini.tokens // passes)
     body = elastic(store, Gallery(store.folder)).body
-    rivals = dict.fromkeys(TWO_PASSES, ("infinity-keep4", "infinity-elastic")) | {"infinity-consistency": ("infinity",)}
-    for arm, rival in [(ours, its) for ours in TWO_PASSES for its in rivals[ours]]:
+    rivals = dict.fromkeys(PASSES, ("infinity-keep4", "infinity-elastic")) | {"infinity-consistency": ("infinity",)}
+    for arm, rival in [(ours, its) for ours in PASSES for its in rivals[ours]]:
         whole, half = (line for line in body.splitlines() if line.startswith(f"| {arm} minus {rival} |"))
-        assert f"| equal tokens, twice the FLOPs | {3.5 - one_pass[rival]:+.3f} ± 0.000 |" in whole
-        assert f"| equal FLOPs, half the tokens | {3.9 - one_pass[rival]:+.3f} ± 0.000 |" in half
+        assert f"| equal tokens, {PASSES[arm]} times the FLOPs | {3.5 - one_pass[rival]:+.3f} ± 0.000 |" in whole
+        assert f"| equal FLOPs, 1/{PASSES[arm]} of the tokens | {3.9 - one_pass[rival]:+.3f} ± 0.000 |" in half
 
 
 def test_training_flops_count_passes_and_draws(store, mini):
@@ -277,7 +278,7 @@ def test_elastic_arms_train_as_their_names_say(mini):
     specs = {
         arm: arm_named(arm) for group in groups("elastic", mini) for arm in group.arms if group.tokens == mini.tokens
     }
-    assert set(specs) >= {*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_UNSCALED, *TWO_PASSES}
+    assert set(specs) >= {*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_UNSCALED, *PASSES}
     weights = {name: specs[name].model["hierarchical_loss_weight"] for name in specs if name.startswith("emoe")}
     assert weights == {
         "emoe-k4": 0.01,
@@ -296,7 +297,7 @@ def test_elastic_arms_train_as_their_names_say(mini):
         config = RunSpec(mini, arm, mini.tokens, 1e-3, 1).config()
         elastic_run = config.elastic != ElasticConfig()
         assert elastic_run == any(word in name for word in ("elastic", "sandwich", "consistency", "matryoshka")), name
-        assert config.elastic.passes == (2 if name in TWO_PASSES else 1)
+        assert config.elastic.passes == PASSES.get(name, 1)
         if name.startswith("emoe"):
             k = int(name.split("-")[1][1:])
             assert config.model["num_experts_per_tok"] == k

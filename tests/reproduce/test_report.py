@@ -18,9 +18,9 @@ from infmoe.reproduce.plan import (
     ELASTIC_KEEP,
     ELASTIC_MORE,
     ELASTIC_UNSCALED,
+    PASSES,
     TIER1,
     TIER2,
-    TWO_PASSES,
 )
 from infmoe.reproduce.report import SECTIONS, _setting, render_page, render_section, write_report
 from infmoe.reproduce.tables import table1
@@ -32,11 +32,14 @@ ROOT = Path(__file__).parent.parent.parent
 def filled(store, mini):
     """Everything, as if it had been trained."""
     losses = {name: 3.5 + 0.01 * i for i, name in enumerate(dict.fromkeys((*TIER1, *TIER2)))}
-    trained_for = dict.fromkeys((*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_UNSCALED, *ELASTIC_K, *ELASTIC_MORE), 3.45)
+    trained_for = dict.fromkeys(
+        (*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_UNSCALED, *ELASTIC_K, *ELASTIC_MORE, *PASSES), 3.45
+    )
     losses = trained_for | losses | {"infinity-elastic": 3.44, "infinity-keep4": 3.45, "infinity-keep16": 3.43}
     losses |= {f"infinity-z{z}": 3.6 - 0.001 * z for z in mini.z_dims[:-1]}
     fill(store, losses | {"infinity": 3.4, "moe": 3.6, "dense-swiglu": 3.3}, mini.tokens)
-    fill(store, dict.fromkeys(TWO_PASSES, 3.6), mini.tokens // 2)
+    for arm, passes in PASSES.items():
+        fill(store, {arm: 3.6}, mini.tokens // passes)
     fill(store, dict.fromkeys(TIER1, 3.2) | {"infinity": 3.1}, mini.long_tokens)
     for tokens in set(mini.data_sizes) - {mini.tokens, mini.long_tokens}:
         fill(store, {"infinity": 3.5, "moe": 3.7}, tokens)

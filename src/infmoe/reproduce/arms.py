@@ -124,6 +124,10 @@ def _elastic() -> list[Arm]:
         "infinity-elastic-scaled": ("share drawn, mask size kept", one_sample | {"mask_scale": "fixed"}, (ratios,)),
         "infinity-sandwich": ("1/2 and 1/16 in every step", one_sample, (ends, sandwich)),
         "infinity-sandwich-distill": ("1/2 teaches 1/16", one_sample, (ends, sandwich, "elastic.distill=true")),
+        "infinity-sandwich-between": (
+            *("1/2 teaches 1/16 and a drawn share", one_sample),
+            (ratios, sandwich, "elastic.distill=true", "elastic.between=1"),
+        ),
         "infinity-elastic-k": ("K drawn from 1 … 4", {}, ("elastic.num_samples=[1,2,3,4]",)),
         "infinity-consistency": ("two draws made to agree", {}, ("elastic.consistency_weight=1.0",)),
     }

@@ -19,16 +19,16 @@ from infmoe.reproduce.dial_curves import (
     useful_ranges,
 )
 from infmoe.reproduce.elastic_experts import each, expert_curves, experts
+from infmoe.reproduce.elastic_samples import sampling
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.measures import ADAPTIVE_ARMS, SAMPLE_ARMS
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, TWO_PASSES, tokens_text
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, PASSES, tokens_text
 from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
     MISSING,
     ONE_SEED,
     UNDECIDED,
-    VOID,
     Claim,
     Section,
     command,
@@ -39,7 +39,6 @@ from infmoe.reproduce.section import (
     seeds_text,
     text_of,
     verdict_all_below,
-    verdict_below,
 )
 from infmoe.reproduce.speeds import decode_over_dials, speeds
 from infmoe.reproduce.statistics import Interval, interval, paired
@@ -49,10 +48,10 @@ _EQUAL_SHARE = 0.03  # mean shares this close count as equal compute
 _SHOWN = 0.4  # nats above the best that pictures show: the ends of the dials lie far above
 _RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _FIXED = {"infinity-keep4": 1 / 4, "infinity-keep8": 1 / 8, "infinity-keep16": 1 / 16}
-_ONE_PASS = ("infinity-keep4", "infinity-elastic")  # what rules of two passes are held against
+_ONE_PASS = ("infinity-keep4", "infinity-elastic")  # what rules of several passes are held against
 _ELASTIC = (
     *("infinity-elastic", "infinity-elastic-step", "infinity-elastic-scaled"),
-    *("infinity-sandwich", "infinity-sandwich-distill"),
+    *("infinity-sandwich", "infinity-sandwich-distill", "infinity-sandwich-between"),
 )
 
 
@@ -62,7 +61,7 @@ def elastic(store: Store, gallery: Gallery) -> Section:
     parts = [
         _keep_ratios(store, gallery, section),
         experts(store, gallery, section),
-        _samples(store, section),
+        sampling(store, section),
         _useful_ranges(store),
         _training_cost(store),
         _flops(store),
@@ -106,12 +105,14 @@ def _claim_elastic(store: Store, section: Section) -> None:
     fixed = {arm: found for arm in _FIXED if set(_RATIOS) <= (found := over_ratio(store, arm)).keys()}
     for arm, length in (
         *(("infinity-elastic", tokens), ("infinity-sandwich-distill", tokens)),
-        ("infinity-sandwich-distill", tokens // 2),
+        *(("infinity-sandwich-distill", tokens // 2), ("infinity-sandwich-between", tokens)),
+        ("infinity-sandwich-between", tokens // 3),
     ):
         ours = over_ratio(store, arm, length)
         subject = f"`{arm}`" + (f" on {tokens_text(length)} tokens" if length < tokens else "")
-        twice = "equal training FLOPs" if length < tokens else "two passes a token: twice the training FLOPs"
-        note = twice if arm in TWO_PASSES else ""
+        passes = PASSES.get(arm, 1)
+        dear = f"{passes} passes a token: {passes} times the training FLOPs"
+        note = "" if passes == 1 else dear if length == tokens else "equal training FLOPs"
         text = (
             f"not in the paper: {subject}, at every ratio from 1/16 to 1/2, is no worse than the best fixed checkpoint"
         )
@@ -158,62 +159,6 @@ def _no_worse(gaps: Sequence[Interval | None], most: float) -> str:
     return HOLDS if all(gap.high <= most for gap in found) else UNDECIDED.replace("0", f"{most:g}")
 
 
-def _samples(store: Store, section: Section) -> str:
-    ks = sorted({k for arm in SAMPLE_ARMS for k in over_samples(store, arm)} - {1})
-    plain = over_samples(store, "infinity").get(1, {})
-    rows = []
-    for arm in SAMPLE_ARMS:
-        if line := over_samples(store, arm):
-            base = line.get(1, {})
-            gaps = [text_of(paired(line[k], base), 4, sign=True) if k in line else "–" for k in ks]
-            mean = text_of(paired(at_mu(store, arm).get("mu", {}), base), 4, sign=True)
-            against = "" if arm == "infinity" else text_of(paired(base, plain), sign=True)
-            shared = means(over_samples(store, arm, "overlap_ratio")).get(2)
-            alone = text_of(means({1: base})[1]) if base else "–"
-            rows.append([titled(arm), alone, against, *gaps, mean, text_of(shared, 2)])
-        _claim_samples(store, section, arm)
-    for mode in ("antithetic", "qmc"):
-        line = curve(
-            store,
-            "infinity",
-            store.scale.tokens,
-            lambda row, mode=mode: row["num_samples"] if row["mode"] == mode else None,  # type: ignore[misc]
-            measure="modes",
-        )
-        if line:
-            gaps = [text_of(paired(line[k], plain), 4, sign=True) if k in line else "–" for k in ks]
-            rows.append([titled(f"infinity, {mode} samples"), "", "", *gaps, "", ""])
-    if not rows:
-        return f"**Loss over the number of samples**: {MISSING}."
-    head = (
-        *("nats", "loss at K = 1", "minus plain's", *(f"K = {k} minus K = 1" for k in ks), "z = μ minus K = 1"),
-        "two samples share",
-    )
-    return "**Loss over the number of samples, keep ratio 1/4**\n\n" + markdown_table(head, rows)
-
-
-def _claim_samples(store: Store, section: Section, arm: str) -> None:
-    """What K buys this arm, and whether its samples differ at all."""
-    line = over_samples(store, arm)
-    overlap = over_samples(store, arm, "overlap_ratio").get(2)
-    gain = paired(line.get(8, {}), line.get(1, {}))
-    of = "" if arm == "infinity" else f", of `{arm}`"
-    text = f"not in the paper: more samples buy a lower loss (K = 8 against 1){of}"
-    if gain is None or not overlap:
-        if line:
-            section.claims.append(Claim(text, "–", MISSING))
-        return
-    share = interval(list(overlap.values()))
-    section.claims.append(
-        Claim(
-            text,
-            f"{nats(gain, 4)}; two samples share {share.mean:.0%} of their units",
-            VOID if share.mean > 0.9 and verdict_below(gain) == HOLDS else verdict_below(gain),
-            "they share more than 90 %" if share.mean > 0.9 else "",
-        )
-    )
-
-
 def _useful_ranges(store: Store) -> str:
     curves: dict[str, tuple[Curve, Callable[[Any], str]]] = {}
     for arm in (*_FIXED, *_ELASTIC):
@@ -240,7 +185,7 @@ def _useful_ranges(store: Store) -> str:
 
 
 def _training_cost(store: Store) -> str:
-    """What each rule costs, and the rules that pass twice over every token at equal tokens and equal FLOPs."""
+    """What each rule costs, and the rules that pass several times over every token at equal tokens and equal FLOPs."""
     tokens = store.scale.tokens
     rows = []
     for arm in (*_FIXED, *_ELASTIC, *SAMPLE_ARMS, *ELASTIC_EXPERTS):
@@ -256,7 +201,7 @@ def _training_cost(store: Store) -> str:
         f"**What training costs at {tokens_text(tokens)} tokens** (executed, forward and backward, 3 times the "
         "forward's, router counted; where a dial is drawn, the mean over what may be drawn)",
         markdown_table(head, rows),
-        _two_passes(store),
+        _several_passes(store),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -274,13 +219,16 @@ def _flops_per_token(run: Finished) -> float | None:
     return statistics.fmean(at.values()) if at.keys() == set(lists[dial]) else None
 
 
-def _two_passes(store: Store) -> str:
-    """Rules of two passes against fixed and drawn ratios of one pass, at equal tokens and at equal training FLOPs."""
+def _several_passes(store: Store) -> str:
+    """Rules of several passes against fixed and drawn ratios of one, at equal tokens and at equal training FLOPs."""
     tokens = store.scale.tokens
     rows = []
-    for arm in TWO_PASSES:
+    for arm, passes in PASSES.items():
         samples, rivals = (2, ("infinity",)) if arm == "infinity-consistency" else (1, _ONE_PASS)
-        for length, cost in ((tokens, "equal tokens, twice the FLOPs"), (tokens // 2, "equal FLOPs, half the tokens")):
+        for length, cost in (
+            (tokens, f"equal tokens, {passes} times the FLOPs"),
+            (tokens // passes, f"equal FLOPs, 1/{passes} of the tokens"),
+        ):
             ours = curve(store, arm, length, ratio_of(samples))
             for rival in rivals:
                 theirs = curve(store, rival, tokens, ratio_of(samples))
@@ -291,8 +239,8 @@ def _two_passes(store: Store) -> str:
                     rows.append([f"{arm} minus {rival}", cost, *cells, str(seeds)])
     if not rows:
         return ""
-    head = ("two passes a token against one", "at", *(ratio_text(r) for r in _RATIOS), "seeds")
-    return "**Two passes a token against one** (paired by seed, nats)\n\n" + markdown_table(head, rows)
+    head = ("several passes a token against one", "at", *(ratio_text(r) for r in _RATIOS), "seeds")
+    return "**Several passes a token against one** (paired by seed, nats)\n\n" + markdown_table(head, rows)
 
 
 def _no_worse_than_moe(store: Store) -> str:

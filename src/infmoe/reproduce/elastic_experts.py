@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from infmoe.reproduce.arms import arm_named, label, titled
-from infmoe.reproduce.dial_curves import RANGE, Curve, Stretch, means, over_k, useful_ranges
+from infmoe.reproduce.dial_curves import RANGE, Curve, Stretch, curve, means, over_k, useful_ranges
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.measures import DAMPED_ARMS
+from infmoe.reproduce.measures import DAMPED_ARMS, GATE_NORM_ARMS
 from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_UNSCALED
 from infmoe.reproduce.section import (
     FAILS,
@@ -30,6 +30,7 @@ _DIRECT = {4: "moe16-fine-k8-scaled", 8: "moe16-fine-k16-scaled"}
 _TRAINED_FOR = {k: (f"moe16-fine-k{k}-", f"emoe-k{k}-", f"matryoshka-k{k}-") for k in (4, 8)}
 _CLAIMED = {"emoe-k4-w0.0001-scaled": 4, "emoe-k4-w0-scaled": 4, "emoe-k8-w0.0001-scaled": 8}
 _IN_TABLES = (1, 2, 3, 4, 6, 8, 12, 16)
+_GATE_COUNTS = (1, 2, 3, 4, 8, 16)
 _SCALED = {
     "moe": "moe-scaled",
     "moe16-fine-k4": "moe16-fine-k4-scaled",
@@ -66,13 +67,14 @@ def experts(store: Store, gallery: Gallery, section: Section) -> str:
         "trained for it. λ: the weight of Elastic MoE's router loss; its paper names neither that nor the probability "
         "of its draws, which is a half here.",
         _against_plain(lines),
+        _gate_rules(store),
         _output_sizes(store),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
 def expert_curves(store: Store) -> dict[str, Curve]:
-    """The curve of every arm, and of the damped ones by α: "moe16-fine, α = 0.25"."""
+    """The curve of every arm, and of the damped ones by α: "moe16-fine-k4-scaled, α = 0.25"."""
     lines: dict[str, Curve] = {}
     for arm in ELASTIC_EXPERTS:
         lines[arm] = over_k(store, arm)
@@ -104,7 +106,7 @@ def _against_plain(lines: Mapping[str, Curve]) -> str:
         if plain is None:
             continue
         for name, line in lines.items():
-            if not name.startswith((*arms, _DIRECT[k])):
+            if not (name.startswith(arms) or name == _DIRECT[k]):
                 continue
             gaps = {k2: paired(line[k2], plain.get(k2, {})) for k2 in line}
             beyond = _best_beyond(line, plain, k)
@@ -116,6 +118,30 @@ def _against_plain(lines: Mapping[str, Curve]) -> str:
         return ""
     head = ("nats", *(f"k′ = {k}" for k in _IN_TABLES), "best beyond k, minus plain's at k", "seeds")
     return "**Against plain top-k, run with as many experts** (paired by seed)\n\n" + markdown_table(head, rows)
+
+
+def _gate_rules(store: Store) -> str:
+    """Each rule for what the gates sum to at another k: renormalised, as trained, or softmax over all experts."""
+    names = {"selected": "renormalised", "trained": "the first ones as trained", "all": "softmax over all"}
+    rows = []
+    for arm in GATE_NORM_ARMS:
+        if arm not in ELASTIC_EXPERTS:
+            continue
+        for rule, text in names.items():
+            line = curve(
+                store,
+                arm,
+                store.scale.tokens,
+                lambda row, rule=rule: row["num_experts_per_tok"] if row["gate_norm"] == rule else None,  # type: ignore[misc]
+                measure="gate_norms",
+            )
+            if line:
+                cells = [text_of(means(line).get(k)) for k in _GATE_COUNTS]
+                rows.append([titled(arm), text, *cells, str(max(map(len, line.values())))])
+    if not rows:
+        return ""
+    head = ("loss, nats", "gates at another k", *(f"k′ = {k}" for k in _GATE_COUNTS), "seeds")
+    return f"**Other rules for the gates**\n\n{markdown_table(head, rows)}"
 
 
 def _best_beyond(line: Curve, plain: Curve, k: int) -> tuple[int, Interval] | None:

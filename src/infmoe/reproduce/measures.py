@@ -30,6 +30,8 @@ EXPERT_COUNTS = tuple(range(1, 17))
 _FEWER_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # of arms whose useful ranges are not compared
 RANK_DAMPINGS = (0.25, 0.5)
 CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
+GRID_SAMPLES = (1, 2, 4, 8, 16)
+GRID_RATIOS = (1 / 16, 1 / 8, 1 / 2)  # 1/4 is among the dials
 _SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
 _CUT_WINDOWS = 64  # of training text
 TASK_SAMPLES = (1, 2, 3, 4, 8)
@@ -39,6 +41,11 @@ ZERO_SHOT = "zero_shot"
 ADAPTIVE_ARMS = ("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic")
 DAMPED_ARMS = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
 SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
+GATE_NORM_ARMS = (
+    *("moe", "moe16", "moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled"),
+    *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled"),
+)
+GRID_ARMS = (*SAMPLE_ARMS, "infinity-lr2x")
 _SCORING = 2  # which zero-shot items are chosen, and what their figures mean; raised whenever that changes
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 
@@ -96,6 +103,13 @@ def expert_counts(spec: RunSpec, num_experts: int) -> list[int]:
     """The numbers of experts that a discrete MoE is measured at."""
     counts = EXPERT_COUNTS if spec.arm.name in ELASTIC_EXPERTS else _FEWER_COUNTS
     return [k for k in counts if k <= num_experts]
+
+
+def dial_grid(context: Context) -> Points:
+    """Both dials of ∞-MoE at once, and z = mu: what K buys where two samples share less than at the trained ratio."""
+    config = context.model.config
+    points = grid(config, num_samples=GRID_SAMPLES, keep_ratios=GRID_RATIOS)
+    return context.evaluate(points + grid(config, keep_ratios=GRID_RATIOS, mode="mu"), _windows(context))
 
 
 def gate_norms(context: Context) -> Points:
@@ -243,7 +257,8 @@ _ROUTED = ("loss", "flops_ideal", "flops_executed", "union_ratio", "overlap_rati
 MEASURES: dict[str, Measure] = {
     "held_out": Measure(held_out, lambda config, spec: True),
     "dials": Measure(dials, _has_dials, _ROUTED),
-    "gate_norms": Measure(gate_norms, _of("moe", "moe16"), ("loss", "num_experts_per_tok"), ("gate_norm",)),
+    "dial_grid": Measure(dial_grid, _of(*GRID_ARMS), (*_ROUTED, "keep_ratio")),
+    "gate_norms": Measure(gate_norms, _of(*GATE_NORM_ARMS), ("loss", "num_experts_per_tok"), ("gate_norm",)),
     "rank_dampings": Measure(rank_dampings, _of(*DAMPED_ARMS), ("loss", "num_experts_per_tok", "rank_damping")),
     "modes": Measure(modes, _of("infinity"), ("loss", "num_samples"), ("mode",)),
     "adaptive": Measure(adaptive, _of(*ADAPTIVE_ARMS), ("loss", "share"), ("rule", "layer_shares")),
@@ -278,6 +293,7 @@ def own_settings(name: str, scale: Scale, files: Mapping[str, str]) -> dict[str,
     if name == ZERO_SHOT:
         return task_settings(scale, files)
     own: dict[str, dict[str, Any]] = {
+        "dial_grid": {"samples": list(GRID_SAMPLES), "keep_ratios": list(GRID_RATIOS)},
         "rank_dampings": {"values": list(RANK_DAMPINGS), "experts": list(EXPERT_COUNTS)},
         "modes": {"modes": list(_SPREAD)},
         "adaptive": {"shares": list(CUT_SHARES), "cut_windows": _CUT_WINDOWS},

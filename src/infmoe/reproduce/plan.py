@@ -202,8 +202,13 @@ ELASTIC_UNSCALED = (
 )
 ELASTIC_K = ("infinity-elastic-k",)
 ELASTIC_MORE = ("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich", "infinity-consistency")
-# two passes a step: at half the tokens they take the FLOPs of the others
-TWO_PASSES = ("infinity-sandwich-distill", "infinity-sandwich", "infinity-consistency")
+# Passes over each token: with that many times fewer tokens they take the FLOPs of the others.
+PASSES = {
+    "infinity-sandwich-distill": 2,
+    "infinity-sandwich-between": 3,
+    "infinity-sandwich": 2,
+    "infinity-consistency": 2,
+}
 
 
 def _elastic(scale: Scale) -> list[Group]:
@@ -213,9 +218,11 @@ def _elastic(scale: Scale) -> list[Group]:
         Group(ELASTIC_UNSCALED if scale.lr_grid else (), scale.tokens, (1, 1)),
         Group(ELASTIC_EXPERTS, scale.tokens, side),
         Group(ELASTIC_K, scale.tokens, side),
-        Group(TWO_PASSES[:1], scale.tokens // 2, side),
+        Group(("infinity-sandwich-distill",), scale.tokens // 2, side),
+        Group(("infinity-sandwich-between",), scale.tokens, side),
+        Group(("infinity-sandwich-between",), scale.tokens // 3, side),
         Group(ELASTIC_MORE, scale.tokens, side),
-        Group(TWO_PASSES[1:], scale.tokens // 2, side),
+        Group(("infinity-sandwich", "infinity-consistency"), scale.tokens // 2, side),
     ]
 
 
@@ -248,20 +255,23 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
     ],
     "elastic": _elastic,
 }
-_TABLES = ("table5", "table3", "figure3", "table6", "table1", "figure2", "figure4")
+_TABLES = ("table3", "figure3", "table6", "table1", "figure2", "figure4")
 
 
 def _all(scale: Scale) -> list[Group]:
-    """Everything, the most informative first: every comparison once, then the seeds that make directions results."""
+    """Everything, the most informative first.
+
+    Tier 1 and the keep ratio's arms with all their seeds, then every other comparison once, then its seeds.
+    """
     first, rates, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
-    keep, unscaled, experts, samples, half, elastic_more, half_more = EXPERIMENTS["elastic"](scale)
+    keep, unscaled, experts, *elastic = EXPERIMENTS["elastic"](scale)
     few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come last
-    sizes = EXPERIMENTS["table2"](scale)
-    long, *tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
-    once = [Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1)), experts, tier2, samples, half, long, *sizes]
-    soon = [few, keep, unscaled, *_seeds(once, 1), *_seeds(tables, 1)]
-    then = [experts, tier2, samples, half, *sizes, rates, *tables, longer, tier2_then, elastic_more, half_more]
-    return [*soon, *then, first, long]
+    rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
+    long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
+    tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
+    once = [rates_once, experts, tier2, *elastic[:2], *sizes, *long, longer, *tables, *elastic[2:], tier2_then]
+    then = [experts, *elastic[:4], tier2, *sizes, rates, *long, *tables, longer, tier2_then, *elastic[4:]]
+    return [few, keep, unscaled, *_seeds(once, 1), *then, first]
 
 
 def _seeds(wanted: list[Group], seeds: int) -> list[Group]:
