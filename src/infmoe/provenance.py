@@ -86,7 +86,8 @@ def require_writable(folder: Path, option: str = "--out") -> None:
     Raises:
         InfMoEError: it cannot be made or written to, or is a sealed checkpoint.
     """
-    if is_sealed(folder):
+    checkpoints = [place for place in folder.resolve().parents if (place / "config.json").is_file()]
+    if any(map(is_sealed, (folder, *checkpoints))):
         raise InfMoEError(f"{folder} is sealed by its manifest, and would not verify any more: choose another {option}")
     probe = folder / f".{os.getpid()}.tmp"
     try:

@@ -157,18 +157,19 @@ def test_a_profile_is_not_replaced_by_that_of_another_way_to_open(tiny_run, tmp_
     assert main(words) == 0
     before = (run / "frontier.json").read_bytes()
     for more, named in (
-        (["--dtype", "bfloat16"], "profile with dtype float32: give --out to keep both"),
-        (["--set", "mask_scale=fixed"], "profile with another mask_scale: give --out to keep both"),
+        (["--dtype", "bfloat16"], "profile with dtype float32: give --out another folder to keep it, or"),
+        (["--set", "mask_scale=fixed"], "profile with mask_scale as saved: give --out another folder"),
     ):
         capsys.readouterr()
         assert main([*words, *more]) == 2
         assert f"error: {run / 'frontier.json'} is the checkpoint's {named}" in capsys.readouterr().err
         assert (run / "frontier.json").read_bytes() == before
     assert main([*words, "--dtype", "bfloat16", "--out", str(tmp_path / "beside")]) == 0
+    assert main([*words, "--rows", "2", "--dtype", "bfloat16"]) == 0  # a file of its own
     assert main(words) == 0  # its own is measured anew
-    values = json.loads((run / "frontier.json").read_text())
-    (run / "frontier.json").write_text(json.dumps(values | {"checkpoint": "trained further since"}))
-    assert main(words) == 0
+    assert main([*words, "--set", "mask_scale=fixed", "--out", str(run)]) == 0  # on purpose
+    assert main(words) == 2
+    assert "profile with mask_scale fixed: give" in capsys.readouterr().err
 
 
 def test_the_commands_mistakes_are_one_line(tiny_run, capsys, tmp_path):

@@ -265,9 +265,11 @@ def test_a_checkpoint_over_its_dials(tiny_run, files, tmp_path, capsys):
     assert [row["label"] for row in result["points"]] == ["K=1 keep=1/4", "K=2 keep=1/4"]
     lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert len(lines) == 7 * 2 * 2 * 5
-    words[words.index("--per-item") + 1] = tiny_run.checkpoint / "items.jsonl"
-    assert main([str(word) for word in words]) == 2
-    assert "would not verify any more: choose another --per-item" in capsys.readouterr().err
+    for place in (tiny_run.checkpoint, tiny_run.checkpoint / "items"):
+        words[words.index("--per-item") + 1] = place / "items.jsonl"
+        assert main([str(word) for word in words]) == 2
+        assert "would not verify any more: choose another --per-item" in capsys.readouterr().err
+        assert not (tiny_run.checkpoint / "items").exists()
     first = result["points"][0]["tasks"]["ARC-e"]
     mine = [i for i in lines if (i["task"], i["point"], i["seed"]) == ("ARC-e", "K=1 keep=1/4", 0)]
     margins = [

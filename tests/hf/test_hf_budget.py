@@ -455,6 +455,48 @@ def test_a_setting_that_is_late_more_often_keeps_a_bound_of_its_own():
     assert upper_p95s([late], 16) == [upper_quantile(late, 0.95)]
 
 
+def test_a_hiccup_of_few_turns_bounds_no_other_setting():
+    steady = [10.0 + 0.01 * i for i in range(96)]
+    hiccup = [*steady[:-1], 100.0]
+    for settings, rounds in ((4, 12), (1, 12), (16, 2)):
+        spent = [steady[: 8 * rounds]] * (settings - 1) + [hiccup[-8 * rounds :]]
+        bounds = upper_p95s(spent, 8)
+        assert max(bounds[:-1], default=0.0) < 11.0, (settings, rounds)
+        assert min(bounds) >= 10.0
+    assert upper_p95s([[3.0], [4.0]], 16) == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "model_options", "named"),
+    [
+        ({}, {}, None),
+        ({"checkpoint": "trained further since"}, {}, None),
+        ({"machine": {"cpu": "Abacus", "dtype": "bfloat16"}}, {}, None),
+        ({"machine": {"dtype": "bfloat16"}}, {}, "dtype bfloat16"),
+        ({"machine": {"device": "cuda", "kernels": "triton 9"}}, {}, "device cuda"),
+        ({"machine": {"backend": "eager"}}, {}, "backend eager"),
+        ({"machine": {"threads": 77}}, {}, "threads 77"),
+        ({"options": {"rank_damping": 0.25}, "checkpoint": "so opened"}, {}, "rank_damping 0.25"),
+        ({}, {"rank_damping": 0.25}, "rank_damping as saved"),
+        ({"options": {"rank_damping": 0.25}, "checkpoint": "then"}, {"rank_damping": 0.25}, None),
+    ],
+)
+def test_a_profile_that_is_of_use_keeps_its_place(saved, tmp_path, changes, model_options, named):
+    path = tmp_path / "mine" / profile_name(1)
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | changes | {"machine": values["machine"] | changes.get("machine", {})}))
+    there, model = Profile.load(path), saved(**model_options)
+    if named is None:
+        there.keep(model)
+        return
+    with pytest.raises(InfMoEError) as caught:
+        there.keep(model)
+    assert str(caught.value) == (
+        f"{path} is the checkpoint's profile with {named}: give --out another folder to keep it, or "
+        f"--out {path.parent} to replace it"
+    )
+
+
 ROW = {
     "keep_ratio": 0.25,
     "loss": 3.0,
@@ -464,10 +506,11 @@ ROW = {
     "token_ms_p95": 2.0,
 }
 EMPTY = {
-    "version": 3,
+    "version": 4,
     "points": [],
     "checkpoint": "a",
     "machine": {},
+    "options": {},
     "rows": 1,
     "model": "m",
     "cached_tokens": [1, 2],
@@ -481,8 +524,8 @@ EMPTY = {
         ("{", "no JSON"),
         ("[]", "no profile of this version"),
         ('{"version": 99}', "no profile of this version"),
-        ('{"version": 2, "points": [{}]}', "no profile of this version"),
-        ('{"version": 3, "points": [{}]}', "damaged"),
+        ('{"version": 3, "points": [{}]}', "no profile of this version"),
+        ('{"version": 4, "points": [{}]}', "damaged"),
         (json.dumps(EMPTY), "no points"),
         (json.dumps(EMPTY | {"points": [ROW | {"loss": float("nan")}]}), "not finite"),
         (json.dumps(EMPTY | {"points": [ROW | {"keep_ratio": "abc"}]}), "damaged"),

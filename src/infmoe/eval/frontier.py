@@ -21,7 +21,6 @@ from infmoe.eval.loading import open_model
 from infmoe.eval.sweep import default_grid, evaluate_points
 from infmoe.hf import model_cost
 from infmoe.hf.budget import Profile, profile_name, profile_values, upper_increase, upper_p95s
-from infmoe.hf.identity import fingerprint, opened_with, surroundings
 from infmoe.layers.point import Point
 from infmoe.progress import point_progress
 from infmoe.provenance import provenance, require_writable
@@ -201,8 +200,7 @@ def measure_frontier(
         budgets: this many budgets are tried afterwards (see `check_budgets`).
         device, dtype, overrides: how the model is opened; see `open_model`.
         out: the folder that the caller is going to write to: tried before anything is measured.
-        only_own: a profile that is there already must be the checkpoint's as it is opened now, or as it was before it
-            was trained further.
+        only_own: a profile that is there already must not be of use still (see `Profile.keep`).
         quiet: no progress bar.
 
     Returns:
@@ -233,8 +231,8 @@ def measure_frontier(
     data = opened.data(data_dir)
     if out is not None:
         require_writable(out)
-        if only_own:
-            keep_other_profiles(model, out / profile_name(rows))
+        if only_own and (there := _profile_there(out / profile_name(rows))) is not None:
+            there.keep(model)
     held_out = HeldOut.from_data(data, context, windows)
     # schedules are searched on other text than they are judged on
     probe = HeldOut.from_data(data, context, max(2, windows // _PROBE_SHARE), "train")
@@ -279,23 +277,12 @@ def measure_frontier(
     }
 
 
-def keep_other_profiles(model: Any, path: Path) -> None:
-    """Refuse to write over the profile of the same checkpoint, opened another way.
-
-    Raises:
-        InfMoEError: one with another device or dtype is there, or one without the options that this model was opened
-            with.
-    """
+def _profile_there(path: Path) -> Profile | None:
+    """The profile that a new one would take the place of; None: nothing, or nothing that can be read."""
     try:
-        there = Profile.load(path)
+        return Profile.load(path)
     except InfMoEError:
-        return  # nothing, or nothing that is of use
-    here = surroundings(model)
-    differs = [f"{name} {there.machine[name]}" for name in ("device", "dtype") if there.machine.get(name) != here[name]]
-    if there.checkpoint != fingerprint(model):
-        differs += [f"another {name}" for name in opened_with(model)]
-    if differs:
-        raise InfMoEError(f"{path} is the checkpoint's profile with {', '.join(differs)}: give --out to keep both")
+        return None
 
 
 def _setting(point: Point) -> dict[str, Any]:

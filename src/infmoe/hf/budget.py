@@ -14,8 +14,9 @@ from infmoe.errors import InfMoEError
 from infmoe.hf.identity import fingerprint, home, measure_command, opened_with, surroundings, usual_places
 from infmoe.layers.point import Point
 
-_VERSION = 3
+_VERSION = 4
 _FIGURES = ("loss", "increase", "increase_at_most", "token_ms", "token_ms_p95")
+_LEAST_TURNS = 59  # of fewer, no token but the latest bounds the quantile
 _REACH = 2  # times the longest cache that was timed: a request that goes further is refused
 # How a model runs, where the caller may choose it: what makes it run as the profile did.
 _MATCH = {
@@ -38,7 +39,7 @@ class Measured:
         increase_at_most: what the increase lies below, 19 times in 20; of this point by itself: see
             `upper_increase`.
         token_ms: median time of a generated token, in ms.
-        token_ms_p95: what 95 of 100 tokens take at most, with some certainty: see `upper_p95s`.
+        token_ms_p95: an upper bound of what 95 of 100 tokens take at most: see `upper_p95s`.
     """
 
     point: Point
@@ -75,6 +76,7 @@ class Profile:
         points: in the order in which they were measured.
         checkpoint: `fingerprint` of the model.
         machine: where, and how the model ran: see `surroundings`.
+        options: the variant's, that the model was opened with in place of its checkpoint's.
         rows: sequences that were generated at once.
         cached_tokens: in the cache, at the first timed token and at the last.
         source: the checkpoint's path, as it was given.
@@ -84,6 +86,7 @@ class Profile:
     points: tuple[Measured, ...]
     checkpoint: str
     machine: dict[str, Any]
+    options: dict[str, Any]
     rows: int
     cached_tokens: tuple[int, int]
     source: str
@@ -127,6 +130,7 @@ class Profile:
                 points,
                 str(values["checkpoint"]),
                 dict(values["machine"]),
+                dict(values["options"]),
                 int(values["rows"]),
                 (int(first), int(last)),
                 str(values["model"]),
@@ -154,13 +158,42 @@ class Profile:
                 f"{self.path}, measured on {self.source}, is of other weights, or another configuration, than this "
                 f"model's: {self._own(model)}"
             )
-        other = [name for name in here if self.machine.get(name) != here[name]]
-        if {"device", "backend"} & set(other):
-            other = [name for name in other if name != "kernels"]  # they follow from those
+        other = self._differs(here)
         if other:
             differences = ", ".join(f"{name} {self.machine.get(name)} there, {here[name]} here" for name in other)
             remedy = self._fitting(model, {name: here[name] for name in other})
             raise InfMoEError(f"{self.path} was measured otherwise than here ({differences}): {remedy}")
+
+    def keep(self, model: nn.Module) -> None:
+        """Raise where a profile of `model`, here, would take the place of one that is still of use.
+
+        That is one of the same checkpoint on this machine, opened with other options or run otherwise. What was
+        measured before the checkpoint was trained further, or on another machine, is of none.
+
+        Raises:
+            InfMoEError: it would; names what differs.
+        """
+        other, options = self._differs(surroundings(model)), opened_with(model)
+        if set(other) - set(_MATCH) or (self.options == options and self.checkpoint != fingerprint(model)):
+            return
+        differs = [f"{name} {self.machine.get(name)}" for name in other]
+        differs += [
+            f"{name} {self.options.get(name, 'as saved')}"
+            for name in {**self.options, **options}
+            if self.options.get(name) != options.get(name)
+        ]
+        if differs:
+            raise InfMoEError(
+                f"{self.path} is the checkpoint's profile with {', '.join(differs)}: give --out another folder to keep "
+                f"it, or --out {self.path.parent} to replace it"
+            )
+
+    def _differs(self, here: dict[str, Any]) -> list[str]:
+        """The names of what is otherwise here (see `surroundings`)."""
+        other = [name for name in here if self.machine.get(name) != here[name]]
+        if {"device", "backend"} & set(other):
+            other = [name for name in other if name != "kernels"]  # they follow from those
+        return other
 
     def check_length(self, model: Any, positions: int) -> None:
         """Raise where a request goes further than this profile says anything about.
@@ -290,23 +323,30 @@ def upper_quantile(values: Sequence[float], share: float, draws: int | None = No
 
 
 def upper_p95s(milliseconds: Sequence[Sequence[float]], per_turn: int = 1) -> list[float]:
-    """What 95 of 100 tokens of each of several settings stay below, timed in turns.
+    """What 95 of 100 tokens of each of several settings stay below, timed in turns: an upper bound.
 
-    A token is late because of the machine more than of its setting. So beside what a setting's own tokens say, the
-    ratio of the quantile to the median is taken over all settings: one whose few turns happened to be on time would
-    be picked for a budget that it misses. The larger of the two bounds counts.
+    A token is late because of the machine more than of its setting, and those of a turn are late together. A bound
+    from a setting's own few turns is too low as often as not for the setting whose bound came out lowest, which a
+    tight budget picks. So the ratio of the quantile to the median is bounded over all settings, their turns as the
+    draws (which leaves out that the machine may be slow for several turns), and multiplied by a bound of the setting's
+    median; what its own tokens say counts where that is more, or where there are too few turns to say anything else.
 
     Args:
         milliseconds: of each token of each setting.
-        per_turn: tokens in a row of one setting, which are late together.
+        per_turn: tokens in a row of one setting.
+
+    Returns:
+        Milliseconds; each factor holds 19 times in 20 by itself.
     """
+    own = [upper_quantile(spent, 0.95) for spent in milliseconds]
+    turns = sum(len(spent) for spent in milliseconds) // per_turn
+    if turns < _LEAST_TURNS:
+        return own
     medians = [statistics.median(spent) for spent in milliseconds]
     ratios = [time / median for spent, median in zip(milliseconds, medians, strict=True) for time in spent]
-    late = upper_quantile(ratios, 0.95, max(1, len(ratios) // per_turn))
+    late = upper_quantile(ratios, 0.95, turns)
     middles = [upper_quantile(spent, 0.5, max(1, len(spent) // per_turn)) for spent in milliseconds]
-    return [
-        max(upper_quantile(spent, 0.95), late * middle) for spent, middle in zip(milliseconds, middles, strict=True)
-    ]
+    return [max(alone, late * middle) for alone, middle in zip(own, middles, strict=True)]
 
 
 def upper_increase(increase: float, standard_error: float, windows: int) -> float:
@@ -346,6 +386,7 @@ def profile_values(model: nn.Module, rows: list[dict[str, Any]], *, num_rows: in
         "model": source,
         "checkpoint": fingerprint(model),
         "machine": surroundings(model),
+        "options": opened_with(model),
         "rows": num_rows,
         "points": rows,
     }
