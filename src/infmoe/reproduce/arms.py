@@ -70,17 +70,17 @@ def _recipes() -> list[Arm]:
         "moe16": "MoE, 16 experts, top-2",
         "infinity": "∞-MoE, K = 2, 1/4 kept",
         "infinity-swiglu": "∞-MoE over SwiGLU neurons",
-        "infinity-glu": "dense gate of rank d_z",
+        "infinity-glu": "dense GLU, gate of rank d_z",
     }
     tuned_as = {
         "dense-swiglu": {
             "dense-swiglu-active": "dense SwiGLU, half as wide",
-            "dense-swiglu-plus": "dense SwiGLU, wider by W_z's share",
+            "dense-swiglu-plus": "dense SwiGLU, wider by W_z and router",
         },
         "moe": {
-            "moe-plus": "MoE, wider by W_z's share",
+            "moe-plus": "MoE, wider by W_z and router",
             "moe-hash": "MoE, token ids hashed",
-            "moe16-fine": "16 narrow experts, top-8",
+            "moe16-fine": "16 narrow experts, top-8, gates sum to 1",
         },
         "infinity": {
             "infinity-sigma0": "∞-MoE without noise",
@@ -155,7 +155,7 @@ def _experts() -> list[Arm]:
             if not scaled:
                 weights |= {"": 0.01} | ({"-w0.001": 1e-3} if k == 4 else {})
             for name, weight in weights.items():
-                text = f"Elastic MoE, k = {k} of {2 * k}, λ = {weight:g}{after}"
+                text = f"Elastic MoE, k = {k}, ideal {2 * k}, λ = {weight:g}{after}"
                 model = emoe | {"hierarchical_loss_weight": weight}
                 arms.append(Arm(f"emoe-k{k}{name}{suffix}", text, "moe16-fine", model, "moe"))
             upto = list(range(1, 2 * k + 1))

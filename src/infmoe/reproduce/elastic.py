@@ -364,12 +364,12 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> None:
     panels: dict[str, dict[str, tuple[Curve, Curve]]] = {"∞-MoE": {}, "16 experts, k′ = 1 … 16": {}}
     infinity, discrete = panels.values()
     for arm in (*_FIXED, *_ELASTIC):
-        infinity[f"{arm}, over the keep ratio"] = over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal")
+        infinity[f"{arm}, run over keep ratios"] = over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal")
     for arm in SAMPLE_ARMS:
-        infinity[f"{arm}, over K"] = over_samples(store, arm), over_samples(store, arm, "flops_ideal")
-        infinity[f"{arm}, at z = μ"] = at_mu(store, arm), at_mu(store, arm, "flops_ideal")
+        infinity[f"{arm}, run over K"] = over_samples(store, arm), over_samples(store, arm, "flops_ideal")
+        infinity[f"{arm}, run at z = μ"] = at_mu(store, arm), at_mu(store, arm, "flops_ideal")
     for name, line in expert_curves(store).items():
-        if name.endswith("α = 0.5"):  # between no damping and 0.25 at every k'
+        if name.endswith("α = 0.5"):  # left out for room
             continue
         discrete[name] = line, over_k(store, name.partition(",")[0], "flops_ideal")
     for drawn_there in (infinity, discrete):

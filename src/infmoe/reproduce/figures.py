@@ -15,6 +15,7 @@ Line = Mapping[float, Interval]
 _LEGEND_INSIDE = 4  # lines of a panel; the names of more would lie over them
 _FEW = {1: " (one seed)", 2: " (two seeds)"}  # drawn hollow, without an interval: it would fill the picture
 _COLUMNS = 2  # of a legend below the panels
+_SHORT = 20  # characters beside the bars; longer names make the picture wider
 _CROWDED = 8  # ticks whose labels still stand beside each other
 
 
@@ -133,7 +134,9 @@ def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str
 
     What one or two seeds gave has no interval, and a hollow marker.
     """
-    fig, axes = figure(width=7.2, height=1.2 + 0.27 * len(values))
+    names = [f"{name}{_FEW.get(value.count, '')}" for name, value in values.items()]
+    beyond = max(0, max(map(len, names), default=0) - _SHORT)
+    fig, axes = figure(width=7.2 + 0.07 * beyond, height=1.2 + 0.27 * len(values))
     ax = axes[0]
     places = range(len(values), 0, -1)
     ax.axvline(0.0, color="#555555", linewidth=1)
@@ -147,7 +150,6 @@ def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str
             marker="o" if interval.mean < 0 else "s",
             capsize=3,
         )
-    names = [f"{name}{_FEW.get(value.count, '')}" for name, value in values.items()]
     ax.set_yticks(list(places), names)
     ax.set(xlabel=x_label, title=title)
     return save(fig, path)
