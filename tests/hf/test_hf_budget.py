@@ -124,6 +124,32 @@ def test_a_latency_is_refused_where_it_does_not_hold(model, folder, given, words
         model.generate(tokens(1, 5), max_new_tokens=2, latency_budget_ms=2.6, profile=folder, **given)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_samples": 1},
+        {"routing_mode": "mu"},
+        {"latency_budget_ms": 5.0},
+        {"profile": "x"},
+        {"max_loss_increase": 0},
+    ],
+)
+def test_dials_do_not_get_lost_in_continuous_batching(model, given):
+    with pytest.raises(InfMoEError, match=f"passes no dials on: leave {next(iter(given))} out, and open the model at"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=2, **given)
+    with pytest.raises(InfMoEError, match="passes no dials on: leave num_samples out"):
+        model.generate_batch([[1, 2, 3]], routing=Routing(num_samples=1))
+
+
+def test_dials_in_the_config_of_continuous_batching_are_refused(model):
+    config = GenerationConfig(max_new_tokens=2)
+    config.keep_ratio = 0.5
+    with pytest.raises(InfMoEError, match="a generation config has no 'keep_ratio'"):
+        model.generate_batch([[1, 2, 3]], config)
+    with pytest.raises(InfMoEError, match="a generation config has no 'keep_ratio'"):
+        model.init_continuous_batching(generation_config=config)
+
+
 def test_dials_do_not_get_lost_in_paged_generation(model):
     with pytest.raises(InfMoEError, match="paged generation passes no dials on"):
         model.generate(tokens(1, 5), max_new_tokens=2, num_samples=1, cache_implementation="paged")

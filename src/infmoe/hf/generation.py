@@ -71,6 +71,30 @@ class InfMoEGenerationMixin(GenerationMixin):
             raise InfMoEError("paged generation passes no dials on: leave them out, or cache_implementation='paged'")
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching, which runs the model at its own dials: it passes none on.
+
+        Raises:
+            InfMoEError: a dial, a budget or a profile.
+        """
+        budget = ("latency_budget_ms", "max_loss_increase", "profile")
+        given = _given_dials(kwargs) + [name for name in budget if kwargs.get(name) is not None]
+        if given:
+            raise InfMoEError(
+                f"continuous batching passes no dials on: leave {', '.join(given)} out, and open the model at them, "
+                "from_pretrained(DIR, keep_ratio=...)"
+            )
+        return super().generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' manager of continuous batching.
+
+        Raises:
+            InfMoEError: dials in a generation config.
+        """
+        self._refuse_dials_in_a_generation_config((None, generation_config), {})
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
     def _setting_of(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a call of `generate` runs with: its own, its generation config's, the model's; None: nobody says."""
         places = (kwargs.get(name), *(getattr(config, name, None) for config in self._configs_of(args, kwargs)))
