@@ -510,7 +510,7 @@ def test_a_model_trains_alike_under_each_backend():
             close(other[name], value, what=name)
 
 
-STEP_BY_STEP = {"mu", "antithetic", "no sigma", "router of two layers"}  # the general way, in several operators
+STEP_BY_STEP = {"antithetic", "router of two layers"}  # the general way, in several operators
 
 
 @needs_kernels

@@ -629,6 +629,7 @@ LAWFUL_WITHOUT_GRADIENTS = {
     "sparse_ffn_by_rows": lambda: (random(2, 8), random(2, 20), random(20, 8), *NONE, random(8, 20), None, 1),
     "normal_noise": lambda: (longs(1)[0], longs(2)[0], 3, longs(4, 5), longs(6, 7).view(2, 1), 2, 5),
     "route": lambda: (*routed(), *NONE, *NONE, 0),
+    "route of mu": lambda: (*routed()[:3], None, None, *routed()[5:13], 1, *routed()[14:], *NONE, *NONE, 0),
     "route to y": lambda: (*routed(), random(20, 8), *NONE, random(20, 8), None, 1),
 }
 

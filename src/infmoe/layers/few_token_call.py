@@ -61,12 +61,23 @@ class FewTokenCall(NamedTuple):
         return FFNOutput(y_BTD, zero, stats)
 
 
-def usual_maps(router: GaussianRouter, w_z: Module, x_BTD: Tensor) -> few_tokens.RouterMaps | None:
-    """The maps from x to the scores, where they are as the operators take them: plain, of x's type, for few rows."""
-    mu, sigma, scores = affine(router.mu), affine(router.sigma), affine(w_z)
-    if mu is None or sigma is None or scores is None or router.hidden is not None or is_hooked(router):
+def usual_maps(router: GaussianRouter, w_z: Module, x_BTD: Tensor, *, sampled: bool) -> few_tokens.RouterMaps | None:
+    """The maps from x to the scores, where they are as the operators take them: plain, of x's type, for few rows.
+
+    Args:
+        router, w_z: the layer's.
+        x_BTD: its input.
+        sampled: whether sigma's map is among them; z = mu has no use for it.
+    """
+    mu, scores = affine(router.mu), affine(w_z)
+    if mu is None or scores is None or router.hidden is not None or is_hooked(router):
         return None
-    if not (few_tokens.few_rows(x_BTD, mu[0]) and sigma[0].dtype == x_BTD.dtype and sigma[0].is_contiguous()):
+    if not few_tokens.few_rows(x_BTD, mu[0]):
+        return None
+    if not sampled:
+        return few_tokens.RouterMaps(*mu, None, None, *scores)
+    sigma = affine(router.sigma)
+    if sigma is None or sigma[0].dtype != x_BTD.dtype or not sigma[0].is_contiguous():
         return None
     return few_tokens.RouterMaps(*mu, *sigma, *scores)
 

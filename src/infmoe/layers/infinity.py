@@ -235,7 +235,7 @@ class InfinityFFN(ConditionalFFN):
         """How one operator goes from x to the mask, or on to y: for few tokens and the usual router, else None."""
         if (
             backend not in ("fused", "sparse")
-            or dials.mode != "sample"
+            or dials.mode not in ("sample", "mu")
             or dials.score_cut is not None
             or torch.compiler.is_compiling()
         ):
@@ -243,7 +243,7 @@ class InfinityFFN(ConditionalFFN):
         ffn = self._plain_weights()
         if ffn is None or (backend == "fused" and any(w is not None and w.dtype != x_BTD.dtype for w in ffn)):
             return None
-        maps = usual_maps(self.router, self.w_z, x_BTD)
+        maps = usual_maps(self.router, self.w_z, x_BTD, sampled=dials.mode == "sample")
         if maps is None or self._scale_needs_scores(dials):
             return None
         B, T, _ = x_BTD.shape

@@ -117,8 +117,9 @@ def _register_shapes() -> None:
 
     @register_flop_formula(torch.ops.infmoe.route)
     def _(x_shape, w_mu_shape, *args, **kwargs) -> int:
-        num_samples, w_z_shape = args[11], args[12]
-        return 2 * x_shape[0] * (2 * math.prod(w_mu_shape) + num_samples * math.prod(w_z_shape))
+        w_sigma_shape, num_samples, w_z_shape = args[1], args[11], args[12]
+        maps = 1 if w_sigma_shape is None else 2
+        return 2 * x_shape[0] * (maps * math.prod(w_mu_shape) + num_samples * math.prod(w_z_shape))
 
     @register_flop_formula(torch.ops.infmoe.few_rows_linear)
     def _(x_shape, weight_shape, *args, **kwargs) -> int:

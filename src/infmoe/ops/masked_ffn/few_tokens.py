@@ -47,11 +47,14 @@ Affine = tuple[Tensor, Tensor | None]  # weight (O, I) and bias (O)
 
 
 class RouterMaps(NamedTuple):
-    """The linear maps that lead to the scores, all of x's dtype but W_z (float32 or bfloat16); biases may be None."""
+    """The linear maps that lead to the scores, all of x's dtype but W_z (float32 or bfloat16); biases may be None.
+
+    Without one to sigma z = mu.
+    """
 
     mu_ZD: Tensor
     b_mu_Z: Tensor | None
-    sigma_ZD: Tensor
+    sigma_ZD: Tensor | None
     b_sigma_Z: Tensor | None
     w_z_UZ: Tensor
     b_z_U: Tensor | None
@@ -124,8 +127,8 @@ def route_of(
 
     Args:
         maps: the router's and W_z.
-        sigma_form: "softplus" or "exp", and what sigma is clamped to.
-        num_samples: K.
+        sigma_form: "softplus" or "exp", and what sigma is clamped to; of no account at z = mu.
+        num_samples: K; 1 at z = mu.
         weight_NK: each sample's weight in the mean, contiguous; None: 1 / K each.
         num_kept, count_every, selection, score_dtype: see `fused.top_mask`.
         mask_dtype: of the mask, where that is what is asked for.
@@ -150,7 +153,8 @@ def route_of(
         mask_dtype == torch.bfloat16,
         *neurons,
     )
-    return Route((*maps[:4], SIGMA_ACTIVATIONS[activation], min_sigma, max_sigma), after, w2t_FD)
+    form = 0 if maps.sigma_ZD is None else SIGMA_ACTIVATIONS[activation]
+    return Route((*maps[:4], form, min_sigma, max_sigma), after, w2t_FD)
 
 
 def route(x_BTD: Tensor, noise_key: NoiseCoordinates, given: Route) -> Routed:
@@ -161,7 +165,7 @@ def route(x_BTD: Tensor, noise_key: NoiseCoordinates, given: Route) -> Routed:
 
     Args:
         x_BTD: float32 or bfloat16.
-        noise_key: see `noise.noise_key`.
+        noise_key: see `noise.noise_key`; nothing is drawn at z = mu.
         given: see `route_of`.
     """
     B, T, D = x_BTD.shape

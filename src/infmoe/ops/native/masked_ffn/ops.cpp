@@ -600,12 +600,13 @@ Tensor normal_noise(Tensor seed, Tensor step, int64_t layer, Tensor stream, Tens
 // ---- Few tokens, from x to the mean mask, or on to y -----------------------------------------------------------------
 
 // Router, noise, z, W_z z and selection in one call, and with W1 the FFN too, of which only the kept neurons are read:
-// at one token the calls between them cost more than they do, and so would tensors between them.
+// at one token the calls between them cost more than they do, and so would tensors between them. Without a map to sigma
+// z = mu: one sample, and no noise.
 // Returns mask or y, the counts, and what `top_mask` sums (union, overlap), then what `spread_stats` does, how many
 // tokens were looked at, and a 0: the caller needs both as tensors, and to make them there costs more.
-std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Tensor> b_mu, Tensor w_sigma,
-                                         std::optional<Tensor> b_sigma, int64_t sigma_act, double min_sigma,
-                                         double max_sigma, Tensor seed, Tensor step, int64_t layer, Tensor stream,
+std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Tensor> b_mu,
+                                         std::optional<Tensor> w_sigma, std::optional<Tensor> b_sigma,
+                                         int64_t sigma_act, double min_sigma, double max_sigma, Tensor seed, Tensor step, int64_t layer, Tensor stream,
                                          Tensor position, int64_t K, Tensor w_z, std::optional<Tensor> b_z,
                                          bool round_bf16, std::vector<int64_t> num_kept, std::optional<Tensor> weight,
                                          int64_t count_every, bool statistical, bool mask_bf16, std::optional<Tensor> w1,
@@ -614,9 +615,10 @@ std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Te
   const Kernels& kernels = *machine().kernels;
   STD_TORCH_CHECK(x.dim() == 2 && static_cast<int64_t>(position.numel()) == x.size(0), "one position per token");
   const int64_t N = x.size(0), D = x.size(1), Z = w_mu.size(0), U = w_z.size(0);
-  STD_TORCH_CHECK(w_mu.dim() == 2 && w_mu.size(1) == D && w_sigma.dim() == 2 && w_sigma.size(1) == D &&
-                      w_sigma.size(0) == Z && w_z.dim() == 2 && w_z.size(1) == Z,
+  STD_TORCH_CHECK(w_mu.dim() == 2 && w_mu.size(1) == D && w_z.dim() == 2 && w_z.size(1) == Z &&
+                      (!w_sigma || (w_sigma->dim() == 2 && w_sigma->size(1) == D && w_sigma->size(0) == Z)),
                   "the router does not fit x");
+  STD_TORCH_CHECK(w_sigma || K == 1, "without a map to sigma there is one sample");
   STD_TORCH_CHECK(sigma_act == kSoftplus || sigma_act == kExp, "unknown activation of sigma");
   STD_TORCH_CHECK(K >= 1 && count_every >= 1, "at least one sample, and count_every at least 1");
   STD_TORCH_CHECK(!w1 || w2t, "W1 needs the transposed copy of W2");
@@ -628,15 +630,21 @@ std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Te
   std::vector<float> memory(N * (3 + 2 * K) * Z + 2 * N * K);
   float *mu = memory.data(), *raw = mu + N * Z, *sigma = raw + N * Z, *noise = sigma + N * Z, *z = noise + N * K * Z;
   float *given = z + N * K * Z, *weight_out = given + N * K;
-  multiply(inputs.get(), N, D,
-           {{data(w_mu, "w_mu"), mu_bias.get(), Z, mu}, {data(w_sigma, "w_sigma"), sigma_bias.get(), Z, raw}});
-  if (is_bf16(x)) round_to_bf16(mu, 2 * N * Z);
-  fill_noise(seed, step, layer, stream, position, K, Z, noise);
-  SpreadArgs spread{};
-  spread.K = K, spread.Z = Z, spread.act = static_cast<SigmaActivation>(sigma_act);
-  spread.min_sigma = static_cast<float>(min_sigma), spread.max_sigma = static_cast<float>(max_sigma);
-  spread.mu = {mu, false}, spread.raw = {raw, false}, spread.noise = noise, spread.z = z, spread.sigma = sigma;
-  kernels.spread(spread, 0, N);
+  if (w_sigma) {
+    multiply(inputs.get(), N, D,
+             {{data(w_mu, "w_mu"), mu_bias.get(), Z, mu}, {data(*w_sigma, "w_sigma"), sigma_bias.get(), Z, raw}});
+    if (is_bf16(x)) round_to_bf16(mu, 2 * N * Z);
+    fill_noise(seed, step, layer, stream, position, K, Z, noise);
+    SpreadArgs spread{};
+    spread.K = K, spread.Z = Z, spread.act = static_cast<SigmaActivation>(sigma_act);
+    spread.min_sigma = static_cast<float>(min_sigma), spread.max_sigma = static_cast<float>(max_sigma);
+    spread.mu = {mu, false}, spread.raw = {raw, false}, spread.noise = noise, spread.z = z, spread.sigma = sigma;
+    kernels.spread(spread, 0, N);
+  } else {
+    multiply(inputs.get(), N, D, {{data(w_mu, "w_mu"), mu_bias.get(), Z, mu}});
+    if (is_bf16(x)) round_to_bf16(mu, N * Z);
+    z = mu;
+  }
 
   TopMaskArgs a;
   a.N = N, a.K = K, a.Z = Z, a.U = U, a.z = z, a.weight = given, a.weight_out = weight_out;
@@ -653,7 +661,8 @@ std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Te
   float* to = to_floats(sums);
   score_and_select(a, data(w_z, "w_z"), z_bias.get(), round_bf16, num_kept, count_every, statistical, to_floats(counts),
                    to);
-  sum_spreads(mu, sigma, N, Z, count_every, to + 2);
+  to[2] = to[3] = 0.f;
+  if (w_sigma) sum_spreads(mu, sigma, N, Z, count_every, to + 2);
   to[4] = static_cast<float>((N + count_every - 1) / count_every), to[5] = 0.f;
   if (ffn) ffn->run(inputs.get(), mask.get(), N, out(result));
   return {result, counts, sums};
@@ -692,7 +701,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(infmoe, m) {
       "normal_noise(Tensor seed, Tensor step, int layer, Tensor stream, Tensor position, int num_samples, int dim) "
       "-> Tensor");
   m.def(
-      "route(Tensor x, Tensor w_mu, Tensor? b_mu, Tensor w_sigma, Tensor? b_sigma, int sigma_act, float min_sigma, "
+      "route(Tensor x, Tensor w_mu, Tensor? b_mu, Tensor? w_sigma, Tensor? b_sigma, int sigma_act, float min_sigma, "
       "float max_sigma, Tensor seed, Tensor step, int layer, Tensor stream, Tensor position, int num_samples, "
       "Tensor w_z, Tensor? b_z, bool round_bf16, int[] num_kept, Tensor? weight, int count_every, bool statistical, "
       "bool mask_bf16, Tensor? w1, Tensor? b1, Tensor? w3, Tensor? b3, Tensor? w2t, Tensor? b2, int act) "
