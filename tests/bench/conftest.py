@@ -20,6 +20,7 @@ def decode_setting() -> decode.Setting:
         InfMoEConfig(**TINY, ffn="infinity", z_dim=8),
         InfMoEConfig(**TINY, ffn="dense"),
         InfMoEConfig(**TINY, ffn="dense"),
+        InfMoEConfig(**TINY, ffn="moe"),
         dials=decode.ISSUE_DIALS,
         batch_sizes=(2, 4),
         prompt_length=8,

@@ -34,6 +34,7 @@ def test_bytes_by_hand():
 
 def test_dense_models_are_those_of_the_recipes():
     assert model_cost(SMALL.dense).total == 124_439_808  # GPT-2 small
+    assert (SMALL.moe.ffn, SMALL.moe.num_experts, SMALL.moe.num_experts_per_tok) == ("moe", 4, 2)
     assert SMALL.wide.intermediate_size == SMALL.infinity.intermediate_size == 6144
 
 
@@ -44,7 +45,7 @@ def test_rows_and_summary(decode_setting):
         for key in ("k2_keep_1_4", "k1_keep_1_4", "k1_keep_1_8", "k1_keep_1_16"):
             assert summary[f"speedup_{key}{suffix}"] > 0
             assert summary[f"limit_{key}{suffix}"] > 1
-        for key in ("reached_min", "batch_ratio_min", "read_roof_gb_per_s", "dense_ms"):
+        for key in ("reached_min", "batch_ratio_min", "read_roof_gb_per_s", "dense_ms", "moe_ms"):
             assert summary[key + suffix] > 0
     for row in rows:
         if row["batch"] == 1:

@@ -7,7 +7,8 @@ The arms, all taking turns:
 
 - `fused`: the baseline, the best path that skips nothing, at the same dials and so with the same output.
 - `sparse`: reads only active rows. `auto`: what the dispatcher takes, which is what a user gets.
-- `dense`: GPT-2 small itself, torch's own path. `dense-wide`: a dense FFN of the total width.
+- `dense`: GPT-2 small itself, torch's own path. `dense-wide`: a dense FFN of the total width. `moe`: the paper's
+  MoE of that total width, two of four experts a token.
 - `read`: several of torch's multi-threaded reductions over a large buffer, the fastest in each round: the roof.
 """
 
@@ -30,6 +31,7 @@ from infmoe.train.config import apply_overrides, hf_config
 Dials = tuple[int, float]  # K, keep ratio
 ISSUE_DIALS: tuple[Dials, ...] = ((2, 1 / 4), (1, 1 / 4), (1, 1 / 8), (1, 1 / 16))
 BACKENDS: tuple[Backend, ...] = ("fused", "sparse", "auto")
+PLAIN = ("dense", "dense-wide", "moe")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -38,7 +40,7 @@ class Setting:
     """What is measured; the defaults are the small model with the index of Table 2.
 
     Attributes:
-        infinity, dense, wide: the models.
+        infinity, dense, wide, moe: the models.
         dials: K and keep ratio of every point; the first is the default that other points are compared with too.
         batch_sizes, batch_dials: where `auto` must not lose to the baseline.
         prompt_length: cached tokens.
@@ -48,6 +50,7 @@ class Setting:
     infinity: InfMoEConfig
     dense: InfMoEConfig
     wide: InfMoEConfig
+    moe: InfMoEConfig
     dials: tuple[Dials, ...] = (*ISSUE_DIALS, *itertools.product((2, 4), (1 / 8, 1 / 16)), (4, 1 / 4))
     batch_sizes: tuple[int, ...] = (2, 4, 8, 16)
     batch_dials: tuple[Dials, ...] = ((2, 1 / 4), (1, 1 / 16))
@@ -58,7 +61,7 @@ class Setting:
 def small_setting(*, quick: bool) -> Setting:
     """The paper's small model with d_z = 64; a first look takes the issue's four points."""
     config = apply_overrides(recipe("small/infinity"), ["model.z_dim=64"])
-    setting = Setting(*(hf_config(c) for c in (config, recipe("small/dense"), recipe("small/dense-wide"))))
+    setting = Setting(*(hf_config(c) for c in (config, *(recipe(f"small/{name}") for name in PLAIN))))
     return dataclasses.replace(setting, dials=ISSUE_DIALS, batch_dials=((2, 1 / 4),)) if quick else setting
 
 
@@ -102,7 +105,8 @@ def decode_speed(*, quick: bool = False, setting: Setting | None = None) -> Meas
 def _single_rows(model: Any, setting: Setting, dtype: str, *, rounds: int, limit_sec: float | None) -> Rows:
     """Batch 1."""
     arms: dict[Any, Callable[[], Any]] = {}
-    for name, config in {"dense": setting.dense, "dense-wide": setting.wide}.items():
+    others = dict(zip(PLAIN, (setting.dense, setting.wide, setting.moe), strict=True))
+    for name, config in others.items():
         plain = random_model(config, DTYPES[dtype])
         arms[name] = decode_step(plain, None, prompt_length=setting.prompt_length)
     for dials, backend in itertools.product(setting.dials, BACKENDS):
@@ -115,7 +119,7 @@ def _single_rows(model: Any, setting: Setting, dtype: str, *, rounds: int, limit
 
     size = DTYPES[dtype].itemsize
     rows: Rows = [_row(dtype, "read", None, read, setting.roof_bytes, roof)]
-    for name, config in {"dense": setting.dense, "dense-wide": setting.wide}.items():
+    for name, config in others.items():
         rows.append(_row(dtype, name, None, seconds[name], size * model_cost(config).weights_executed, roof))
     for dials in setting.dials:
         unions = measured_unions(model, dials, setting.prompt_length)
@@ -213,7 +217,8 @@ def _summary(rows: Rows, setting: Setting) -> dict[str, Any]:
         summary[f"reached_independent_min{suffix}"] = min(
             row["speedup_median"] / row["limit_independent"] for row in autos
         )
-        summary[f"dense_ms{suffix}"] = single["dense", None, None]["median"]
+        for name in ("dense", "moe"):
+            summary[f"{name}_ms{suffix}"] = single[name, None, None]["median"]
         summary[f"batch_ratio_min{suffix}"] = min(
             row["speedup_median"] for row in own if row["batch"] > 1 and row["arm"] == "auto"
         )
