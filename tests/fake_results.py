@@ -176,6 +176,6 @@ def fill(store: Store, losses: dict[str, float], tokens: int, seeds: int = 3, *,
         for i, spec in enumerate(store.tuning(arm)):
             store.put(spec, fake_values(spec, loss + 1.0 - 0.1 * i))
         for seed in range(1, 1 + seeds):
-            spec = spec_of(store, arm_name, seed, tokens=tokens)
+            spec = spec_of(store, arm_name, seed, tokens=tokens, lr=2e-3 * arm.lr_factor)
             own = loss + 0.001 * seed + 0.0005 * (seed == 2) * (arm_name == "moe")
             store.put(spec, fake_values(spec, own, tasks=tasks))

@@ -45,7 +45,8 @@ def measured(run: Finished, name: str) -> float:
 
 
 _EQUAL = 0.1
-_CLAIMED_PARTS = 6  # of what the gain is made of, in the opening table
+_CLAIMED_PARTS = 8  # of what the gain is made of, in the opening table
+_GATE_AT_OURS = "infinity-glu-lr0.5x"  # the dense gate at the rate that was chosen for ∞-MoE
 _ALIVE, _SHRUNK = 0.05, 2.0
 # ∞-MoE as the paper has it, and what may stand for it where a budget is smaller: fewer samples, fewer units
 _STAND_INS = {
@@ -308,10 +309,12 @@ def _answers(store: Store, section: Section) -> str:
             "dense-wide",
         ),
         "the sparsity: top-N of that gate (`infinity-sigma0`) against all of it": ("infinity-sigma0", "infinity-glu"),
+        "the sparsity, at equal learning rates": ("infinity-sigma0", _GATE_AT_OURS),
         "the noise and a second sample: ∞-MoE against σ = 0": (OURS, "infinity-sigma0"),
         "the noise: ∞-MoE with one sample against σ = 0": ("infinity-keep4", "infinity-sigma0"),
         "a second sample: ∞-MoE against one sample": (OURS, "infinity-keep4"),
         "sparsity, noise and a second sample together: ∞-MoE against the dense gate": (OURS, "infinity-glu"),
+        "the three together, at equal learning rates": (OURS, _GATE_AT_OURS),
         "the sparsity, with the noise: ∞-MoE against keeping every neuron": (OURS, "infinity-no-topn"),
         "learning W_z: ∞-MoE against W_z as drawn": (OURS, "infinity-frozen-wz"),
         "a MoE that starts as large as a dense layer: gates that sum to 2 against 1": ("moe-scaled", "moe"),
@@ -328,16 +331,21 @@ def _answers(store: Store, section: Section) -> str:
         "W_z at half the learning rate": ("infinity-wz-lr-half", OURS),
         "W_z at twice the learning rate": ("infinity-wz-lr-double", OURS),
     }
+    if not scale.lr_grid:  # one rate for all arms
+        parts = {text: pair for text, pair in parts.items() if _GATE_AT_OURS not in pair}
     rows = []
     for text, (arm, base) in parts.items():
         difference = store.difference(arm, base, scale.tokens)
         count = "0" if difference is None else str(difference.count)
-        rows.append([text, text_of(difference, 4, sign=True), count])
+        rates = dict.fromkeys(
+            f"{runs[0].spec.lr:g}" for name in (arm, base) if (runs := store.runs(name, scale.tokens))
+        )
+        rows.append([text, text_of(difference, 4, sign=True), " and ".join(rates) if difference else "–", count])
     for text, (arm, base) in list(parts.items())[:_CLAIMED_PARTS]:
         difference = store.difference(arm, base, scale.tokens)
         note = "" if difference is None else _unequal(store, arm, base)
         section.claims.append(Claim(f"not in the paper: {text}", nats(difference), better(difference), note))
-    head = ("what is worth how much", "change of the loss, nats", "seeds")
+    head = ("what is worth how much", "change of the loss, nats", "learning rate", "seeds")
     return (
         "**What the gain is made of** (below 0: the first is better)\n\n"
         + markdown_table(head, rows)
