@@ -18,6 +18,7 @@ from infmoe.reproduce.plan import (
     ELASTIC_KEEP,
     ELASTIC_MORE,
     ELASTIC_UNSCALED,
+    OTHER_RATES,
     PASSES,
     TIER1,
     TIER2,
@@ -32,9 +33,8 @@ ROOT = Path(__file__).parent.parent.parent
 def filled(store, mini):
     """Everything, as if it had been trained."""
     losses = {name: 3.5 + 0.01 * i for i, name in enumerate(dict.fromkeys((*TIER1, *TIER2)))}
-    trained_for = dict.fromkeys(
-        (*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_UNSCALED, *ELASTIC_K, *ELASTIC_MORE, *PASSES), 3.45
-    )
+    elastic = (*ELASTIC_KEEP, *ELASTIC_EXPERTS, *ELASTIC_UNSCALED, *ELASTIC_K, *ELASTIC_MORE, *PASSES)
+    trained_for = dict.fromkeys((*elastic, *OTHER_RATES), 3.45)
     losses = trained_for | losses | {"infinity-elastic": 3.44, "infinity-keep4": 3.45, "infinity-keep16": 3.43}
     losses |= {f"infinity-z{z}": 3.6 - 0.001 * z for z in mini.z_dims[:-1]}
     fill(store, losses | {"infinity": 3.4, "moe": 3.6, "dense-swiglu": 3.3}, mini.tokens)
