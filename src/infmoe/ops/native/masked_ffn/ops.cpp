@@ -606,7 +606,8 @@ Tensor normal_noise(Tensor seed, Tensor step, int64_t layer, Tensor stream, Tens
 // tokens were looked at, and a 0: the caller needs both as tensors, and to make them there costs more.
 std::tuple<Tensor, Tensor, Tensor> route(Tensor x, Tensor w_mu, std::optional<Tensor> b_mu,
                                          std::optional<Tensor> w_sigma, std::optional<Tensor> b_sigma,
-                                         int64_t sigma_act, double min_sigma, double max_sigma, Tensor seed, Tensor step, int64_t layer, Tensor stream,
+                                         int64_t sigma_act, double min_sigma, double max_sigma, Tensor seed,
+                                         Tensor step, int64_t layer, Tensor stream,
                                          Tensor position, int64_t K, Tensor w_z, std::optional<Tensor> b_z,
                                          bool round_bf16, std::vector<int64_t> num_kept, std::optional<Tensor> weight,
                                          int64_t count_every, bool statistical, bool mask_bf16, std::optional<Tensor> w1,
