@@ -129,12 +129,13 @@ def test_ranges_are_compared_by_the_seeds_that_all_have(store, mini):
 
 @pytest.mark.parametrize(("less", "verdict"), [(-0.05, "holds"), (0.015, "does not hold"), (-0.009, "does not hold")])
 def test_more_experts_are_held_against_the_plain_model_at_its_own(store, mini, less, verdict):
-    rivals = ("emoe-k4-w0.0001-scaled", "emoe-k4-w0-scaled", "matryoshka-k4-scaled")
-    fill(store, dict.fromkeys(("moe16-fine-k4-scaled", *rivals[:2]), 3.5), mini.tokens)
+    last = "matryoshka-k4-scaled"
+    rivals = [name for name in ELASTIC_EXPERTS if name.startswith(("emoe-k4-", "matryoshka-k4-")) and name != last]
+    fill(store, dict.fromkeys(("moe16-fine-k4-scaled", *rivals), 3.5), mini.tokens)
     (claim,) = claims(store, "8 experts, by some rule")
-    assert claim.verdict == "not decided: 5 of 6 rules measured"
-    fill(store, {rivals[2]: 3.5}, mini.tokens)
-    for run in store.runs(rivals[2], mini.tokens):
+    assert claim.verdict == "not decided: 7 of 8 rules measured"  # the plain one counts once more for each α
+    fill(store, {last: 3.5}, mini.tokens)
+    for run in store.runs(last, mini.tokens):
         plain = store.run("moe16-fine-k4-scaled", mini.tokens, run.spec.seed)
         for row in run.values["measures"]["dials"]:
             row["loss"] = plain.loss + (less if row["num_experts_per_tok"] == 8 else 1.0)
@@ -143,7 +144,7 @@ def test_more_experts_are_held_against_the_plain_model_at_its_own(store, mini, l
     assert claim.verdict == verdict
     assert f"matryoshka-k4-scaled {less:+.3f} ± 0.000" in claim.measured
     body = elastic(store, Gallery(store.folder)).body
-    (row,) = [line for line in body.splitlines() if line.startswith("| matryoshka-k4-scaled") and "minus plain" in line]
+    (row,) = [line for line in body.splitlines() if line.startswith(f"| {last}:") and "minus plain" in line]
     assert f"{less:+.3f} ± 0.000 (k′ = 8)" in row
     store.scale = dataclasses.replace(store.scale, side_seeds=4)
     (claim,) = claims(store, "8 experts, by some rule")
@@ -232,7 +233,7 @@ def test_several_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini
     one_pass = {"infinity": 3.4, "infinity-elastic": 3.45, "infinity-keep4": 3.3}
     fill(store, dict.fromkeys(PASSES, 3.5) | one_pass, mini.tokens)
     for arm, passes in PASSES.items():
-        fill(store, {arm: 3.9}, mini.tokens // passes)
+        fill(store, {arm: 3.9}, int(mini.tokens / passes))
     body = elastic(store, Gallery(store.folder)).body
     rivals = dict.fromkeys(PASSES, ("infinity-keep4", "infinity-elastic")) | {"infinity-consistency": ("infinity",)}
     for arm, rival in [(ours, its) for ours in PASSES for its in rivals[ours]]:
@@ -243,6 +244,11 @@ def test_several_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini
 
 def test_training_flops_count_passes_and_draws(store, mini):
     fill(store, {"infinity-sandwich": 3.5, "moe16-fine-k4-scaled": 3.5, "matryoshka-k4-scaled": 3.5}, mini.tokens)
+    fill(
+        store,
+        dict.fromkeys(late := ("infinity-sandwich-distill-from0.8", "matryoshka-k4-scaled-from0.5"), 3.5),
+        mini.tokens,
+    )
     body = elastic(store, Gallery(store.folder)).body
     rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:3] for line in body.splitlines() if line.startswith("| ")}
     run = store.runs("infinity-sandwich", mini.tokens)[0]
@@ -251,6 +257,14 @@ def test_training_flops_count_passes_and_draws(store, mini):
     assert rows["moe16-fine-k4-scaled"] == ["1", f"{3 * run.cost['flops_executed'] * mini.tokens:.3g}"]
     # drawn from 1 to 8 experts, which were measured at 1e5 FLOPs an expert
     assert rows["matryoshka-k4-scaled"] == ["1", f"{3 * 4.5e5 * mini.tokens:.3g}"]
+    # a rule that begins later costs one pass at the model's own dials until then
+    taught, drawn = (store.runs(arm, mini.tokens)[0] for arm in late)
+    share = taught.spec.config().mean_passes
+    assert 1.0 < share < 1.5
+    assert rows[late[0]] == [f"{share:.2g}", f"{share * 3 * taught.cost['flops_executed'] * mini.tokens:.3g}"]
+    plain = drawn.spec.config().plain_steps / drawn.spec.config().steps
+    mean = plain * drawn.cost["flops_executed"] + (1 - plain) * 4.5e5
+    assert rows[late[1]] == ["1", f"{3 * mean * mini.tokens:.3g}"]
 
 
 def test_adaptive_compute_is_judged_by_its_intervals(store, mini):
@@ -290,17 +304,20 @@ def test_elastic_arms_train_as_their_names_say(mini):
         "emoe-k4-w0.0001-scaled": 1e-4,
         "emoe-k4-w0-scaled": 0.0,
         "emoe-k8-w0.0001-scaled": 1e-4,
+        "emoe-k4-w0.0001-scaled-from0.5": 1e-4,
     }
     for name, arm in specs.items():
         from infmoe.reproduce.plan import RunSpec
 
         config = RunSpec(mini, arm, mini.tokens, 1e-3, 1).config()
         elastic_run = config.elastic != ElasticConfig()
-        assert elastic_run == any(word in name for word in ("elastic", "sandwich", "consistency", "matryoshka")), name
-        assert config.elastic.passes == PASSES.get(name, 1)
+        words = ("elastic", "sandwich", "consistency", "matryoshka", "-from")
+        assert elastic_run == any(word in name for word in words), name
+        assert config.mean_passes == pytest.approx(PASSES.get(name, 1), abs=1 / config.steps)
+        assert config.elastic.start == (float(name.partition("-from")[2]) if "-from" in name else 0.0)
         if name.startswith("emoe"):
             k = int(name.split("-")[1][1:])
             assert config.model["num_experts_per_tok"] == k
             assert config.model["ideal_experts_per_tok"] == 2 * k
-        if name.endswith("-scaled") and name != "infinity-elastic-scaled":
+        if "-scaled" in name and name != "infinity-elastic-scaled":
             assert config.model["routed_scaling_factor"] == config.model["num_experts_per_tok"]

@@ -22,6 +22,7 @@ from infmoe.reproduce.plan import (
     PASSES,
     TIER1,
     TIER2,
+    groups,
 )
 from infmoe.reproduce.report import SECTIONS, _setting, render_page, render_section, write_report
 from infmoe.reproduce.tables import table1
@@ -38,8 +39,10 @@ def filled(store, mini):
     losses = trained_for | losses | {"infinity-elastic": 3.44, "infinity-keep4": 3.45, "infinity-keep16": 3.43}
     losses |= {f"infinity-z{z}": 3.6 - 0.001 * z for z in mini.z_dims[:-1]}
     fill(store, losses | {"infinity": 3.4, "moe": 3.6, "dense-swiglu": 3.3}, mini.tokens)
+    planned = {(arm, group.tokens) for group in groups("elastic", mini) for arm in group.trained}
     for arm, passes in PASSES.items():
-        fill(store, {arm: 3.6}, mini.tokens // passes)
+        if (arm, tokens := int(mini.tokens / passes)) in planned:
+            fill(store, {arm: 3.6}, tokens)
     fill(store, dict.fromkeys(TIER1, 3.2) | {"infinity": 3.1}, mini.long_tokens)
     for tokens in set(mini.data_sizes) - {mini.tokens, mini.long_tokens}:
         fill(store, {"infinity": 3.5, "moe": 3.7}, tokens)

@@ -198,6 +198,38 @@ def test_a_resumed_elastic_run_is_the_uninterrupted_one(small, tmp_path):
     assert any(not torch.equal(a[name], tensor) for name, tensor in weights(plain).items())
 
 
+EMOE = ("model.ideal_experts_per_tok=4", "model.coactivation_prob=1.0", "model.hierarchical_loss_weight=0.5")
+
+
+@pytest.mark.parametrize(
+    ("variant", "rule", "num_passes"),
+    [
+        ("infinity", ("elastic.keep_ratio=[0.125,0.5]", "elastic.rule=sandwich", "elastic.distill=true"), 2),
+        ("infinity", ("elastic.consistency_weight=1.0",), 2),
+        ("moe", ("elastic.num_experts_per_tok=[1]",), 1),
+        ("moe", EMOE, 1),
+    ],
+    ids=["sandwich", "consistency", "matryoshka", "emoe"],
+)
+def test_before_it_starts_a_run_trains_as_a_plain_one(small, tmp_path, variant, rule, num_passes):
+    """By the gradients of the same step with the same weights, on either side of the start."""
+    plain = Session.start(small("steps=10", variant=variant), tmp_path / "plain", resume=False)
+    config = small("steps=10", "elastic.start=0.34", *rule, variant=variant)
+    late = Session.start(config, tmp_path / "late", resume=False)
+    assert (config.plain_steps, config.elastic.passes) == (3, num_passes)
+    assert config.mean_passes == pytest.approx(1 + 0.7 * (num_passes - 1))
+
+    def same(step):
+        found = []
+        for session in (plain, late):
+            losses, _ = loop.forward_backward(session, step, with_stats=False)
+            found.append([losses, *(p.grad.clone() for p in session.model.parameters() if p.grad is not None)])
+            session.optimizer.zero_grad(set_to_none=True)
+        return len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
+
+    assert [same(step) for step in (0, 2, 3, 9, 1)] == [True, True, False, False, True]
+
+
 @pytest.mark.parametrize("variant", ["moe", "moe16-fine"])
 def test_matryoshka_trains_at_the_drawn_numbers_of_experts(small, tmp_path, variant, monkeypatch):
     k = (1, 2, 3) if variant == "moe" else (1, 4, 16)
@@ -223,6 +255,7 @@ def test_matryoshka_trains_at_the_drawn_numbers_of_experts(small, tmp_path, vari
         ({"keep_ratio": [0.5, 0.25], "rule": "sandwich", "consistency_weight": 1.0}, "goes with elastic.rule=draw"),
         ({"keep_ratio": [0.5], "rule": "sandwich"}, "at least two values"),
         ({"per": "step"}, "draws nothing without a list"),
+        ({"start": 1.0}, "elastic.start"),
         ({"ratio": [0.5]}, "unknown setting"),
     ],
 )
@@ -240,6 +273,8 @@ def test_bad_settings_are_one_line(small, settings, named):
         ({"ffn": "moe"}, {"consistency_weight": 1.0}, "draws none"),
         ({"ffn": "infinity", "routing_mode": "mu"}, {"num_samples": (1, 2)}, "mu"),
         ({"ffn": "infinity", "sigma_activation": "none"}, {"consistency_weight": 1.0}, "draws none"),
+        ({"ffn": "infinity"}, {"start": 0.5}, "elastic.start puts nothing off"),
+        ({"ffn": "moe"}, {"start": 0.5}, "elastic.start puts nothing off"),
     ],
 )
 def test_dials_that_the_model_lacks_are_refused_before_anything_is_written(model, elastic, named):

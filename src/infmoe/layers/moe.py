@@ -141,6 +141,7 @@ class MoEFFN(ConditionalFFN):
         self.ideal_experts_per_tok = ideal_experts_per_tok
         self.coactivation_prob = coactivation_prob
         self.hierarchical_loss_weight = hierarchical_loss_weight
+        self.is_elastic = True  # False puts both of Elastic MoE's off: a trainer may begin without them
         self.noise_seed = noise_seed
         self.experts = Experts(hidden_size, intermediate_size, num_experts, hidden_act)
         self._check_k(num_experts_per_tok)
@@ -166,7 +167,7 @@ class MoEFFN(ConditionalFFN):
         x_TD = x_BTD.reshape(-1, self.hidden_size)
         if self.router is not None:
             logits_TE = router_logits(x_TD, self.router.weight)
-            if self.training and k < (self.ideal_experts_per_tok or 0):
+            if self.training and self.is_elastic and k < (self.ideal_experts_per_tok or 0):
                 top_Tk, expert_Tk = self._coactivated(logits_TE, k, x_BTD, routing)
             else:
                 top_Tk, expert_Tk = logits_TE.topk(k, dim=-1)
@@ -272,7 +273,7 @@ class MoEFFN(ConditionalFFN):
         if self.z_loss_weight:
             square = logits_TE.logsumexp(dim=-1).square().sum() / max(logits_TE.shape[0], 1)
             loss = loss + self.z_loss_weight * square
-        if self.hierarchical_loss_weight:
+        if self.hierarchical_loss_weight and self.is_elastic:
             log_p_TE = logits_TE.log_softmax(dim=-1)
             divergence_T = (log_p_TE.exp() * log_p_TE).sum(dim=-1) + math.log(self.num_experts)
             loss = loss - self.hierarchical_loss_weight * divergence_T.sum() / max(logits_TE.shape[0], 1)

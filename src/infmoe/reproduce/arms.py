@@ -1,13 +1,15 @@
 """The models that are compared: each is a recipe's variant, trained its own way, under a name of its own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infmoe.errors import unknown_name
 
 # Tier 1 at the rates that it was not tuned to: at 0.002 and 0.004 there is then a run of every arm.
 RATE_FACTORS = {"infinity": 2.0, "infinity-glu": 0.5, "moe": 2.0, "dense-swiglu": 2.0, "dense-wide": 0.5}
+# Rules that begin half way through a run too, after plain training
+LATE_EXPERTS = ("emoe-k4-w0.0001-scaled", "matryoshka-k4-scaled")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,13 @@ def _elastic() -> list[Arm]:
             *("1/2 teaches 1/16 and a drawn share", one_sample),
             (ratios, sandwich, "elastic.distill=true", "elastic.between=1"),
         ),
+        **{
+            f"infinity-sandwich-distill-from{start:g}": (
+                *(f"1/2 teaches 1/16 {when}", one_sample),
+                (ends, sandwich, "elastic.distill=true", f"elastic.start={start}"),
+            )
+            for start, when in ((0.5, "from half way on"), (0.8, "in the last fifth"))
+        },
         "infinity-elastic-k": ("K drawn from 1 … 4", {}, ("elastic.num_samples=[1,2,3,4]",)),
         "infinity-consistency": ("two draws made to agree", {}, ("elastic.consistency_weight=1.0",)),
     }
@@ -162,7 +171,17 @@ def _experts() -> list[Arm]:
             text = f"Matryoshka, k = 1 … {2 * k}{after}"
             drawn = (f"elastic.num_experts_per_tok={upto}",)
             arms.append(Arm(f"matryoshka-k{k}{suffix}", text, "moe16-fine", own, "moe", drawn))
-    return arms
+    # The papers tune trained models: the second half of a run may stand for that.
+    return arms + [
+        replace(
+            arm,
+            name=f"{arm.name}-from0.5",
+            label=f"{arm.label}, from half way",
+            settings=(*arm.settings, "elastic.start=0.5"),
+        )
+        for arm in arms
+        if arm.name in LATE_EXPERTS
+    ]
 
 
 ARMS = {arm.name: arm for arm in [*_recipes(), *_controls(), *_elastic(), *_experts()]}

@@ -213,7 +213,7 @@ def describe_plan(store: Store, wanted: list[Group]) -> str:
             costs[key] = model_cost(hf_config(config))
         cost = costs[key]
         done = store.get(spec) is not None
-        flops = 3.0 * cost.flops_executed * config.steps * config.batch_tokens
+        flops = 3.0 * config.mean_passes * cost.flops_executed * config.steps * config.batch_tokens
         total, left = total + flops, left + (0.0 if done else flops)
         lines.append(
             f"{spec.slug:<46}{spec.recipe:<28}{config.steps:>8,} steps {cost.total_with_wz / 1e6:>8.1f}M "

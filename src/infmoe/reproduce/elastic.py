@@ -22,7 +22,7 @@ from infmoe.reproduce.elastic_experts import each, expert_curves, experts
 from infmoe.reproduce.elastic_samples import sampling
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.measures import ADAPTIVE_ARMS, SAMPLE_ARMS
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, PASSES, tokens_text
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_LATE, PASSES, tokens_text
 from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
@@ -51,7 +51,7 @@ _FIXED = {"infinity-keep4": 1 / 4, "infinity-keep8": 1 / 8, "infinity-keep16": 1
 _ONE_PASS = ("infinity-keep4", "infinity-elastic")  # what rules of several passes are held against
 _ELASTIC = (
     *("infinity-elastic", "infinity-elastic-step", "infinity-elastic-scaled"),
-    *("infinity-sandwich", "infinity-sandwich-distill", "infinity-sandwich-between"),
+    *("infinity-sandwich", "infinity-sandwich-distill", *ELASTIC_LATE, "infinity-sandwich-between"),
 )
 
 
@@ -105,13 +105,14 @@ def _claim_elastic(store: Store, section: Section) -> None:
     fixed = {arm: found for arm in _FIXED if set(_RATIOS) <= (found := over_ratio(store, arm)).keys()}
     for arm, length in (
         *(("infinity-elastic", tokens), ("infinity-sandwich-distill", tokens)),
+        *((late, tokens) for late in ELASTIC_LATE),
         *(("infinity-sandwich-distill", tokens // 2), ("infinity-sandwich-between", tokens)),
         ("infinity-sandwich-between", tokens // 3),
     ):
         ours = over_ratio(store, arm, length)
         subject = f"`{arm}`" + (f" on {tokens_text(length)} tokens" if length < tokens else "")
         passes = PASSES.get(arm, 1)
-        dear = f"{passes} passes a token: {passes} times the training FLOPs"
+        dear = f"{passes:g} passes a token: {passes:g} times the training FLOPs"
         note = "" if passes == 1 else dear if length == tokens else "equal training FLOPs"
         text = (
             f"not in the paper: {subject}, at every ratio from 1/16 to 1/2, is no worse than the best fixed checkpoint"
@@ -191,9 +192,18 @@ def _training_cost(store: Store) -> str:
     for arm in (*_FIXED, *_ELASTIC, *SAMPLE_ARMS, *ELASTIC_EXPERTS):
         runs = store.runs(arm, tokens)
         if runs and (flops := _flops_per_token(runs[0])) is not None:
-            passes = runs[0].spec.config().elastic.passes
-            total = 3.0 * passes * flops * tokens
-            rows.append([arm, str(passes), f"{total:.3g}", text_of(mean_loss(store, arm, tokens)), seeds_text(runs)])
+            config = runs[0].spec.config()
+            plain = config.plain_steps / config.steps
+            forward = plain * runs[0].cost["flops_executed"] + (1.0 - plain) * config.elastic.passes * flops
+            rows.append(
+                [
+                    arm,
+                    f"{config.mean_passes:.2g}",
+                    f"{3.0 * forward * tokens:.3g}",
+                    text_of(mean_loss(store, arm, tokens)),
+                    seeds_text(runs),
+                ]
+            )
     if not rows:
         return ""
     head = ("arm", "passes a token", "training FLOPs", "loss at its own dials, nats", "seeds")
@@ -226,8 +236,8 @@ def _several_passes(store: Store) -> str:
     for arm, passes in PASSES.items():
         samples, rivals = (2, ("infinity",)) if arm == "infinity-consistency" else (1, _ONE_PASS)
         for length, cost in (
-            (tokens, f"equal tokens, {passes} times the FLOPs"),
-            (tokens // passes, f"equal FLOPs, 1/{passes} of the tokens"),
+            (tokens, f"equal tokens, {passes:g} times the FLOPs"),
+            (int(tokens / passes), f"equal FLOPs, 1/{passes:g} of the tokens"),
         ):
             ours = curve(store, arm, length, ratio_of(samples))
             for rival in rivals:

@@ -28,7 +28,12 @@ from infmoe.reproduce.store import Store
 _PLAIN = {4: "moe16-fine-k4-scaled", 8: "moe16-fine-k8-scaled"}
 _DIRECT = {4: "moe16-fine-k8-scaled", 8: "moe16-fine-k16-scaled"}
 _TRAINED_FOR = {k: (f"moe16-fine-k{k}-", f"emoe-k{k}-", f"matryoshka-k{k}-") for k in (4, 8)}
-_CLAIMED = {"emoe-k4-w0.0001-scaled": 4, "emoe-k4-w0-scaled": 4, "emoe-k8-w0.0001-scaled": 8}
+_CLAIMED = {
+    "emoe-k4-w0.0001-scaled": 4,
+    "emoe-k4-w0.0001-scaled-from0.5": 4,
+    "emoe-k4-w0-scaled": 4,
+    "emoe-k8-w0.0001-scaled": 8,
+}
 _IN_TABLES = (1, 2, 3, 4, 6, 8, 12, 16)
 _GATE_COUNTS = (1, 2, 3, 4, 8, 16)
 _SCALED = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from infmoe.errors import unknown_name
 from infmoe.recipes import recipe
-from infmoe.reproduce.arms import RATE_FACTORS, Arm
+from infmoe.reproduce.arms import LATE_EXPERTS, RATE_FACTORS, Arm
 from infmoe.train.config import RunConfig, apply_overrides
 
 TUNING_SEED = 0  # learning rates are chosen on it, so it is not reported
@@ -190,9 +190,11 @@ TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 
 # Elastic compute: over the keep ratio, over the number of experts, over K, and what is left
 ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
+ELASTIC_LATE = ("infinity-sandwich-distill-from0.5", "infinity-sandwich-distill-from0.8")
 ELASTIC_EXPERTS = (
     *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "emoe-k4-w0-scaled", "matryoshka-k4-scaled"),
     *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled", "matryoshka-k8-scaled", "moe16-fine-k16-scaled"),
+    *(f"{name}-from0.5" for name in LATE_EXPERTS),
 )
 # The same with gates that sum to 1: one seed, that showed how much of a difference the size of the output makes. It
 # and the other rates are for the scale whose grid they answer.
@@ -202,10 +204,12 @@ ELASTIC_UNSCALED = (
 )
 ELASTIC_K = ("infinity-elastic-k",)
 ELASTIC_MORE = ("infinity-elastic-step", "infinity-elastic-scaled", "infinity-sandwich", "infinity-consistency")
-# Passes over each token: with that many times fewer tokens they take the FLOPs of the others.
-PASSES = {
+# Passes over each token, on average: with that many times fewer tokens they take the FLOPs of the others.
+PASSES: dict[str, float] = {
     "infinity-sandwich-distill": 2,
     "infinity-sandwich-between": 3,
+    "infinity-sandwich-distill-from0.5": 1.5,
+    "infinity-sandwich-distill-from0.8": 1.2,
     "infinity-sandwich": 2,
     "infinity-consistency": 2,
 }
@@ -217,6 +221,7 @@ def _elastic(scale: Scale) -> list[Group]:
         Group(ELASTIC_KEEP, scale.tokens, side),
         Group(ELASTIC_UNSCALED if scale.lr_grid else (), scale.tokens, (1, 1)),
         Group(ELASTIC_EXPERTS, scale.tokens, side),
+        Group(ELASTIC_LATE, scale.tokens, side),
         Group(ELASTIC_K, scale.tokens, side),
         Group(("infinity-sandwich-distill",), scale.tokens // 2, side),
         Group(("infinity-sandwich-between",), scale.tokens, side),
@@ -269,8 +274,8 @@ def _all(scale: Scale) -> list[Group]:
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
     tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
-    once = [rates_once, experts, tier2, *elastic[:2], *sizes, *long, longer, *tables, *elastic[2:], tier2_then]
-    then = [experts, *elastic[:4], tier2, *sizes, rates, *long, *tables, longer, tier2_then, *elastic[4:]]
+    once = [rates_once, experts, tier2, *elastic[:3], *sizes, *long, longer, *tables, *elastic[3:], tier2_then]
+    then = [experts, *elastic[:5], tier2, *sizes, rates, *long, *tables, longer, tier2_then, *elastic[5:]]
     return [few, keep, unscaled, *_seeds(once, 1), *then, first]
 
 

@@ -72,6 +72,8 @@ class ElasticConfig(_Strict):
     """Training at changing dials, so that one checkpoint serves many of them; all None: at the model's own.
 
     Attributes:
+        start: share of the steps that pass before it begins: until then the model trains at its own dials, as if
+            nothing here were set, and a `moe` without Elastic MoE's draws and router loss.
         keep_ratio: keep ratios of ∞-MoE.
         num_samples: K of ∞-MoE.
         num_experts_per_tok: k of a discrete MoE; drawn per layer, this is Matryoshka-MoE (arXiv 2509.26520).
@@ -84,6 +86,7 @@ class ElasticConfig(_Strict):
             noise learns from the text and, so weighted, from the first one's distribution (∞-MoE).
     """
 
+    start: float = Field(default=0.0, ge=0, lt=1)
     keep_ratio: tuple[Ratio, ...] | None = None
     num_samples: tuple[Count, ...] | None = None
     num_experts_per_tok: tuple[Count, ...] | None = None
@@ -118,7 +121,7 @@ class ElasticConfig(_Strict):
 
     @property
     def passes(self) -> int:
-        """Forward and backward passes over each token."""
+        """Forward and backward passes over each token, once it has begun."""
         return 2 + self.between if self.rule == "sandwich" else 2 if self.consistency_weight else 1
 
 
@@ -206,6 +209,16 @@ class RunConfig(_Strict):
     def window(self) -> int:
         """Tokens per row."""
         return self.data.window or int(self.model["max_position_embeddings"])
+
+    @property
+    def plain_steps(self) -> int:
+        """Steps before the first elastic one."""
+        return round(self.elastic.start * self.steps)
+
+    @property
+    def mean_passes(self) -> float:
+        """Forward and backward passes over a token, on average over the run."""
+        return 1.0 + (self.elastic.passes - 1) * (1.0 - self.plain_steps / self.steps)
 
     @property
     def batch_rows(self) -> int:

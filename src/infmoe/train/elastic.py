@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEConfig
-from infmoe.layers import PerLayer, Routing, ffn_class
+from infmoe.layers import MoEFFN, PerLayer, Routing, ffn_class
 from infmoe.train.config import ElasticConfig
 
 _OTHER_NOISE = 0x5DEECE66D  # what the seed of a second draw of the noise is combined with
@@ -53,8 +53,15 @@ class Pass:
         return dataclasses.replace(routing, key=key, **self.dials)
 
 
+def set_elastic(model: nn.Module, on: bool) -> None:
+    """Let the layers that train elastically by themselves (Elastic MoE) do so, or not yet."""
+    for module in model.modules():
+        if isinstance(module, MoEFFN):
+            module.is_elastic = on
+
+
 def passes(config: ElasticConfig, *, seed: int, step: int, num_layers: int) -> list[Pass]:
-    """The passes of one step, the teacher first."""
+    """The passes of one elastic step, the teacher first."""
     if config.rule == "sandwich":
         largest = {name: max(values) for name, values in config.lists.items()}
         smallest = {name: min(values) for name, values in config.lists.items()}
@@ -125,6 +132,9 @@ def check_elastic(config: ElasticConfig, model_config: InfMoEConfig) -> None:
                 layer.cost(Routing(**{name: value}))  # the layer refuses what it cannot run
             except InfMoEError as error:
                 raise InfMoEError(f"elastic.{name}: {error}") from error
+    by_itself = model_config.ideal_experts_per_tok is not None or model_config.hierarchical_loss_weight
+    if config.start and not (config.lists or config.consistency_weight or by_itself):
+        raise InfMoEError("elastic.start puts nothing off: set what is to begin then, e.g. elastic.keep_ratio")
     if config.num_samples is not None and model_config.routing_mode == "mu":
         raise InfMoEError("elastic.num_samples needs a router that draws: this model's routing_mode is 'mu'")
     draws = model_config.ffn == "infinity" and model_config.sigma_activation != "none"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from infmoe.errors import DivergedError
 from infmoe.train.config import RunConfig
-from infmoe.train.elastic import divergence, passes
+from infmoe.train.elastic import Pass, divergence, passes, set_elastic
 from infmoe.train.evaluate import validate
 from infmoe.train.optim import lr_ratio, set_lr
 from infmoe.train.reporter import Reporter
@@ -102,7 +102,10 @@ def forward_backward(session: Session, step: int, *, with_stats: bool) -> tuple[
     seed_dropout(config.seed, step, accelerator.process_index)
     losses = torch.zeros(2, device=accelerator.device)
     stats = None
-    todo = passes(config.elastic, seed=config.seed, step=step, num_layers=session.num_layers)
+    begun = step >= config.plain_steps
+    set_elastic(session.model, begun)
+    draws = {"seed": config.seed, "step": step, "num_layers": session.num_layers}
+    todo = passes(config.elastic, **draws) if begun else [Pass({})]
     share = 1.0 / (session.accumulation * len(todo))
     for micro in range(session.accumulation):
         tokens_BT, routing = session.micro_batch(step, micro, stats_tokens=config.log.stats_tokens if with_stats else 1)
