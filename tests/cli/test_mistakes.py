@@ -162,6 +162,20 @@ def test_fewer_tokens_than_a_batch(mistake, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_to_start_from(mistake, tiny_run, tmp_path):
+    train = ("train", "tiny/infinity", "--data", tiny_run.data, "--out", tmp_path / "run", *SMALL)
+    assert "2026 is no folder: give a run folder" in mistake(*train, "--init", "2026")
+    assert "holds no checkpoint" in mistake(*train, "--init", _without_checkpoints(tmp_path))
+    other = mistake(*train, "--set", "model.z_dim=4", "--init", tiny_run.run)
+    assert "do not fit this run's model: --set model.z_dim=8" in other
+    assert not (tmp_path / "run").exists()
+
+
+def _without_checkpoints(folder):
+    (folder / "begun" / "checkpoints").mkdir(parents=True)
+    return folder / "begun"
+
+
 def test_token_files(mistake, tiny_run, data, tmp_path):
     shard = next(data.glob("val-*.bin"))
     whole = shard.read_bytes()

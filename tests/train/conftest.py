@@ -43,7 +43,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(data_dir: Path):
     """Make a configuration that trains in a second: `small("optim.lr=1", variant="moe")`."""
 

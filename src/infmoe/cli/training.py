@@ -77,6 +77,10 @@ def train(
     data_dir: Annotated[
         Path | None, typer.Option("--data", help="Prepared data (the same as --set data.dir=).")
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", metavar="DIR", help="Start from a trained model's weights (--set init=)."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its costs, and stop.")] = False,
 ) -> None:
@@ -86,7 +90,9 @@ def train(
 
     settings = list(set_ or ())
     if data_dir is not None:
-        settings.append(f"data.dir={data_dir}")
+        settings.append(f"data.dir={json.dumps(str(data_dir))}")  # quoted: a folder may be named 2026
+    if init is not None:
+        settings.append(f"init={json.dumps(init)}")
     config = training.apply_overrides(recipe_named(recipe), settings)
     if dry_run:
         print(training.dry_run(config))

@@ -168,6 +168,7 @@ class RunConfig(_Strict):
 
     Attributes:
         name: the recipe it came from.
+        init: a run, a checkpoint or a saved model whose weights it starts from; None: the seed draws them.
         seed: of the initial weights, the data order, the router's noise and dropout.
         steps: optimizer steps.
         batch_tokens: tokens per optimizer step, over all processes and micro-batches.
@@ -179,6 +180,7 @@ class RunConfig(_Strict):
     """
 
     name: str
+    init: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int = Field(ge=1)
     batch_tokens: int = Field(ge=1)

@@ -32,7 +32,7 @@ def open_run(out: Path, record: dict[str, Any], *, resume: bool, say: Callable[[
 
     Args:
         out: the run's folder; made where absent.
-        record: what `run_record` says about this run.
+        record: what `run_record` says about this run; where it started from is added when it goes on.
         resume: continue the run in `out`; with nothing there yet, start it.
         say: takes lines for the reader.
 
@@ -44,6 +44,7 @@ def open_run(out: Path, record: dict[str, Any], *, resume: bool, say: Callable[[
     if run_file.exists():
         old = _read(run_file)
         _refuse_other_run(out, old, record, resume)
+        record |= {"init": old["init"]} if old["init"] else {}
         found = ckpt.latest(out, say)
         if found is not None:
             start = Start(ckpt.read_state(found)["step"], found)
@@ -95,6 +96,7 @@ def _refuse_other_run(out: Path, old: dict[str, Any], new: dict[str, Any], resum
 def _read(run_file: Path) -> dict[str, Any]:
     try:
         record = json.loads(run_file.read_text())
-        return {"config": dict(record["config"]), "data_sha256": str(record["data_sha256"])}
+        known = {"config": dict(record["config"]), "data_sha256": str(record["data_sha256"])}
+        return known | {"init": record.get("init")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InfMoEError(f"{run_file} is not readable: restore it, or choose another --out") from error
