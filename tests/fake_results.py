@@ -11,6 +11,9 @@ from infmoe.reproduce.measures import (
     EXPERT_COUNTS,
     GRID_RATIOS,
     GRID_SAMPLES,
+    MEAN_SAMPLES,
+    SPREAD_RATIOS,
+    SPREAD_SAMPLES,
     TASK_KEEP_RATIOS,
     TASK_SAMPLES,
     own_settings,
@@ -122,7 +125,17 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
             for share in shares
             for rule, gap in rules
         ]
+        measures["adaptive_mass"] = [
+            row | {"loss": loss - row["share"] / 10 * (row["rule"] != "ratio")} for row in measures["adaptive"]
+        ]
         if trained:
+            fixed = [(k, float(k), "fixed", 0.01 / k) for k in (1, MEAN_SAMPLES, *SPREAD_SAMPLES)]
+            unsure = [(k, MEAN_SAMPLES + 0.01, "spread", 0.01 / k) for k in SPREAD_SAMPLES]
+            measures["adaptive_samples"] = [
+                {"rule": rule, "keep_ratio": ratio, "num_samples": k, "mean_samples": mean, "loss": loss + more}
+                for ratio in SPREAD_RATIOS
+                for k, mean, rule, more in (*fixed, *unsure)
+            ]
             own_ratio = figures | {"flops_ideal": 10**6, "flops_executed": 10**7}
             measures["dial_grid"] = [
                 {"num_samples": k, "keep_ratio": r, "loss": loss + 0.01 / k - 0.1 * r} | own_ratio

@@ -1,5 +1,6 @@
-"""Score cuts: what they keep, and how one is found."""
+"""Cuts by score and by mass, fewer samples for sure tokens: what they keep, and how each is found."""
 
+import dataclasses
 import statistics
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import make_layer, tiny_model, tokens
 
 from infmoe.errors import InfMoEError
 from infmoe.eval import adaptive
-from infmoe.eval.adaptive import calibrate_cut
+from infmoe.eval.adaptive import calibrate_cut, calibrate_mass, calibrate_spread
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.layers import PerLayer, Routing
 from infmoe.ops.masked_ffn import eager, naive
@@ -16,15 +17,25 @@ from infmoe.ops.masked_ffn import eager, naive
 WINDOWS = HeldOut(tokens(6, 32), torch.arange(6))
 
 
-@pytest.mark.parametrize("cut", [-100.0, -0.3, 0.0, 0.7, 100.0])
-def test_the_masks_are_those_of_the_reference_with_their_gradients(cut):
+RULES = {"score_cut": (naive.select_cut, eager.mean_cut_mask), "score_mass": (naive.select_mass, eager.mean_mass_mask)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "at"),
+    [*(("score_cut", at) for at in (-100.0, -0.3, 0.0, 0.7, 100.0)), *(("score_mass", at) for at in (1e-6, 0.4, 1.0))],
+)
+def test_the_masks_are_those_of_the_reference_with_their_gradients(rule, at):
     torch.manual_seed(0)
-    scores = torch.randn(2, 3, 2, 24, requires_grad=True)
+    scores = torch.randn(2, 3, 2, 24)
+    scores[0, 0] -= 10.0  # no score is positive
+    scores[0, 1, 0, 1:4] = scores[0, 1, 0].max()  # ties
+    scores.requires_grad_()
     weight = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
-    kept = naive.select_cut(scores, cut)
+    select, mean_mask = RULES[rule]
+    kept = select(scores, at)
     assert kept.any(dim=-1).all()  # never none
     expected = naive.mean_mask(scores, kept, weight)
-    found = eager.mean_cut_mask(scores, cut, weight[:, None])
+    found = mean_mask(scores, at, weight[:, None])
     torch.testing.assert_close(found.mask_BTU, expected)
     grad = torch.randn_like(expected)
     for a, b in zip(
@@ -34,24 +45,84 @@ def test_the_masks_are_those_of_the_reference_with_their_gradients(cut):
     assert found.counts_U.sum() == (kept * (weight[:, None, :, None] != 0)).sum()
 
 
+def test_the_fewest_units_that_hold_the_mass_are_kept():
+    scores = torch.tensor([4.0, -9.0, 1.0, 3.0, 2.0, 0.0]).view(1, 1, 1, 6)
+    for mass, kept in (
+        (0.4, [4]),
+        (0.41, [4, 3]),
+        (0.7, [4, 3]),
+        (0.71, [4, 3, 2]),
+        (0.91, [4, 3, 2, 1]),
+        (1.0, [4, 3, 2, 1]),
+    ):
+        for select in (naive.select_mass, lambda *a: eager.mean_mass_mask(*a, torch.ones(1, 1, 1)).mask_BTU != 0):
+            found = select(scores, mass).view(6)
+            assert sorted(scores.view(6)[found].tolist()) == sorted(kept), mass
+    big = torch.randn(1, 1, 1, 50_000).double().float()  # the running sum in float32 is not exact
+    assert torch.equal(naive.select_mass(big, 1.0).view(-1), big.view(-1) > 0)
+    assert (eager.mean_mass_mask(big, 1.0, torch.ones(1, 1, 1)).mask_BTU.view(-1) < 0).sum() == 0
+
+
 @pytest.mark.parametrize("backend", ["eager", "fused", "sparse"])
 @pytest.mark.parametrize("options", [{}, {"hidden_act": "swiglu"}, {"block_size": 4}], ids=str)
-def test_every_backend_runs_the_cut(backend, options):
+@pytest.mark.parametrize("rule", RULES)
+def test_every_backend_runs_the_cut(backend, options, rule):
     torch.manual_seed(0)
     layer = make_layer("infinity", **options)
+    select = RULES[rule][0]
     x = torch.randn(2, 5, 16)
-    routing = Routing(score_cut=0.4, num_samples=2)
+    routing = Routing(num_samples=2, **{rule: 0.4})
     with torch.no_grad():
-        out = layer(x, Routing(score_cut=0.4, num_samples=2, backend=backend))
+        out = layer(x, dataclasses.replace(routing, backend=backend))
         expected = layer(x, routing)
         indices = layer._draw(x, routing, layer._dials(routing, 2))
         scores = layer._scores(indices.z_BTKZ)
-        mask = naive.mean_mask(scores, naive.select_cut(scores, 0.4), torch.full((2, 2), 0.5))
+        mask = naive.mean_mask(scores, select(scores, 0.4), torch.full((2, 2), 0.5))
         h = layer.act(layer.w1(x)) * (layer.w3(x) if layer.w3 is not None else 1.0)
         y = layer.w2(h * mask.repeat_interleave(layer.block_size, dim=-1))
     torch.testing.assert_close(out.y_BTD, expected.y_BTD, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.y_BTD, y, rtol=1e-4, atol=1e-5)
-    assert out.stats.counts_U.sum() == naive.select_cut(scores, 0.4).sum()
+    assert out.stats.counts_U.sum() == select(scores, 0.4).sum()
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused", "sparse"])
+@pytest.mark.parametrize("tokens_in_a_row", [1, 40])
+def test_sure_tokens_run_their_first_sample_and_others_all(backend, tokens_in_a_row):
+    torch.manual_seed(0)
+    layer = make_layer("infinity").eval()
+    with torch.no_grad():
+        layer.router.sigma.weight.mul_(30.0)  # tokens differ in how sure the router is of them
+    x = torch.randn(4, tokens_in_a_row, 16)
+    indices = layer._draw(x, Routing(), layer._dials(Routing(num_samples=3), 4))
+    spread = indices.sigma_BTZ.square().mean(-1).sqrt() / indices.mu_BTZ.square().mean(-1).sqrt()
+    bound = float(spread.detach().median()) * 1.001
+    sure = spread < bound
+    assert sure.any()
+    assert not sure.all()
+
+    def run(**dials):
+        with torch.no_grad():
+            return layer(x, Routing(num_samples=3, backend=backend, **dials))
+
+    mixed, three, every = run(min_spread=bound), run(), run(min_spread=1e6)
+    with torch.no_grad():
+        one = layer(x, Routing(num_samples=1, backend=backend))
+    torch.testing.assert_close(mixed.y_BTD[sure], one.y_BTD[sure], rtol=1e-5, atol=1e-6)
+    assert torch.equal(mixed.y_BTD[~sure], three.y_BTD[~sure])
+    torch.testing.assert_close(every.y_BTD, one.y_BTD, rtol=1e-5, atol=1e-6)
+    assert torch.equal(run(min_spread=0.0).y_BTD, three.y_BTD)
+    assert one.stats.union <= mixed.stats.union < three.stats.union
+    torch.testing.assert_close(every.stats.union, one.stats.union)
+
+
+def test_rows_keep_their_own_number_of_samples_where_sure_tokens_take_one():
+    torch.manual_seed(0)
+    layer = make_layer("infinity").eval()
+    x = torch.randn(2, 6, 16)
+    with torch.no_grad():
+        both = layer(x, Routing(num_samples=(1, 3), min_spread=0.5)).y_BTD
+        alone = [layer(x[i : i + 1], Routing(num_samples=k, min_spread=0.5)).y_BTD for i, k in ((0, 1), (1, 3))]
+    torch.testing.assert_close(both, torch.cat(alone))
 
 
 def test_tokens_of_larger_scores_keep_more():
@@ -79,6 +150,41 @@ def test_a_calibrated_cut_keeps_its_share(share, per_layer):
     else:
         assert sum(kept) / 2 == pytest.approx(share, rel=0.01)
         assert kept[0] + 0.01 < kept[1]  # larger scores, more units
+
+
+@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("share", [0.05, 0.4])
+def test_a_calibrated_mass_keeps_its_share(share, per_layer):
+    model = tiny_model(num_samples=2)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.w_z.weight *= 1.5  # which changes nothing: a mass is a share
+    mass = calibrate_mass(model, WINDOWS, share, per_layer=per_layer)
+    layers = evaluate_loss(model, WINDOWS, Routing(score_mass=mass)).layers
+    kept = [float(s.counts_U.sum() / s.tokens / len(s.counts_U)) / 2 for s in layers]
+    assert (kept if per_layer else [sum(kept) / 2]) == pytest.approx([share] * (2 if per_layer else 1), rel=0.01)
+    assert isinstance(mass, PerLayer) == per_layer
+    with pytest.raises(InfMoEError, match="no more scores are positive"):
+        calibrate_mass(model, WINDOWS, 0.9)
+
+
+def test_a_calibrated_spread_gives_the_mean_number_of_samples():
+    model = tiny_model(num_samples=2)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.router.sigma.weight.mul_(30.0)
+    found = calibrate_spread(model, WINDOWS, 1.5, num_samples=4)
+    spreads = adaptive.router_spreads(model, WINDOWS, Routing(num_samples=4, min_spread=found))
+    for spread, bound in zip(spreads, found.values, strict=True):
+        assert len(spread) == WINDOWS.tokens_NT.numel()
+        assert 1 + 3 * float((spread >= bound).float().mean()) == pytest.approx(1.5, abs=0.03)
+    for mean, bound in ((1.0, max), (4.0, min)):
+        found = calibrate_spread(model, WINDOWS, mean, num_samples=4)
+        assert found.values[0] == pytest.approx(float(bound(spreads[0].tolist())))
+    for bad in ({"mean_samples": 0.5, "num_samples": 4}, {"mean_samples": 1.0, "num_samples": 1}):
+        with pytest.raises(InfMoEError, match="the mean must lie between"):
+            calibrate_spread(model, WINDOWS, **bad)
+    with pytest.raises(InfMoEError, match="it has no spread"):
+        calibrate_spread(tiny_model(routing_mode="mu"), WINDOWS, 1.5, num_samples=2)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e3])
@@ -147,12 +253,15 @@ def test_a_layer_whose_scores_move_with_the_layer_below_is_caught_up_with(share,
     assert len(rounds) <= 20
 
 
-def test_generation_takes_a_cut_by_name_and_caches():
+@pytest.mark.parametrize(
+    "dial", [{"score_cut": 0.3}, {"score_mass": 0.6}, {"min_spread": 0.45, "num_samples": 3}], ids=str
+)
+def test_generation_takes_it_by_name_and_caches(dial):
     model, ids = tiny_model(), tokens(2, 5)
-    once = model.generate(ids, max_new_tokens=6, do_sample=False, score_cut=0.3)
+    once = model.generate(ids, max_new_tokens=6, do_sample=False, **dial)
     whole = ids
     for _ in range(6):
-        whole = torch.cat([whole, model(whole, score_cut=0.3).logits[:, -1:].argmax(-1)], dim=1)
+        whole = torch.cat([whole, model(whole, **dial).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(once, whole)
 
 
@@ -161,7 +270,14 @@ def test_generation_takes_a_cut_by_name_and_caches():
     [
         ({"score_cut": float("nan")}, "finite"),
         ({"score_cut": (0.1, 0.2)}, "for the whole batch"),
-        ({"score_cut": 0.1, "keep_ratio": 0.5}, "give one of them"),
+        ({"score_cut": 0.1, "keep_ratio": 0.5}, "score_cut takes the place of keep_ratio: give one of them"),
+        ({"score_cut": 0.1, "score_mass": 0.5}, "score_mass takes the place of score_cut: give one of them"),
+        ({"score_mass": 0.0}, r"\(0, 1\]"),
+        ({"score_mass": 1.5}, r"\(0, 1\]"),
+        ({"score_mass": PerLayer([(0.1, 0.2)])}, "for the whole batch"),
+        ({"min_spread": -0.1}, "0 or more"),
+        ({"min_spread": (0.1, 0.2)}, "for the whole batch"),
+        ({"min_spread": float("inf")}, "finite"),
     ],
 )
 def test_bad_cuts_are_refused(fields, named):
@@ -171,15 +287,21 @@ def test_bad_cuts_are_refused(fields, named):
 
 def test_where_a_cut_means_nothing_it_is_refused():
     x = torch.randn(1, 3, 16)
-    with pytest.raises(InfMoEError, match="mask_scale='fixed' scales by"):
-        make_layer("infinity", mask_scale="fixed")(x, Routing(score_cut=0.1))
-    with pytest.raises(InfMoEError, match=r"'triton' (can't|has no)"):
-        make_layer("infinity")(x, Routing(score_cut=0.1, backend="triton"))
-    for ffn in ("dense", "switch", "moe"):
-        with pytest.raises(InfMoEError, match="no dial 'score_cut'"):
-            make_layer(ffn)(x, Routing(score_cut=0.1))
-    with pytest.raises(InfMoEError, match="union_ratio"):
-        make_layer("infinity").cost(Routing(score_cut=0.1))
+    for dial in RULES:
+        with pytest.raises(InfMoEError, match=f"{dial} keeps no fixed ratio, which mask_scale='fixed' scales by"):
+            make_layer("infinity", mask_scale="fixed")(x, Routing(**{dial: 0.1}))
+        with pytest.raises(InfMoEError, match=r"'triton' (can't|has no)"):
+            make_layer("infinity")(x, Routing(backend="triton", **{dial: 0.1}))
+    for dial in (*RULES, "min_spread"):
+        for ffn in ("dense", "switch", "moe"):
+            with pytest.raises(InfMoEError, match=f"no dial '{dial}'"):
+                make_layer(ffn)(x, Routing(**{dial: 0.1}))
+        with pytest.raises(InfMoEError, match=f"what {dial} leaves to run .* give union_ratio"):
+            make_layer("infinity").cost(Routing(**{dial: 0.1}))
+    with pytest.raises(InfMoEError, match="leave min_spread out"):
+        make_layer("infinity")(x, Routing(min_spread=0.1, mode="mu"))
+    with pytest.raises(InfMoEError, match="leave min_spread out"):
+        make_layer("infinity", sigma_activation="none")(x, Routing(min_spread=0.1))
     layer = make_layer("infinity", num_samples=1)
     half, whole = (layer.cost(Routing(score_cut=0.1), union_ratio=u).flops_ideal for u in (0.5, 1.0))
     assert half < whole

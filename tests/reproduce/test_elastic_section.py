@@ -133,7 +133,7 @@ def test_more_experts_are_held_against_the_plain_model_at_its_own(store, mini, l
     rivals = [name for name in ELASTIC_EXPERTS if name.startswith(("emoe-k4-", "matryoshka-k4-")) and name != last]
     fill(store, dict.fromkeys(("moe16-fine-k4-scaled", *rivals), 3.5), mini.tokens)
     (claim,) = claims(store, "8 experts, by some rule")
-    assert claim.verdict == "not decided: 7 of 8 rules measured"  # the plain one counts once more for each α
+    assert claim.verdict == "not decided: 8 of 9 rules measured"  # the plain one counts once more for each α
     fill(store, {last: 3.5}, mini.tokens)
     for run in store.runs(last, mini.tokens):
         plain = store.run("moe16-fine-k4-scaled", mini.tokens, run.spec.seed)
@@ -281,6 +281,42 @@ def test_adaptive_compute_is_judged_by_its_intervals(store, mini):
     assert re.search(r"layers differ: the shares that the one cut leaves \| -0\.0200", body)
 
 
+def test_cuts_by_mass_are_judged_by_their_intervals(store, mini):
+    name = "the fewest units that hold a share of the token's scores"
+    (claim,) = claims(store, name)
+    assert (claim.measured, claim.verdict) == ("–", "not measured yet")
+    fill(store, {"infinity-elastic-k": 3.4}, mini.tokens)
+    (claim,) = claims(store, name)
+    assert claim.verdict == "holds"
+    assert claim.measured.startswith("`infinity-elastic-k`: -0.0063 ± 0.0000 at 1/16, -0.0125 ± 0.0000 at 1/8")
+    body = elastic(store, Gallery(store.folder)).body
+    assert "| infinity-elastic-k; tokens differ: one cut for each layer | -0.0063 ± 0.0000 | -0.0125 ± 0.0000 |" in body
+    run = store.runs("infinity-elastic-k", mini.tokens)[0]
+    run.values["measures"]["adaptive_mass"] = [r for r in run.values["measures"]["adaptive_mass"] if r["rule"] != "cut"]
+    store.put(run.spec, run.values)
+    assert "-0.0063 ± 0.0000 (2 seeds) |" in elastic(store, Gallery(store.folder)).body
+
+
+def test_samples_by_sureness_are_judged_at_the_same_mean(store, mini):
+    name = "samples where the router's σ asks for them"
+    (claim,) = claims(store, name)
+    assert (claim.measured, claim.verdict) == ("–", "not measured yet")
+    fill(store, {"infinity-elastic-k": 3.4}, mini.tokens)
+    (claim,) = claims(store, name)
+    shown = "`infinity-elastic-k`, 4 or 1: -0.0025 ± 0.0000 at 1/16, -0.0025 ± 0.0000 at 1/4"
+    assert (claim.measured, claim.verdict) == (shown, "holds")
+    body = elastic(store, Gallery(store.folder)).body
+    assert "differ from 2 by at most 0.5%)" in body
+    least_sure = "| infinity-elastic-k; 8 samples for the least sure seventh, one for the others"
+    assert f"{least_sure} | -0.0037 ± 0.0000 | -0.0037 ± 0.0000 | 3 |" in body.replace("-0.0038", "-0.0037")
+    for run in store.runs("infinity-elastic-k", mini.tokens):
+        for row in run.values["measures"]["adaptive_samples"]:
+            row["mean_samples"] *= 1.1
+        store.put(run.spec, run.values)
+    (claim,) = claims(store, name)
+    assert claim.verdict == "not decided: mean samples differ by 11%"
+
+
 def test_curves_keep_seeds_apart(store, mini):
     fill(store, {"infinity": 3.4}, mini.tokens, seeds=2)
     found = curve(store, "infinity", mini.tokens, lambda row: row.get("num_samples") if "mode" not in row else None)
@@ -302,6 +338,7 @@ def test_elastic_arms_train_as_their_names_say(mini):
         "emoe-k8": 0.01,
         "emoe-k8-w0.0001": 1e-4,
         "emoe-k4-w0.0001-scaled": 1e-4,
+        "emoe-k4-w0.0001-p0.1-scaled": 1e-4,
         "emoe-k4-w0-scaled": 0.0,
         "emoe-k8-w0.0001-scaled": 1e-4,
         "emoe-k4-w0.0001-scaled-from0.5": 1e-4,
@@ -319,5 +356,6 @@ def test_elastic_arms_train_as_their_names_say(mini):
             k = int(name.split("-")[1][1:])
             assert config.model["num_experts_per_tok"] == k
             assert config.model["ideal_experts_per_tok"] == 2 * k
+            assert config.model.get("coactivation_prob", 0.5) == (0.1 if "-p0.1" in name else 0.5)
         if "-scaled" in name and name != "infinity-elastic-scaled":
             assert config.model["routed_scaling_factor"] == config.model["num_experts_per_tok"]

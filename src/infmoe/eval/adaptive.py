@@ -1,17 +1,23 @@
-"""Compute by the token's need: the score cut that keeps a wanted share of the units on average.
+"""Compute by the token's need: cuts that keep a wanted share of the units on average, and a bound on the samples.
 
-A unit below the cut adds little, for its score is the factor that its activation is multiplied by. So one cut for
+A unit below a cut adds little, for its score is the factor that its activation is multiplied by. So one cut for
 all tokens drops the same small contributions everywhere, where a fixed share drops much of one token and keeps the
-next one's crumbs.
+next one's crumbs. A cut by mass looks at a token's scores beside each other, and so takes tokens of all sizes alike.
 """
 
+import contextlib
 import math
 import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from infmoe.errors import InfMoEError
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.layers import PerLayer, Routing
+from infmoe.layers.router import Indices, relative_spread
 
 _ROUNDS = 40  # for each cut that is looked for
 _NORMAL = statistics.NormalDist()
@@ -44,21 +50,140 @@ def calibrate_cut(
     Raises:
         InfMoEError: a model without scores, a share out of range, or no cut that keeps about that share.
     """
+    layers = _layers(model, share)
+    # the scores' size, by W_z's: where to begin
+    width = [max(float(layer.w_z.weight.detach().float().norm(dim=1).mean()), 1e-30) for layer in layers]
+
+    def kept(cuts: list[float]) -> list[float]:
+        routing = Routing(num_samples=num_samples, score_cut=PerLayer(cuts))
+        return _kept(model, held_out, routing, seed, batch_size)
+
+    return _calibrate(kept, share, width, per_layer, "many scores are alike")
+
+
+def calibrate_mass(
+    model: Any,
+    held_out: HeldOut,
+    share: float,
+    *,
+    num_samples: int | None = None,
+    per_layer: bool = True,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> float | PerLayer:
+    """The `Routing.score_mass` that keeps `share` of the units on average over these windows.
+
+    Args and raises: as `calibrate_cut`; units with positive scores, about a half, are the most that it can keep.
+    """
+    layers = _layers(model, share)
+
+    def masses(cuts: list[float]) -> PerLayer:
+        return PerLayer([max(_NORMAL.cdf(-cut), 1e-300) for cut in cuts])
+
+    def kept(cuts: list[float]) -> list[float]:
+        routing = Routing(num_samples=num_samples, score_mass=masses(cuts))
+        return _kept(model, held_out, routing, seed, batch_size)
+
+    found = _calibrate(kept, share, [1.0] * len(layers), per_layer, "no more scores are positive, or many are alike")
+    return masses(list(found.values)) if isinstance(found, PerLayer) else masses([found]).values[0]
+
+
+def calibrate_spread(
+    model: Any,
+    held_out: HeldOut,
+    mean_samples: float,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> PerLayer:
+    """The `Routing.min_spread` of each layer at which a token takes `mean_samples` on average: 1, or `num_samples`.
+
+    Args:
+        model: an ∞-MoE model that draws, in eval mode.
+        held_out: windows.
+        mean_samples: from 1 to `num_samples`.
+        num_samples: K of the tokens whose router is less sure.
+        seed: of the noise.
+        batch_size: windows per forward pass.
+
+    Raises:
+        InfMoEError: a model that draws nothing, or a mean out of range.
+    """
+    if not 1.0 <= mean_samples <= num_samples or num_samples < 2:
+        raise InfMoEError(f"the mean must lie between 1 and num_samples, 2 or more: got {mean_samples}, {num_samples}")
+    several = (mean_samples - 1.0) / (num_samples - 1.0)
+    bounds = [0.0] * len(_layers(model))
+    for i in range(len(bounds)):  # a layer's spreads hang on what the layers below it do
+        routing = Routing(num_samples=num_samples, min_spread=PerLayer(bounds))
+        spread_N = router_spreads(model, held_out, routing, seed=seed, batch_size=batch_size)[i]
+        bounds[i] = float(spread_N.sort(descending=True).values[round(several * (len(spread_N) - 1))])
+    return PerLayer(bounds)
+
+
+def router_spreads(
+    model: Any, held_out: HeldOut, routing: Routing, *, seed: int = 0, batch_size: int = 16
+) -> list[Tensor]:
+    """rms(sigma) / rms(mu) of every token, what `Routing.min_spread` looks at: float32, (N,), one for each layer.
+
+    Raises:
+        InfMoEError: a model that draws nothing.
+    """
+    layers = _layers(model)
+    if any(layer.routing_mode == "mu" for layer in layers):
+        raise InfMoEError("a model that routes by z = mu draws nothing: it has no spread")
+    found: list[list[Tensor]] = [[] for _ in layers]
+    with contextlib.ExitStack() as hooks:
+        for layer, spreads in zip(layers, found, strict=True):
+            hooks.enter_context(_looking_at(layer.router, spreads))
+        evaluate_loss(model, held_out, routing, seed=seed, batch_size=batch_size)
+    return [torch.cat(spreads) for spreads in found]
+
+
+@contextlib.contextmanager
+def _looking_at(router: torch.nn.Module, spreads: list[Tensor]) -> Iterator[None]:
+    def look(module: torch.nn.Module, inputs: Any, indices: Indices) -> None:
+        assert indices.sigma_BTZ is not None
+        spreads.append(relative_spread(indices.mu_BTZ, indices.sigma_BTZ).flatten().cpu())
+
+    handle = router.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _layers(model: Any, share: float | None = None) -> list[Any]:
+    """The ∞-MoE layers of a model, of whose units that share can be kept."""
     if model.config.ffn != "infinity":
         raise InfMoEError(f"a model with ffn='{model.config.ffn}' has no scores to cut")
-    if not 0.0 < share < 1.0:
-        raise InfMoEError(f"the share to keep must lie in (0, 1), got {share}")
-    num_layers = model.config.num_hidden_layers
-    units = min(block.mlp.num_units for block in model.transformer.h)
-    if share * units < 1.0:
-        raise InfMoEError(f"a share of {share:g} is less than one of {units} units: ask for 1/{units} or more")
-    # the scores' size, by W_z's: where to begin
-    weights = [block.mlp.w_z.weight.detach().float() for block in model.transformer.h]
-    width = [max(float(weight_UZ.norm(dim=1).mean()), 1e-30) for weight_UZ in weights]
+    layers = [block.mlp for block in model.transformer.h]
+    if share is not None:
+        if not 0.0 < share < 1.0:
+            raise InfMoEError(f"the share to keep must lie in (0, 1), got {share}")
+        units = min(layer.num_units for layer in layers)
+        if share * units < 1.0:
+            raise InfMoEError(f"a share of {share:g} is less than one of {units} units: ask for 1/{units} or more")
+    return layers
+
+
+def _calibrate(
+    kept_at: Callable[[list[float]], list[float]], share: float, width: list[float], per_layer: bool, obstacle: str
+) -> float | PerLayer:
+    """The cuts at which each layer, or all together, keep `share`.
+
+    Args:
+        kept_at: the layers' cuts -> what each layer keeps, less with a larger cut.
+        share: to keep.
+        width: how far to step at first, for each layer.
+        per_layer: each layer keeps the share; False: one cut for all.
+        obstacle: why there may be no such cut.
+    """
+    num_layers = len(width)
     searches = [_Search(share, size) for size in (width if per_layer else [sum(width) / num_layers])]
     for _ in range(_ROUNDS * len(searches)):
         cuts = [search.cut for search in searches] * (1 if per_layer else num_layers)
-        kept = _kept(model, held_out, Routing(num_samples=num_samples, score_cut=PerLayer(cuts)), seed, batch_size)
+        kept = kept_at(cuts)
         if not per_layer:
             kept = [sum(kept) / num_layers]
         if all(abs(k / share - 1.0) < _CLOSE for k in kept):
@@ -73,9 +198,7 @@ def calibrate_cut(
                 search.forget()
             moved = moved or not close
     worst = max(kept, key=lambda k: abs(k / share - 1.0))
-    raise InfMoEError(
-        f"no cut keeps {share:g} of the units: many scores are alike, and {worst:.3f} is as near as it gets"
-    )
+    raise InfMoEError(f"no cut keeps {share:g} of the units: {obstacle}, and {worst:.3f} is as near as it gets")
 
 
 class _Search:

@@ -20,11 +20,11 @@ class UnionDensity:
     def expected(self, dials: Dials, state: State) -> float:
         """Of the row with most of them: as measured, else for independent masks.
 
-        Before a score cut is measured, as if it kept `keep_ratio`.
+        Before a cut is measured, as if it kept `keep_ratio`.
         """
         return max(
             [
-                self._measured.get((k, ratio, dials.score_cut, state), 1.0 - (1.0 - ratio) ** k)
+                self._measured.get((k, ratio, dials.cut, dials.min_spread, state), 1.0 - (1.0 - ratio) ** k)
                 for ratio in dials.keep_ratios
                 for k in dials.num_samples
             ]
@@ -50,4 +50,4 @@ def _one_setting(dials: Dials) -> bool:
 
 
 def _setting(dials: Dials, state: State) -> tuple:
-    return dials.num_samples[0], dials.keep_ratios[0], dials.score_cut, state
+    return dials.num_samples[0], dials.keep_ratios[0], dials.cut, dials.min_spread, state

@@ -25,7 +25,8 @@ from infmoe.ops.tracing import ENVIRONMENT
 
 _REMEMBERED = 64  # settings, of one layer; with more all are forgotten
 _SAID = attrgetter(
-    *("num_samples", "keep_ratio", "score_cut", "num_experts_per_tok", "mode", "max_stats_tokens", "backend")
+    *("num_samples", "keep_ratio", "score_cut", "score_mass", "min_spread", "num_experts_per_tok", "mode"),
+    *("max_stats_tokens", "backend"),
 )
 _OPTIONS = attrgetter(
     *("num_samples", "keep_ratio", "trained_keep_ratio", "routing_mode", "selection", "mask_scale", "score_dtype"),

@@ -23,12 +23,13 @@ from infmoe.layers.mask_weights import (
     MASK_SCALES,
     Dials,
     MaskScale,
+    cut_of,
     num_kept,
     per_row,
     sample_weights,
 )
 from infmoe.layers.metrics import RoutingStats, stats_stride
-from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation
+from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation, relative_spread
 from infmoe.layers.routing import MODES, Mode, NoiseKey, PerLayer, Routing, check_keep_ratio, check_num_samples
 from infmoe.layers.samples import coordinates, spread_samples
 from infmoe.ops import dispatch, triton
@@ -236,7 +237,8 @@ class InfinityFFN(ConditionalFFN):
         if (
             backend not in ("fused", "sparse")
             or dials.mode not in ("sample", "mu")
-            or dials.score_cut is not None
+            or dials.cut is not None
+            or dials.min_spread
             or torch.compiler.is_compiling()
         ):
             return None
@@ -336,13 +338,14 @@ class InfinityFFN(ConditionalFFN):
 
     def _eager_mask(self, scores_BTKU: Tensor, dials: Dials, count_every: int) -> MeanMask:
         weight_BTK = self._weights(scores_BTKU.device, scores_BTKU, dials)
-        if dials.score_cut is not None:
-            return eager.mean_cut_mask(scores_BTKU, dials.score_cut, weight_BTK, count_every)
+        if dials.cut is not None:
+            masked = eager.mean_cut_mask if dials.cut.dial == "score_cut" else eager.mean_mass_mask
+            return masked(scores_BTKU, dials.cut.at, weight_BTK, count_every)
         kept = num_kept(dials.keep_ratios, self.num_units)
         return eager.mean_top_mask(scores_BTKU, kept, weight_BTK, count_every, self.selection)
 
     def _fused_mask(self, z_BTKZ: Tensor, dials: Dials, count_every: int, dtype: torch.dtype) -> MeanMask:
-        if dials.score_cut is not None:
+        if dials.cut is not None:
             mask = self._eager_mask(self._scores(z_BTKZ), dials, count_every)
             return mask._replace(mask_BTU=mask.mask_BTU.to(dtype))
         kept = num_kept(dials.keep_ratios, self.num_units)
@@ -386,10 +389,10 @@ class InfinityFFN(ConditionalFFN):
             width=self.width,
             matrices=2 if self.w3 is None else 3,
         )
-        if backend != "triton" or dials.score_cut is None:
+        if backend != "triton" or dials.cut is None:
             return backend
         if dispatch.requested(routing.backend) == "triton":
-            raise InfMoEError("backend 'triton' has no score_cut: use backend 'eager', or keep_ratio")
+            raise InfMoEError(f"backend 'triton' has no {dials.cut.dial}: use backend 'eager', or keep_ratio")
         return "eager"
 
     def _router_state(self) -> tuple[int, ...]:
@@ -407,16 +410,19 @@ class InfinityFFN(ConditionalFFN):
             raise InfMoEError(f"this layer has no sigma (sigma_activation='none'), so mode {mode!r} means nothing")
         if mode == "mu" and routing.num_samples is not None:
             raise InfMoEError("this layer routes by z = mu and draws nothing: leave num_samples out")
-        cut = routing.score_cut
+        cut = cut_of(routing)
         if cut is not None and self.mask_scale != "none":
-            raise InfMoEError(f"score_cut keeps no fixed ratio, which mask_scale={self.mask_scale!r} scales by")
+            raise InfMoEError(f"{cut.dial} keeps no fixed ratio, which mask_scale={self.mask_scale!r} scales by")
+        if routing.min_spread is not None and mode == "mu":
+            raise InfMoEError("z = mu draws nothing: leave min_spread out")
         num_samples = per_row(routing.num_samples, self.num_samples)
         keep_ratios = per_row(routing.keep_ratio, self.keep_ratio)
         for name, dial in (("num_samples", num_samples), ("keep_ratio", keep_ratios)):
             if len(dial) not in (1, batch_size):
                 raise InfMoEError(f"{name} has {len(dial)} values for a batch of {batch_size} rows: give one per row")
-        assert not isinstance(cut, PerLayer)  # `at_layer` took it apart
-        return Dials((1,) if mode == "mu" else num_samples, keep_ratios, mode, cut)
+        spread = routing.min_spread or 0.0
+        assert not isinstance(spread, PerLayer)  # `at_layer` took it apart
+        return Dials((1,) if mode == "mu" else num_samples, keep_ratios, mode, cut, spread)
 
     def _draw(self, x_BTD: Tensor, routing: Routing, dials: Dials) -> Indices:
         """Expert indices of every token: sampled (Eq. 5), or the mean."""
@@ -426,7 +432,14 @@ class InfinityFFN(ConditionalFFN):
             noise_BTKN = spread_samples(
                 dials.mode, max(dials.num_samples), self.router.noise_dim, self._noise_coordinates(x_BTD, routing)
             )
-        return self.router(x_BTD, noise_BTKN)
+        indices = self.router(x_BTD, noise_BTKN)
+        if not dials.min_spread:
+            return indices
+        assert indices.sigma_BTZ is not None  # the router drew
+        # the sure tokens' samples all are the first one, and so their mean mask is that one's
+        sure_BT11 = (relative_spread(indices.mu_BTZ, indices.sigma_BTZ) < dials.min_spread)[..., None, None]
+        z_BTKZ = torch.where(sure_BT11, indices.z_BTKZ[:, :, :1], indices.z_BTKZ)
+        return indices._replace(z_BTKZ=z_BTKZ)
 
     def _noise_key(self, x_BTD: Tensor, routing: Routing) -> NoiseCoordinates:
         return noise_key(**self._noise_coordinates(x_BTD, routing))
@@ -493,17 +506,18 @@ class InfinityFFN(ConditionalFFN):
             return fused.spread_stats(indices.mu_BTZ, indices.sigma_BTZ, count_every)
         sigma_NZ = indices.sigma_BTZ.flatten(0, 1)[::count_every]
         mu_NZ = indices.mu_BTZ.flatten(0, 1)[::count_every]
-        ratio_N = sigma_NZ.norm(dim=-1) / mu_NZ.norm(dim=-1).clamp_min(1e-12)
-        return sigma_NZ.mean(-1).sum(), ratio_N.sum()
+        return sigma_NZ.mean(-1).sum(), relative_spread(mu_NZ, sigma_NZ).sum()
 
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
         routing = (routing or Routing()).at_layer(self.layer_index)
         dials = self._dials(routing, batch_size=1)
         (num_samples,), (kept_units,) = dials.num_samples, num_kept(dials.keep_ratios, self.num_units)
         kept = kept_units / self.num_units
-        if dials.score_cut is not None:
-            if union_ratio is None:
-                raise InfMoEError("what a score_cut keeps is known only once measured: give union_ratio")
+        if (dials.cut is not None or dials.min_spread) and union_ratio is None:
+            name = "min_spread" if dials.cut is None else dials.cut.dial
+            raise InfMoEError(f"what {name} leaves to run is known only once measured: give union_ratio")
+        if dials.cut is not None:
+            assert union_ratio is not None
             kept = union_ratio / num_samples  # at least: samples that overlap keep more each
         union = union_ratio if union_ratio is not None else 1.0 - (1.0 - kept) ** num_samples
         sampled = dials.mode != "mu"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infmoe.layers.gaussian import kept_second_moment
-from infmoe.layers.routing import Mode
+from infmoe.layers.routing import Mode, PerLayer, Routing
 from infmoe.ops.masked_ffn import eager
 from infmoe.ops.masked_ffn.result import Selection
 
@@ -20,6 +20,19 @@ Ints = tuple[int, ...]
 Floats = tuple[float, ...]
 
 
+class Cut(NamedTuple):
+    """Where a token's masks end, in place of a fixed share.
+
+    Attributes:
+        dial: "score_cut": units that score at least `at`; "score_mass": the fewest that hold `at` of the positive
+            scores' sum.
+        at: the value.
+    """
+
+    dial: Literal["score_cut", "score_mass"]
+    at: float
+
+
 class Dials(NamedTuple):
     """What one call of one layer runs with.
 
@@ -27,13 +40,24 @@ class Dials(NamedTuple):
         num_samples: K; one value for all rows or one per row.
         keep_ratios: likewise.
         mode: how the K samples are drawn.
-        score_cut: keep what scores at least this instead of a share, or None.
+        cut: keep what this says instead of a share, or None.
+        min_spread: tokens whose router is surer than this take one sample; 0: none does.
     """
 
     num_samples: Ints
     keep_ratios: Floats
     mode: Mode
-    score_cut: float | None
+    cut: Cut | None = None
+    min_spread: float = 0.0
+
+
+def cut_of(routing: Routing) -> Cut | None:
+    """What a layer's routing gives in place of a fixed share."""
+    assert not isinstance(routing.score_cut, PerLayer)  # `Routing.at_layer` took it apart
+    assert not isinstance(routing.score_mass, PerLayer)
+    if routing.score_cut is not None:
+        return Cut("score_cut", routing.score_cut)
+    return None if routing.score_mass is None else Cut("score_mass", routing.score_mass)
 
 
 def per_row(dial: Any, default: Any) -> tuple:

@@ -19,7 +19,8 @@ from infmoe.ops.dispatch import Backend, check_backend
 Mode = Literal["sample", "mu", "antithetic", "qmc"]
 MODES: tuple[Mode, ...] = ("sample", "mu", "antithetic", "qmc")
 
-DIALS = ("num_samples", "keep_ratio", "score_cut", "num_experts_per_tok")
+DIALS = ("num_samples", "keep_ratio", "score_cut", "score_mass", "min_spread", "num_experts_per_tok")
+_FOR_ALL_ROWS = ("score_cut", "score_mass", "min_spread")  # what rows may not differ in
 
 _STREAMS_PER_PROCESS = 2**32  # more than a batch has rows
 
@@ -109,7 +110,11 @@ class Routing:
             a tuple with one float per row, or `PerLayer`.
         score_cut: keep the neurons that score at least this, in place of a fixed share, so that tokens whose
             scores are larger run more of them (`infinity`). One float, or `PerLayer`. `infmoe.eval.adaptive` finds
-            the cut that keeps a given share on average.
+            the cut that keeps a given share on average, and likewise what the next two take.
+        score_mass: keep the fewest neurons that hold this share, in (0, 1], of the sum of a sample's positive scores,
+            in place of a fixed share of the neurons (`infinity`). One float, or `PerLayer`.
+        min_spread: tokens whose router is surer than this, by rms(sigma) / rms(mu), run their first sample alone,
+            the others all K (`infinity`). One float, or `PerLayer`.
         num_experts_per_tok: k, how many experts each token runs (`moe`). One int, in eval mode a tuple with one
             int per row, or `PerLayer`.
         mode: "sample" draws z from the router; "mu" takes its mean once (deterministic, K has no meaning);
@@ -128,6 +133,8 @@ class Routing:
     num_samples: IntDial | None = None
     keep_ratio: FloatDial | None = None
     score_cut: float | PerLayer | None = None
+    score_mass: float | PerLayer | None = None
+    min_spread: float | PerLayer | None = None
     num_experts_per_tok: IntDial | None = None
     mode: Mode | None = None
     key: NoiseKey | None = None
@@ -140,16 +147,20 @@ class Routing:
             ("num_samples", check_num_samples),
             ("keep_ratio", check_keep_ratio),
             ("score_cut", check_score_cut),
+            ("score_mass", check_score_mass),
+            ("min_spread", check_min_spread),
             ("num_experts_per_tok", check_num_experts_per_tok),
         ):
             given = getattr(self, dial)
             if given is not None and (plain := _checked(dial, given, check)) is not given:
                 object.__setattr__(self, dial, plain)
-        if self.score_cut is not None and self.keep_ratio is not None:
-            raise InfMoEError("score_cut takes the place of keep_ratio: give one of them")
-        cuts = self.score_cut.values if isinstance(self.score_cut, PerLayer) else (self.score_cut,)
-        if any(isinstance(cut, tuple) for cut in cuts):
-            raise InfMoEError(f"score_cut takes one number (or PerLayer) for the whole batch, got {self.score_cut}")
+        shares = [name for name in ("keep_ratio", "score_cut", "score_mass") if getattr(self, name) is not None]
+        if len(shares) > 1:
+            raise InfMoEError(f"{shares[1]} takes the place of {shares[0]}: give one of them")
+        for name in _FOR_ALL_ROWS:
+            given = getattr(self, name)
+            if any(isinstance(value, tuple) for value in (given.values if isinstance(given, PerLayer) else (given,))):
+                raise InfMoEError(f"{name} takes one number (or PerLayer) for the whole batch, got {given}")
         if self.mode is not None and self.mode not in MODES:
             raise InfMoEError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.backend is not None:
@@ -251,6 +262,22 @@ def check_score_cut(value: float) -> float:
     return number
 
 
+def check_score_mass(value: float) -> float:
+    """`value` as a plain number; raises unless it is a share of the scores' sum."""
+    number = _plain(value)
+    if number is None or not 0.0 < number <= 1.0:
+        raise InfMoEError(f"score_mass must lie in (0, 1], got {value!r}")
+    return number
+
+
+def check_min_spread(value: float) -> float:
+    """`value` as a plain number; raises unless it is a usable bound."""
+    number = _plain(value)
+    if number is None or not 0.0 <= number < math.inf:
+        raise InfMoEError(f"min_spread must be 0 or more, and finite, got {value!r}")
+    return number
+
+
 def check_num_experts_per_tok(value: int, name: str = "num_experts_per_tok") -> int:
     """`value` as a plain int; raises unless it is a usable k."""
     number = _plain(value)
@@ -275,7 +302,7 @@ def _checked(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
     if isinstance(value, tuple):
         return tuple([check(v) for v in value])
     if not isinstance(value, int | float | str) and isinstance(value, Iterable):
-        rows = "" if name == "score_cut" else "a tuple with one for each row of the batch, "
+        rows = "" if name in _FOR_ALL_ROWS else "a tuple with one for each row of the batch, "
         raise InfMoEError(f"{name} takes one number, {rows}or PerLayer with one for each layer, got {value!r}")
     return check(value)
 

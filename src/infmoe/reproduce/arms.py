@@ -167,6 +167,10 @@ def _experts() -> list[Arm]:
                 text = f"Elastic MoE, k = {k}, ideal {2 * k}, λ = {weight:g}{after}"
                 model = emoe | {"hierarchical_loss_weight": weight}
                 arms.append(Arm(f"emoe-k{k}{name}{suffix}", text, "moe16-fine", model, "moe"))
+            if scaled and k == 4:  # "occasionally", says the paper
+                model = emoe | {"hierarchical_loss_weight": 1e-4, "coactivation_prob": 0.1}
+                text = f"Elastic MoE, k = {k}, ideal {2 * k}, drawn for 1 in 10"
+                arms.append(Arm(f"emoe-k{k}-w0.0001-p0.1{suffix}", text, "moe16-fine", model, "moe"))
             upto = list(range(1, 2 * k + 1))
             text = f"Matryoshka, k = 1 … {2 * k}{after}"
             drawn = (f"elastic.num_experts_per_tok={upto}",)

@@ -18,10 +18,11 @@ from infmoe.reproduce.dial_curves import (
     ratio_of,
     useful_ranges,
 )
+from infmoe.reproduce.elastic_adaptive import adaptive
 from infmoe.reproduce.elastic_experts import each, expert_curves, experts
 from infmoe.reproduce.elastic_samples import sampling
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.measures import ADAPTIVE_ARMS, SAMPLE_ARMS
+from infmoe.reproduce.measures import SAMPLE_ARMS
 from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_LATE, PASSES, tokens_text
 from infmoe.reproduce.section import (
     FAILS,
@@ -38,13 +39,11 @@ from infmoe.reproduce.section import (
     of_seeds,
     seeds_text,
     text_of,
-    verdict_all_below,
 )
 from infmoe.reproduce.speeds import decode_over_dials, speeds
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 
-_EQUAL_SHARE = 0.03  # mean shares this close count as equal compute
 _SHOWN = 0.4  # nats above the best that pictures show: the ends of the dials lie far above
 _RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _FIXED = {"infinity-keep4": 1 / 4, "infinity-keep8": 1 / 8, "infinity-keep16": 1 / 16}
@@ -66,7 +65,7 @@ def elastic(store: Store, gallery: Gallery) -> Section:
         _training_cost(store),
         _flops(store),
         _no_worse_than_moe(store),
-        _adaptive(store, section),
+        adaptive(store, section),
         _unmeasured(store),
     ]
     section.body = "\n\n".join(part for part in parts if part)
@@ -301,53 +300,6 @@ def _no_worse_than_moe(store: Store) -> str:
 def _megaflops(store: Store, arm: str, samples: int, ratio: float, figure: str) -> str:
     found = curve(store, arm, store.scale.tokens, ratio_of(samples), figure=figure).get(ratio)
     return "–" if not found else f"{interval(list(found.values())).mean / 1e6:.2f}"
-
-
-def _adaptive(store: Store, section: Section) -> str:
-    """Cuts against fixed shares at equal mean share."""
-    rules = {
-        "cut": "tokens differ: one cut for each layer",
-        "one cut": "tokens and layers differ: one cut for all",
-        "layers": "layers differ: the shares that the one cut leaves",
-    }
-    tokens = store.scale.tokens
-    shares = (1 / 16, 1 / 8, 1 / 4)
-    rows, off, judged = [], 0.0, None
-    for arm in ADAPTIVE_ARMS:
-        found: dict[str, Curve] = {}
-        for run in store.runs(arm, tokens):
-            for row in run.measure("adaptive") or ():
-                at = found.setdefault(row["rule"], {}).setdefault(row["share"], {})
-                at[run.spec.seed] = row["loss"]
-                off = max(off, abs(statistics.fmean(row["layer_shares"]) / row["share"] - 1.0))
-        if not found:
-            continue
-        for rule, text in rules.items():
-            gaps = [paired(found.get(rule, {}).get(s, {}), found["ratio"].get(s, {})) for s in shares]
-            runs = store.runs(arm, tokens)
-            cells = [text_of(g, 4, sign=True) + (_seeds(g) if g and g.count < len(runs) else "") for g in gaps]
-            rows.append([f"{arm}; {text}", *cells, seeds_text(runs)])
-            if rule == "cut" and judged is None:
-                judged = arm, gaps
-    if judged is None:
-        return ""
-    arm, gaps = judged
-    section.claims.append(
-        Claim(
-            "not in the paper: units where the token's scores ask for them (above one cut in each layer) beat a "
-            "fixed share at equal compute",
-            f"`{arm}`: "
-            + ", ".join(f"{text_of(g, 4, sign=True)} at {ratio_text(s)}" for s, g in zip(shares, gaps, strict=True)),
-            verdict_all_below(gaps) if off <= _EQUAL_SHARE else f"not decided: shares differ by {off:.0%}",
-        )
-    )
-    columns = (f"mean share {ratio_text(s)}" for s in shares)
-    head = ("loss minus that of one share for all, nats, K = 1", *columns, "seeds")
-    return (
-        "**Confidence-adaptive compute** (`Routing(score_cut=…)`, cuts found on training text; mean shares on held-out "
-        f"text differ from the wanted one by at most {off:.1%}; fewer seeds in a cell: for the others no cut was found "
-        "that keeps that share)\n\n" + markdown_table(head, rows)
-    )
 
 
 def _flops(store: Store) -> str:

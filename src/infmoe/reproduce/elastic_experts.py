@@ -31,6 +31,7 @@ _TRAINED_FOR = {k: (f"moe16-fine-k{k}-", f"emoe-k{k}-", f"matryoshka-k{k}-") for
 _CLAIMED = {
     "emoe-k4-w0.0001-scaled": 4,
     "emoe-k4-w0.0001-scaled-from0.5": 4,
+    "emoe-k4-w0.0001-p0.1-scaled": 4,
     "emoe-k4-w0-scaled": 4,
     "emoe-k8-w0.0001-scaled": 8,
 }
@@ -70,7 +71,7 @@ def experts(store: Store, gallery: Gallery, section: Section) -> str:
         _table(lines),
         "α: the weights of ranks beyond the trained k are multiplied by it before they are renormalised; nothing is "
         "trained for it. λ: the weight of Elastic MoE's router loss; its paper names neither that nor the probability "
-        "of its draws, which is a half here.",
+        "of its draws, which is a half here where nothing else is said.",
         _against_plain(lines),
         _gate_rules(store),
         _output_sizes(store),

@@ -11,7 +11,7 @@ from typing import Any
 
 from infmoe.data import TokenData
 from infmoe.errors import InfMoEError
-from infmoe.eval.adaptive import calibrate_cut
+from infmoe.eval.adaptive import calibrate_cut, calibrate_mass, calibrate_spread, router_spreads
 from infmoe.eval.dials import grid
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.eval.loading import Opened
@@ -30,6 +30,9 @@ EXPERT_COUNTS = tuple(range(1, 17))
 _FEWER_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # of arms whose useful ranges are not compared
 RANK_DAMPINGS = (0.25, 0.5)
 CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
+MEAN_SAMPLES = 2  # where sure tokens take one sample and the others so many:
+SPREAD_SAMPLES = (4, 8)
+SPREAD_RATIOS = (1 / 16, 1 / 4)
 GRID_SAMPLES = (1, 2, 4, 8, 16)
 GRID_RATIOS = (1 / 16, 1 / 8, 1 / 2)  # 1/4 is among the dials
 _SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
@@ -39,6 +42,7 @@ TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 ZERO_SHOT = "zero_shot"
 # the arms that the page shows a measure of
 ADAPTIVE_ARMS = ("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic")
+BY_NEED_ARMS = (*ADAPTIVE_ARMS, "infinity-elastic-k", "infinity-lr2x")  # by mass, and by the router's sureness
 DAMPED_ARMS = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
 SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
 GATE_NORM_ARMS = (
@@ -145,6 +149,15 @@ def adaptive(context: Context) -> Points:
     tokens differ. "one cut": one cut for all layers, so that layers differ too. "layers": every token keeps what
     "one cut" keeps of that layer on average. Cuts are found on training text.
     """
+    return _by_need(context, "score_cut", calibrate_cut)
+
+
+def adaptive_mass(context: Context) -> Points:
+    """The same by mass: a "cut" keeps the fewest units that hold a share of the positive scores' sum."""
+    return _by_need(context, "score_mass", calibrate_mass)
+
+
+def _by_need(context: Context, dial: str, calibrate: Callable[..., Any]) -> Points:
     model, length = context.model, context.model.config.max_position_embeddings
     batch_size = max(1, _BATCH_TOKENS // length)
     one: dict[str, Any] = {"num_samples": 1} if _draws(model.config) else {}
@@ -155,8 +168,8 @@ def adaptive(context: Context) -> Points:
         routings = {"ratio": Routing(keep_ratio=share, **one)}
         for rule, per_layer in (("cut", True), ("one cut", False)):
             with contextlib.suppress(InfMoEError):  # no cut keeps that share: the table has a gap there
-                cut = calibrate_cut(model, found_on, share, per_layer=per_layer, batch_size=batch_size, **one)
-                routings[rule] = Routing(score_cut=cut, **one)
+                cut = calibrate(model, found_on, share, per_layer=per_layer, batch_size=batch_size, **one)
+                routings[rule] = Routing(**{dial: cut}, **one)
         if "one cut" in routings:
             shares = evaluate_loss(model, found_on, routings["one cut"], batch_size=batch_size).union_ratios()
             routings["layers"] = Routing(keep_ratio=PerLayer(shares), **one)
@@ -168,6 +181,36 @@ def adaptive(context: Context) -> Points:
                 {"rule": rule, "share": share, "loss": result.loss, "flops_ideal": cost.flops_ideal}
                 | {"layer_shares": [round(union, 4) for union in unions]}
             )
+    return rows
+
+
+def adaptive_samples(context: Context) -> Points:
+    """∞-MoE with several samples where the router is unsure and one elsewhere, beside the same number for all.
+
+    "fixed": every token takes `num_samples`. "spread": those whose rms(sigma) / rms(mu) is among the largest of their
+    layer, so many that the mean is `MEAN_SAMPLES`; the bounds are found on training text.
+    """
+    model, length = context.model, context.model.config.max_position_embeddings
+    batch_size = max(1, _BATCH_TOKENS // length)
+    found_on = HeldOut.from_data(context.data, length, _CUT_WINDOWS, "train")
+    judged_on = HeldOut.from_data(context.data, length, _windows(context))
+    bounds = {
+        k: calibrate_spread(model, found_on, MEAN_SAMPLES, num_samples=k, batch_size=batch_size) for k in SPREAD_SAMPLES
+    }
+    rows: Points = []
+    for ratio in SPREAD_RATIOS:
+        plans: list[tuple[int, PerLayer | None]] = [(k, None) for k in (1, MEAN_SAMPLES, *SPREAD_SAMPLES)]
+        for k, bound in (*plans, *bounds.items()):
+            routing = Routing(num_samples=k, keep_ratio=ratio, min_spread=bound)
+            result = evaluate_loss(model, judged_on, routing, batch_size=batch_size)
+            mean = float(k)
+            if bound is not None:
+                spreads = router_spreads(model, judged_on, routing, batch_size=batch_size)
+                several = [float((s >= at).float().mean()) for s, at in zip(spreads, bound.values, strict=True)]
+                mean = 1.0 + (k - 1) * sum(several) / len(several)
+            rule = {"rule": "fixed" if bound is None else "spread", "keep_ratio": ratio, "num_samples": k}
+            union = sum(unions := result.union_ratios()) / len(unions)
+            rows.append(rule | {"mean_samples": mean, "loss": result.loss, "union_ratio": union})
     return rows
 
 
@@ -262,6 +305,10 @@ MEASURES: dict[str, Measure] = {
     "rank_dampings": Measure(rank_dampings, _of(*DAMPED_ARMS), ("loss", "num_experts_per_tok", "rank_damping")),
     "modes": Measure(modes, _of("infinity"), ("loss", "num_samples"), ("mode",)),
     "adaptive": Measure(adaptive, _of(*ADAPTIVE_ARMS), ("loss", "share"), ("rule", "layer_shares")),
+    "adaptive_mass": Measure(adaptive_mass, _of(*BY_NEED_ARMS), ("loss", "share"), ("rule", "layer_shares")),
+    "adaptive_samples": Measure(
+        adaptive_samples, _of(*BY_NEED_ARMS), ("loss", "num_samples", "keep_ratio", "mean_samples"), ("rule",)
+    ),
     "mask_scales": Measure(mask_scales, _of("infinity"), ("loss", "keep_ratio"), ("mask_scale",)),
     ZERO_SHOT: Measure(
         zero_shot, _keeps_its_tokens, ("acc", "acc_se", "margin", "margin_low", "margin_high"), ("task",)
@@ -297,6 +344,13 @@ def own_settings(name: str, scale: Scale, files: Mapping[str, str]) -> dict[str,
         "rank_dampings": {"values": list(RANK_DAMPINGS), "experts": list(EXPERT_COUNTS)},
         "modes": {"modes": list(_SPREAD)},
         "adaptive": {"shares": list(CUT_SHARES), "cut_windows": _CUT_WINDOWS},
+        "adaptive_mass": {"shares": list(CUT_SHARES), "cut_windows": _CUT_WINDOWS},
+        "adaptive_samples": {
+            "mean_samples": MEAN_SAMPLES,
+            "samples": list(SPREAD_SAMPLES),
+            "keep_ratios": list(SPREAD_RATIOS),
+            "cut_windows": _CUT_WINDOWS,
+        },
     }
     return own.get(name)
 

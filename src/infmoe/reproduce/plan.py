@@ -192,7 +192,8 @@ TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
 ELASTIC_LATE = ("infinity-sandwich-distill-from0.5", "infinity-sandwich-distill-from0.8")
 ELASTIC_EXPERTS = (
-    *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "emoe-k4-w0-scaled", "matryoshka-k4-scaled"),
+    *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "emoe-k4-w0-scaled", "emoe-k4-w0.0001-p0.1-scaled"),
+    "matryoshka-k4-scaled",
     *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled", "matryoshka-k8-scaled", "moe16-fine-k16-scaled"),
     *(f"{name}-from0.5" for name in LATE_EXPERTS),
 )

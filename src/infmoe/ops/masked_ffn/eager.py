@@ -51,6 +51,21 @@ def mean_cut_mask(scores_BTKU: Tensor, cut: float, weight_BTK: Tensor, count_eve
     return _mean_mask(scores_BTKU, kept_BTKU, weight_BTK, count_every)
 
 
+def mean_mass_mask(scores_BTKU: Tensor, mass: float, weight_BTK: Tensor, count_every: int = 1) -> MeanMask:
+    """The weighted mean of masks that keep `mass` of the positive scores' sum (see `naive.select_mass`).
+
+    Args and returns: as `mean_top_mask`.
+    """
+    descending_BTKU = scores_BTKU.detach().sort(dim=-1, descending=True).values
+    positive_BTKU = descending_BTKU.clamp_min(0.0)
+    sums_BTKU = positive_BTKU.cumsum(dim=-1)
+    # a running sum may round to less than the whole where all is asked for: the last unit is as far as it goes
+    last_BTK1 = (sums_BTKU < mass * sums_BTKU[..., -1:]).sum(dim=-1, keepdim=True).clamp_max(scores_BTKU.shape[-1] - 1)
+    cut_BTK1 = torch.minimum(positive_BTKU.gather(-1, last_BTK1), descending_BTKU[..., :1])
+    kept_BTKU = (scores_BTKU.detach() >= cut_BTK1).to(scores_BTKU.dtype)
+    return _mean_mask(scores_BTKU, kept_BTKU, weight_BTK, count_every)
+
+
 def _mean_mask(scores_BTKU: Tensor, kept_BTKU: Tensor, weight_BTK: Tensor, count_every: int) -> MeanMask:
     B, T, K, U = scores_BTKU.shape
     weight_BTK = weight_BTK.detach().expand(B, T, K)

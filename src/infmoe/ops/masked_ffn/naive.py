@@ -55,6 +55,23 @@ def select_cut(scores_BTKU: Tensor, cut: float) -> Tensor:
     return (scores_BTKU >= cut) | (scores_BTKU == scores_BTKU.max(dim=-1, keepdim=True).values)
 
 
+def select_mass(scores_BTKU: Tensor, mass: float) -> Tensor:
+    """The fewest units, the largest first, that hold `mass` of the sum of a sample's positive scores.
+
+    Units that tie with the last one kept are kept too; where no score is positive, the row's largest.
+
+    Returns:
+        kept_BTKU, bool.
+    """
+    scores_BTKU = scores_BTKU.detach()
+    largest_BTK1 = scores_BTKU.max(dim=-1, keepdim=True).values
+    descending_BTKU = scores_BTKU.double().clamp_min(0.0).sort(dim=-1, descending=True).values
+    reached_BTKU = descending_BTKU.cumsum(dim=-1) >= mass * descending_BTKU.sum(dim=-1, keepdim=True)
+    first_BTK1 = reached_BTKU.long().argmax(dim=-1, keepdim=True)
+    last_kept_BTK1 = descending_BTKU.gather(-1, first_BTK1)
+    return (scores_BTKU >= last_kept_BTK1) | (scores_BTKU == largest_BTK1)
+
+
 def mean_mask(scores_BTKU: Tensor, kept_BTKU: Tensor, weight_BK: Tensor) -> Tensor:
     """The K masks folded into one: W2 is linear and shared, so the mean over samples commutes with it.
 
