@@ -29,6 +29,7 @@ def launches(
     Nothing runs: the tensors have no storage.
     """
     from infmoe.ops.triton import ops
+    from infmoe.ops.triton.launch import recording
 
     N, K, U, D = 4, 2, num_units, hidden_size
 
@@ -40,7 +41,7 @@ def launches(
     num_kept = empty(N, dtype=torch.int32)
     pre = empty(N, U).requires_grad_()
     gate = empty(N, U) if gated else None
-    with ops.recording() as recorded:
+    with recording() as recorded:
         w2, b2 = empty(D, U).requires_grad_(), empty(D)
         y, _, _ = ops.gated_linear(pre, scores, num_kept, weight, w2, b2, gate, act=act, statistical=statistical)
         y.backward(empty(N, D))

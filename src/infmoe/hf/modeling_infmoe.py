@@ -5,7 +5,6 @@ B batch rows, T new tokens, D model width, V vocabulary.
 
 import dataclasses
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,16 +14,16 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from infmoe.errors import InfMoEError, unknown_name
+from infmoe.hf.blocks import Dropout, InfMoEAttention, InfMoEBlock
 from infmoe.hf.configuration_infmoe import InfMoEConfig
 from infmoe.hf.generation import InfMoEGenerationMixin
-from infmoe.layers import ConditionalFFN, FFNOutput, NoiseKey, PerLayer, Routing, RoutingStats, ffn_class
+from infmoe.layers import ConditionalFFN, NoiseKey, PerLayer, Routing, RoutingStats
 from infmoe.layers.linear import Linear
 from infmoe.layers.routing import DIALS, FloatDial, IntDial, Mode
 
@@ -83,91 +82,6 @@ class InfMoECausalLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
     routing_stats: tuple[RoutingStats, ...] | None = None
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(q k^T * scaling + mask) v, the plain form; returns output (B, T, heads, dim) and weights."""
-    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1).to(value.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-class Dropout(nn.Dropout):
-    """`torch.nn.Dropout`, but that nothing is called where nothing is dropped: there are two a layer in every token."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if self.training and self.p > 0 else input
-
-
-class InfMoEAttention(nn.Module):
-    """GPT-2's causal self-attention."""
-
-    def __init__(self, config: InfMoEConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-        self.c_attn = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.c_proj = Linear(config.hidden_size, config.hidden_size)
-        self.resid_dropout = Dropout(config.resid_pdrop)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        B, T, D = hidden_states.shape
-        heads = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.unbind(0)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attn_pdrop if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        output = self.c_proj(output.reshape(B, T, D).contiguous())
-        return self.resid_dropout(output), weights
-
-
-class InfMoEBlock(GradientCheckpointingLayer):
-    """Pre-norm attention and feed-forward, each with its residual."""
-
-    def __init__(self, config: InfMoEConfig, layer_idx: int):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.attn = InfMoEAttention(config, layer_idx)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = ffn_class(config.ffn).from_config(config, layer_idx)
-        self.resid_dropout = Dropout(config.resid_pdrop)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        past_key_values: Cache | None,
-        attention_mask: Tensor | None,
-        routing: Routing,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor, RoutingStats]:
-        attended, _ = self.attn(self.ln_1(hidden_states), past_key_values, attention_mask, **kwargs)
-        hidden_states = hidden_states + attended
-        ffn: FFNOutput = self.mlp(self.ln_2(hidden_states), routing)
-        return hidden_states + self.resid_dropout(ffn.y_BTD), ffn.aux_loss, ffn.stats
 
 
 class InfMoEPreTrainedModel(PreTrainedModel):

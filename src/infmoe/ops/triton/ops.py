@@ -4,16 +4,13 @@ N tokens, K samples, U units (neurons, or blocks of neurons), F neurons (a multi
 W = ceil(U / 8) packed bytes.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.library import triton_op
-from triton.runtime.jit import JITFunction
 
 from infmoe.errors import unknown_name
 from infmoe.ops.triton.kernels import (
@@ -23,6 +20,7 @@ from infmoe.ops.triton.kernels import (
     sparse_ffn_kernel,
     sum_splits_kernel,
 )
+from infmoe.ops.triton.launch import wrap_triton
 
 # `layers.activations.ACTIVATIONS` here: name -> (function in the kernels, gated)
 ACTS = {
@@ -48,52 +46,6 @@ _DECODE_PROGRAMS = 256
 # What one program of a decoding step has in flight of each matrix. Two matrices of it cover HBM's latency at full
 # bandwidth (3.35 TB/s x 0.8 us = 20 KiB per SM).
 _DECODE_TILE_BYTES = 16384
-
-
-class Launch(NamedTuple):
-    """One launch of a kernel, as `recording` sees it."""
-
-    kernel: Any
-    args: tuple
-    options: dict[str, Any]
-
-
-_recorded: list[Launch] | None = None
-
-
-@contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them (for tensors on any device): what to compile ahead of time."""
-    global _recorded
-    before, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
-
-
-# torch finds the kernels of an operator by this name in its source
-class wrap_triton:
-    """`torch.library.wrap_triton`, which also runs interpreted kernels, records, and keeps to the device."""
-
-    def __init__(self, kernel: Any):
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
-            if _recorded is not None:
-                _recorded.append(Launch(self.kernel, args, options))
-            elif not isinstance(self.kernel, JITFunction):  # TRITON_INTERPRET=1
-                if not isinstance(args[0], torch._subclasses.FakeTensor):
-                    self.kernel[grid](*args, **options)
-            elif (traceable := torch.library.wrap_triton(self.kernel)) is not self.kernel:
-                options.pop("maxnreg", None)  # torch 2.13 knows num_warps alone
-                traceable[grid](*args, **options)
-            else:
-                with torch.cuda.device_of(args[0]):
-                    self.kernel[grid](*args, **options)
-
-        return launch
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
