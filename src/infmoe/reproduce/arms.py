@@ -137,6 +137,10 @@ def _elastic() -> list[Arm]:
             )
             for start, when in ((0.5, "from half way on"), (0.8, "in the last fifth"))
         },
+        "infinity-sandwich-quarter-from0.8": (
+            *("1/4 teaches 1/16 in the last fifth", one_sample),
+            ("elastic.keep_ratio=[0.0625,0.25]", sandwich, "elastic.distill=true", "elastic.start=0.8"),
+        ),
         "infinity-elastic-k": ("K drawn from 1 … 4", {}, ("elastic.num_samples=[1,2,3,4]",)),
         "infinity-consistency": ("two draws made to agree", {}, ("elastic.consistency_weight=1.0",)),
     }

@@ -190,7 +190,10 @@ TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 
 # Elastic compute: over the keep ratio, over the number of experts, over K, and what is left
 ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
-ELASTIC_LATE = ("infinity-sandwich-distill-from0.5", "infinity-sandwich-distill-from0.8")
+ELASTIC_LATE = (
+    *("infinity-sandwich-distill-from0.5", "infinity-sandwich-distill-from0.8"),
+    "infinity-sandwich-quarter-from0.8",
+)
 ELASTIC_EXPERTS = (
     *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "emoe-k4-w0-scaled", "emoe-k4-w0.0001-p0.1-scaled"),
     "matryoshka-k4-scaled",
@@ -211,6 +214,7 @@ PASSES: dict[str, float] = {
     "infinity-sandwich-between": 3,
     "infinity-sandwich-distill-from0.5": 1.5,
     "infinity-sandwich-distill-from0.8": 1.2,
+    "infinity-sandwich-quarter-from0.8": 1.2,
     "infinity-sandwich": 2,
     "infinity-consistency": 2,
 }
