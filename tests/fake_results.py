@@ -12,10 +12,10 @@ from infmoe.reproduce.measures import (
     GRID_RATIOS,
     GRID_SAMPLES,
     MEAN_SAMPLES,
-    SPREAD_RATIOS,
-    SPREAD_SAMPLES,
     TASK_KEEP_RATIOS,
     TASK_SAMPLES,
+    UNSURE_RATIOS,
+    UNSURE_SAMPLES,
     own_settings,
     settings,
 )
@@ -129,11 +129,11 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
             row | {"loss": loss - row["share"] / 10 * (row["rule"] != "ratio")} for row in measures["adaptive"]
         ]
         if trained:
-            fixed = [(k, float(k), "fixed", 0.01 / k) for k in (1, MEAN_SAMPLES, *SPREAD_SAMPLES)]
-            unsure = [(k, MEAN_SAMPLES + 0.01, "spread", 0.01 / k) for k in SPREAD_SAMPLES]
+            fixed = [(k, float(k), "fixed", 0.008 / k) for k in (1, MEAN_SAMPLES, *UNSURE_SAMPLES)]
+            unsure = [(k, MEAN_SAMPLES + 0.01, "unsure", 0.008 / k) for k in UNSURE_SAMPLES]
             measures["adaptive_samples"] = [
                 {"rule": rule, "keep_ratio": ratio, "num_samples": k, "mean_samples": mean, "loss": loss + more}
-                for ratio in SPREAD_RATIOS
+                for ratio in UNSURE_RATIOS
                 for k, mean, rule, more in (*fixed, *unsure)
             ]
             own_ratio = figures | {"flops_ideal": 10**6, "flops_executed": 10**7}

@@ -9,7 +9,7 @@ from helpers import make_layer, tiny_model, tokens
 
 from infmoe.errors import InfMoEError
 from infmoe.eval import adaptive
-from infmoe.eval.adaptive import calibrate_cut, calibrate_mass, calibrate_spread
+from infmoe.eval.adaptive import calibrate_cut, calibrate_mass, calibrate_sigma_to_mu, routers_sigma_to_mu
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.layers import PerLayer, Routing
 from infmoe.ops.masked_ffn import eager, naive
@@ -58,9 +58,10 @@ def test_the_fewest_units_that_hold_the_mass_are_kept():
         for select in (naive.select_mass, lambda *a: eager.mean_mass_mask(*a, torch.ones(1, 1, 1)).mask_BTU != 0):
             found = select(scores, mass).view(6)
             assert sorted(scores.view(6)[found].tolist()) == sorted(kept), mass
-    big = torch.randn(1, 1, 1, 50_000).double().float()  # the running sum in float32 is not exact
-    assert torch.equal(naive.select_mass(big, 1.0).view(-1), big.view(-1) > 0)
-    assert (eager.mean_mass_mask(big, 1.0, torch.ones(1, 1, 1)).mask_BTU.view(-1) < 0).sum() == 0
+    torch.manual_seed(0)
+    many = torch.randn(1, 1, 1, 50_000)  # a running sum in float32 would stop before the smallest
+    assert torch.equal(naive.select_mass(many, 1.0).view(-1), many.view(-1) > 0)
+    assert torch.equal(eager.mean_mass_mask(many, 1.0, torch.ones(1, 1, 1)).mask_BTU.view(-1) != 0, many.view(-1) > 0)
 
 
 @pytest.mark.parametrize("backend", ["eager", "fused", "sparse"])
@@ -104,13 +105,13 @@ def test_sure_tokens_run_their_first_sample_and_others_all(backend, tokens_in_a_
         with torch.no_grad():
             return layer(x, Routing(num_samples=3, backend=backend, **dials))
 
-    mixed, three, every = run(min_spread=bound), run(), run(min_spread=1e6)
+    mixed, three, every = run(min_sigma_to_mu=bound), run(), run(min_sigma_to_mu=1e6)
     with torch.no_grad():
         one = layer(x, Routing(num_samples=1, backend=backend))
     torch.testing.assert_close(mixed.y_BTD[sure], one.y_BTD[sure], rtol=1e-5, atol=1e-6)
     assert torch.equal(mixed.y_BTD[~sure], three.y_BTD[~sure])
     torch.testing.assert_close(every.y_BTD, one.y_BTD, rtol=1e-5, atol=1e-6)
-    assert torch.equal(run(min_spread=0.0).y_BTD, three.y_BTD)
+    assert torch.equal(run(min_sigma_to_mu=0.0).y_BTD, three.y_BTD)
     assert one.stats.union <= mixed.stats.union < three.stats.union
     torch.testing.assert_close(every.stats.union, one.stats.union)
 
@@ -118,11 +119,21 @@ def test_sure_tokens_run_their_first_sample_and_others_all(backend, tokens_in_a_
 def test_rows_keep_their_own_number_of_samples_where_sure_tokens_take_one():
     torch.manual_seed(0)
     layer = make_layer("infinity").eval()
-    x = torch.randn(2, 6, 16)
     with torch.no_grad():
-        both = layer(x, Routing(num_samples=(1, 3), min_spread=0.5)).y_BTD
-        alone = [layer(x[i : i + 1], Routing(num_samples=k, min_spread=0.5)).y_BTD for i, k in ((0, 1), (1, 3))]
-    torch.testing.assert_close(both, torch.cat(alone))
+        layer.router.sigma.weight.mul_(30.0)
+    x = torch.randn(2, 20, 16)
+
+    def run(rows, num_samples, **dials):
+        with torch.no_grad():
+            return layer(x[rows], Routing(num_samples=num_samples, **dials)).y_BTD
+
+    indices = layer._draw(x, Routing(), layer._dials(Routing(num_samples=3), 2))
+    bound = float((indices.sigma_BTZ.norm(dim=-1) / indices.mu_BTZ.norm(dim=-1)).detach().median())
+    both = run([0, 1], (1, 3), min_sigma_to_mu=bound)
+    torch.testing.assert_close(both[:1], run([0], 1))
+    torch.testing.assert_close(both[1:], run([1], 3, min_sigma_to_mu=bound))
+    assert not torch.allclose(both[1:], run([1], 3), atol=1e-4)
+    assert not torch.allclose(both[1:], run([1], 1), atol=1e-4)
 
 
 def test_tokens_of_larger_scores_keep_more():
@@ -163,28 +174,49 @@ def test_a_calibrated_mass_keeps_its_share(share, per_layer):
     kept = [float(s.counts_U.sum() / s.tokens / len(s.counts_U)) / 2 for s in layers]
     assert (kept if per_layer else [sum(kept) / 2]) == pytest.approx([share] * (2 if per_layer else 1), rel=0.01)
     assert isinstance(mass, PerLayer) == per_layer
-    with pytest.raises(InfMoEError, match="no more scores are positive"):
+    with pytest.raises(InfMoEError, match=r"no more than 0\.[345]\d\d have positive scores"):
         calibrate_mass(model, WINDOWS, 0.9)
 
 
-def test_a_calibrated_spread_gives_the_mean_number_of_samples():
-    model = tiny_model(num_samples=2)
+def unsure_model(**options):
+    """Its tokens differ in how sure the router is of them."""
+    model = tiny_model(**options)
     with torch.no_grad():
         for block in model.transformer.h:
             block.mlp.router.sigma.weight.mul_(30.0)
-    found = calibrate_spread(model, WINDOWS, 1.5, num_samples=4)
-    spreads = adaptive.router_spreads(model, WINDOWS, Routing(num_samples=4, min_spread=found))
-    for spread, bound in zip(spreads, found.values, strict=True):
-        assert len(spread) == WINDOWS.tokens_NT.numel()
-        assert 1 + 3 * float((spread >= bound).float().mean()) == pytest.approx(1.5, abs=0.03)
-    for mean, bound in ((1.0, max), (4.0, min)):
-        found = calibrate_spread(model, WINDOWS, mean, num_samples=4)
-        assert found.values[0] == pytest.approx(float(bound(spreads[0].tolist())))
+    return model
+
+
+@pytest.mark.parametrize("keep_ratio", [None, 0.05])
+def test_a_calibrated_bound_gives_the_mean_number_of_samples(keep_ratio):
+    model = unsure_model(num_samples=2)
+    bounds = calibrate_sigma_to_mu(model, WINDOWS, 1.5, num_samples=4, keep_ratio=keep_ratio)
+    routing = Routing(num_samples=4, keep_ratio=keep_ratio, min_sigma_to_mu=bounds)
+    for found, bound in zip(routers_sigma_to_mu(model, WINDOWS, routing), bounds.values, strict=True):
+        assert len(found) == WINDOWS.tokens_NT.numel()
+        assert 1 + 3 * float((found >= bound).float().mean()) == pytest.approx(1.5, abs=0.03)
+    for mean, end in ((1.0, max), (4.0, min)):
+        ends = calibrate_sigma_to_mu(model, WINDOWS, mean, num_samples=4)
+        first = routers_sigma_to_mu(model, WINDOWS, Routing(num_samples=4))[0]
+        assert ends.values[0] == pytest.approx(float(end(first.tolist())))
+
+
+def test_a_bound_that_means_nothing_is_refused():
     for bad in ({"mean_samples": 0.5, "num_samples": 4}, {"mean_samples": 1.0, "num_samples": 1}):
         with pytest.raises(InfMoEError, match="the mean must lie between"):
-            calibrate_spread(model, WINDOWS, **bad)
-    with pytest.raises(InfMoEError, match="it has no spread"):
-        calibrate_spread(tiny_model(routing_mode="mu"), WINDOWS, 1.5, num_samples=2)
+            calibrate_sigma_to_mu(tiny_model(), WINDOWS, **bad)
+    with pytest.raises(InfMoEError, match="there is no sigma to look at"):
+        calibrate_sigma_to_mu(tiny_model(routing_mode="mu"), WINDOWS, 1.5, num_samples=2)
+    with pytest.raises(InfMoEError, match="there is no sigma to look at"):
+        routers_sigma_to_mu(tiny_model(), WINDOWS, Routing(mode="mu"))
+    alike = tiny_model()
+    with torch.no_grad():
+        for block in alike.transformer.h:
+            for linear in (block.mlp.router.sigma, block.mlp.router.mu):
+                linear.weight.zero_()
+                linear.bias.fill_(1.0)
+    with pytest.raises(InfMoEError, match=r"as sure of many tokens, and 4\.00 is as near as it gets"):
+        calibrate_sigma_to_mu(alike, WINDOWS, 2.0, num_samples=4)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e3])
@@ -254,11 +286,13 @@ def test_a_layer_whose_scores_move_with_the_layer_below_is_caught_up_with(share,
 
 
 @pytest.mark.parametrize(
-    "dial", [{"score_cut": 0.3}, {"score_mass": 0.6}, {"min_spread": 0.45, "num_samples": 3}], ids=str
+    "dial", [{"score_cut": 0.3}, {"score_mass": 0.6}, {"min_sigma_to_mu": 4.0, "num_samples": 3}], ids=str
 )
 def test_generation_takes_it_by_name_and_caches(dial):
-    model, ids = tiny_model(), tokens(2, 5)
+    model, ids = unsure_model(), tokens(2, 5)
     once = model.generate(ids, max_new_tokens=6, do_sample=False, **dial)
+    plain = {name: value for name, value in dial.items() if name == "num_samples"}
+    assert not torch.allclose(model(ids, **dial).logits, model(ids, **plain).logits, atol=1e-5)  # it is not ignored
     whole = ids
     for _ in range(6):
         whole = torch.cat([whole, model(whole, **dial).logits[:, -1:].argmax(-1)], dim=1)
@@ -275,9 +309,9 @@ def test_generation_takes_it_by_name_and_caches(dial):
         ({"score_mass": 0.0}, r"\(0, 1\]"),
         ({"score_mass": 1.5}, r"\(0, 1\]"),
         ({"score_mass": PerLayer([(0.1, 0.2)])}, "for the whole batch"),
-        ({"min_spread": -0.1}, "0 or more"),
-        ({"min_spread": (0.1, 0.2)}, "for the whole batch"),
-        ({"min_spread": float("inf")}, "finite"),
+        ({"min_sigma_to_mu": -0.1}, "0 or more"),
+        ({"min_sigma_to_mu": (0.1, 0.2)}, "for the whole batch"),
+        ({"min_sigma_to_mu": float("inf")}, "finite"),
     ],
 )
 def test_bad_cuts_are_refused(fields, named):
@@ -292,16 +326,20 @@ def test_where_a_cut_means_nothing_it_is_refused():
             make_layer("infinity", mask_scale="fixed")(x, Routing(**{dial: 0.1}))
         with pytest.raises(InfMoEError, match=r"'triton' (can't|has no)"):
             make_layer("infinity")(x, Routing(backend="triton", **{dial: 0.1}))
-    for dial in (*RULES, "min_spread"):
+        with pytest.raises(InfMoEError, match=f"what {dial} keeps .* give union_ratio"):
+            make_layer("infinity").cost(Routing(**{dial: 0.1}))
+    for dial in (*RULES, "min_sigma_to_mu"):
         for ffn in ("dense", "switch", "moe"):
             with pytest.raises(InfMoEError, match=f"no dial '{dial}'"):
                 make_layer(ffn)(x, Routing(**{dial: 0.1}))
-        with pytest.raises(InfMoEError, match=f"what {dial} leaves to run .* give union_ratio"):
-            make_layer("infinity").cost(Routing(**{dial: 0.1}))
-    with pytest.raises(InfMoEError, match="leave min_spread out"):
-        make_layer("infinity")(x, Routing(min_spread=0.1, mode="mu"))
-    with pytest.raises(InfMoEError, match="leave min_spread out"):
-        make_layer("infinity", sigma_activation="none")(x, Routing(min_spread=0.1))
+    with pytest.raises(InfMoEError, match="ask at a fixed num_samples"):
+        make_layer("infinity").cost(Routing(min_sigma_to_mu=0.1), union_ratio=0.5)
+    with pytest.raises(InfMoEError, match="give num_samples of 2 or more"):
+        make_layer("infinity")(x, Routing(min_sigma_to_mu=0.1, num_samples=1))
+    with pytest.raises(InfMoEError, match="leave min_sigma_to_mu out"):
+        make_layer("infinity")(x, Routing(min_sigma_to_mu=0.1, mode="mu"))
+    with pytest.raises(InfMoEError, match="leave min_sigma_to_mu out"):
+        make_layer("infinity", sigma_activation="none")(x, Routing(min_sigma_to_mu=0.1))
     layer = make_layer("infinity", num_samples=1)
     half, whole = (layer.cost(Routing(score_cut=0.1), union_ratio=u).flops_ideal for u in (0.5, 1.0))
     assert half < whole

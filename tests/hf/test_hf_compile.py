@@ -50,7 +50,7 @@ def train(ffn, backend, with_key=True):
         {"routing_mode": "antithetic", "num_samples": 3},
         {"routing_mode": "qmc", "num_samples": 3},
         {"score_cut": 0.3, "num_samples": 2},
-        {"score_mass": 0.6, "min_spread": 0.5, "num_samples": 2},
+        {"score_mass": 0.6, "min_sigma_to_mu": 0.5, "num_samples": 2},
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, ELASTIC_UNSCALED, PASSES, groups
 from infmoe.reproduce.store import Store
-from infmoe.train.config import ElasticConfig
+from infmoe.train.config import ElasticConfig, load_config
 
 LOSSES = {"infinity": 3.4, "moe": 3.6, "infinity-keep4": 3.5, "infinity-keep8": 3.5, "infinity-keep16": 3.5}
 
@@ -282,7 +282,7 @@ def test_adaptive_compute_is_judged_by_its_intervals(store, mini):
 
 
 def test_cuts_by_mass_are_judged_by_their_intervals(store, mini):
-    name = "the fewest units that hold a share of the token's scores"
+    name = "top-p over units"
     (claim,) = claims(store, name)
     assert (claim.measured, claim.verdict) == ("–", "not measured yet")
     fill(store, {"infinity-elastic-k": 3.4}, mini.tokens)
@@ -290,7 +290,9 @@ def test_cuts_by_mass_are_judged_by_their_intervals(store, mini):
     assert claim.verdict == "holds"
     assert claim.measured.startswith("`infinity-elastic-k`: -0.0063 ± 0.0000 at 1/16, -0.0125 ± 0.0000 at 1/8")
     body = elastic(store, Gallery(store.folder)).body
-    assert "| infinity-elastic-k; tokens differ: one cut for each layer | -0.0063 ± 0.0000 | -0.0125 ± 0.0000 |" in body
+    assert (
+        "| infinity-elastic-k; tokens differ: one mass for each layer | -0.0063 ± 0.0000 | -0.0125 ± 0.0000 |" in body
+    )
     run = store.runs("infinity-elastic-k", mini.tokens)[0]
     run.values["measures"]["adaptive_mass"] = [r for r in run.values["measures"]["adaptive_mass"] if r["rule"] != "cut"]
     store.put(run.spec, run.values)
@@ -303,18 +305,25 @@ def test_samples_by_sureness_are_judged_at_the_same_mean(store, mini):
     assert (claim.measured, claim.verdict) == ("–", "not measured yet")
     fill(store, {"infinity-elastic-k": 3.4}, mini.tokens)
     (claim,) = claims(store, name)
-    shown = "`infinity-elastic-k`, 4 or 1: -0.0025 ± 0.0000 at 1/16, -0.0025 ± 0.0000 at 1/4"
+    shown = "`infinity-elastic-k`, 4 or 1: -0.0020 ± 0.0000 at 1/16, -0.0020 ± 0.0000 at 1/4"
     assert (claim.measured, claim.verdict) == (shown, "holds")
     body = elastic(store, Gallery(store.folder)).body
     assert "differ from 2 by at most 0.5%)" in body
-    least_sure = "| infinity-elastic-k; 8 samples for the least sure seventh, one for the others"
-    assert f"{least_sure} | -0.0037 ± 0.0000 | -0.0037 ± 0.0000 | 3 |" in body.replace("-0.0038", "-0.0037")
-    for run in store.runs("infinity-elastic-k", mini.tokens):
-        for row in run.values["measures"]["adaptive_samples"]:
-            row["mean_samples"] *= 1.1
-        store.put(run.spec, run.values)
-    (claim,) = claims(store, name)
-    assert claim.verdict == "not decided: mean samples differ by 11%"
+    least_sure = "| infinity-elastic-k; 8 samples for the least sure 1/7 of the tokens, one for the others"
+    assert f"{least_sure} | -0.0030 ± 0.0000 | -0.0030 ± 0.0000 | 3 |" in body
+
+    def miss(arm, k):
+        for run in store.runs(arm, mini.tokens):
+            for row in run.values["measures"]["adaptive_samples"]:
+                row["mean_samples"] *= 1.1 if row["num_samples"] == k else 1.0
+            store.put(run.spec, run.values)
+        (claim,) = claims(store, name)
+        return claim.verdict
+
+    fill(store, {"infinity-lr2x": 3.4}, mini.tokens)
+    assert miss("infinity-lr2x", 4) == "holds"  # another arm's mean, and another K's, are not what is judged
+    assert miss("infinity-elastic-k", 8) == "holds"
+    assert miss("infinity-elastic-k", 4) == "not decided: mean samples differ by 11%"
 
 
 def test_curves_keep_seeds_apart(store, mini):
@@ -350,7 +359,8 @@ def test_elastic_arms_train_as_their_names_say(mini):
         elastic_run = config.elastic != ElasticConfig()
         words = ("elastic", "sandwich", "consistency", "matryoshka", "-from")
         assert elastic_run == any(word in name for word in words), name
-        assert config.mean_passes == pytest.approx(PASSES.get(name, 1), abs=1 / config.steps)
+        long = load_config(config.to_dict() | {"steps": 1000})  # the steps of mini are too few for a fifth of them
+        assert long.mean_passes == pytest.approx(PASSES.get(name, 1))
         assert config.elastic.start == (float(name.partition("-from")[2]) if "-from" in name else 0.0)
         if name.startswith("emoe"):
             k = int(name.split("-")[1][1:])

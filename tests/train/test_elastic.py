@@ -176,8 +176,10 @@ def test_gradients_are_those_of_the_rule_written_out(small, tmp_path, elastic):
         torch.testing.assert_close(found[name], grad, rtol=2e-3, atol=2e-6, msg=name)
 
 
-def test_a_resumed_elastic_run_is_the_uninterrupted_one(small, tmp_path):
+@pytest.mark.parametrize("start", [0.0, 0.7])
+def test_a_resumed_elastic_run_is_the_uninterrupted_one(small, tmp_path, start):
     settings = ("elastic.keep_ratio=[0.125,0.25,0.5]", "elastic.rule=sandwich", "elastic.between=1")
+    settings += (f"elastic.start={start}",)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(small(*settings), whole).exit_code == 0
     stopped = small(*settings, "checkpoint.every=3")
@@ -263,6 +265,25 @@ def test_bad_settings_are_one_line(small, settings, named):
     values = small().to_dict()
     with pytest.raises(InfMoEError, match=named):
         load_config(values | {"elastic": values["elastic"] | settings})
+
+
+@pytest.mark.parametrize(("start", "at"), [(0.95, 6), (0.05, 0)])
+def test_a_start_before_the_first_step_or_after_the_last_is_refused(small, start, at):
+    with pytest.raises(InfMoEError, match=f"elastic.start={start} of 6 steps is step {at}: choose one between"):
+        small("elastic.keep_ratio=[0.5]", f"elastic.start={start}")
+
+
+def test_processes_begin_to_train_elastically_at_the_same_step(small, tmp_path, start_training):
+    """Elastic MoE's draws are a switch of the layer, below the processes' wrapper; two passes follow on one."""
+    settings = (*EMOE, "elastic.num_experts_per_tok=[1,2]", "elastic.rule=sandwich", "elastic.start=0.5")
+    config = small(*settings, "micro_batch_size=4", variant="moe")
+    for process in start_training(config, tmp_path / "two", ranks=2):
+        process.join(120)
+        assert process.exitcode == 0
+    assert run(config, tmp_path / "one").exit_code == 0
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,37 @@ def test_it_goes_on_without_what_it_started_from(small, trained, tmp_path):
             run(other, cut, resume=True)
 
 
+def test_before_its_first_checkpoint_it_starts_from_what_is_there_then(small, trained, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(trained, source)
+    config = small(f"init={source}")
+    Session.start(config, out, resume=False)  # and is killed
+    first = json.loads((out / "run.json").read_text())["init"]
+    shutil.rmtree(source)
+    assert run(small("seed=6", "model.keep_ratio=0.5"), source).exit_code == 0
+    session = Session.start(config, out, resume=True)
+    said = json.loads((out / "run.json").read_text())["init"]
+    assert said == session.record["init"]
+    assert said["fingerprint"] == fingerprint(InfMoEForCausalLM.from_pretrained(resolve_checkpoint(source)))
+    assert said["fingerprint"] != first["fingerprint"]
+
+
+def test_two_processes_start_from_the_same_weights(small, trained, tmp_path, start_training):
+    config = small(f"init={trained}", "micro_batch_size=4")
+    for process in start_training(config, tmp_path / "two", ranks=2):
+        process.join(120)
+        assert process.exitcode == 0
+    assert run(config, tmp_path / "one").exit_code == 0
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize(
     ("variant", "settings", "named"),
     [
-        ("infinity", ("model.z_dim=4",), "--set model.z_dim=8$"),
+        ("infinity", ("model.z_dim=4", "model.wz_weight_decay=0.0"), "--set model.z_dim=8$"),
+        ("infinity", ("model.num_attention_heads=4",), "--set model.num_attention_heads=2$"),
         ("infinity", ("model.num_hidden_layers=1", "model.num_samples=1"), "--set model.num_hidden_layers=2$"),
         ("moe", (), "take a recipe of the variant 'infinity'"),
         ("infinity", ("init=nowhere",), "nowhere is no folder"),
@@ -82,7 +109,17 @@ def test_what_does_not_fit_is_named_before_anything_is_written(small, trained, t
     assert not (tmp_path / "run").exists()
 
 
-def test_data_of_another_tokenizer_is_refused(small, trained, tmp_path):
+def test_an_untied_output_is_not_written_over_the_embeddings(small, trained, tmp_path):
+    untied = tmp_path / "untied"
+    assert run(small("model.tie_word_embeddings=false"), untied).exit_code == 0
+    with pytest.raises(InfMoEError, match=r"--set model\.tie_word_embeddings=false$"):
+        run(small(f"init={untied}"), tmp_path / "run")
+    config = small(f"init={trained}", "model.tie_word_embeddings=false")  # one becomes two
+    state = Session.start(config, tmp_path / "run", resume=False).model.state_dict()
+    assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
+
+
+def test_another_tokenizer_is_refused_and_so_is_none(small, trained, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(resolve_checkpoint(trained), source)
     (source / "manifest.json").unlink()
@@ -93,4 +130,7 @@ def test_data_of_another_tokenizer_is_refused(small, trained, tmp_path):
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InfMoEError, match="made with another tokenizer than the model's: prepare it with"):
+        run(small(f"init={source}"), tmp_path / "run")
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(InfMoEError, match=r"holds no tokenizer\.json: copy the one it was trained with there"):
         run(small(f"init={source}"), tmp_path / "run")

@@ -1,4 +1,5 @@
-"""Compute by the token's need: cuts that keep a wanted share of the units on average, and a bound on the samples.
+"""Compute by the token's need: cuts that keep a wanted share of the units on average, and how sure a
+router must be for a token to take one sample alone.
 
 A unit below a cut adds little, for its score is the factor that its activation is multiplied by. So one cut for
 all tokens drops the same small contributions everywhere, where a fixed share drops much of one token and keeps the
@@ -17,7 +18,7 @@ from torch import Tensor
 from infmoe.errors import InfMoEError
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.layers import PerLayer, Routing
-from infmoe.layers.router import Indices, relative_spread
+from infmoe.layers.router import Indices, sigma_to_mu
 
 _ROUNDS = 40  # for each cut that is looked for
 _NORMAL = statistics.NormalDist()
@@ -58,7 +59,7 @@ def calibrate_cut(
         routing = Routing(num_samples=num_samples, score_cut=PerLayer(cuts))
         return _kept(model, held_out, routing, seed, batch_size)
 
-    return _calibrate(kept, share, width, per_layer, "many scores are alike")
+    return _calibrate(kept, share, width, per_layer)
 
 
 def calibrate_mass(
@@ -80,71 +81,82 @@ def calibrate_mass(
     def masses(cuts: list[float]) -> PerLayer:
         return PerLayer([max(_NORMAL.cdf(-cut), 1e-300) for cut in cuts])
 
-    def kept(cuts: list[float]) -> list[float]:
-        routing = Routing(num_samples=num_samples, score_mass=masses(cuts))
-        return _kept(model, held_out, routing, seed, batch_size)
+    def kept_by(mass: PerLayer) -> list[float]:
+        return _kept(model, held_out, Routing(num_samples=num_samples, score_mass=mass), seed, batch_size)
 
-    found = _calibrate(kept, share, [1.0] * len(layers), per_layer, "no more scores are positive, or many are alike")
+    most = kept_by(PerLayer([1.0] * len(layers)))
+    ceiling = min(most) if per_layer else sum(most) / len(most)
+    if ceiling < share:
+        raise InfMoEError(f"no mass keeps {share:g} of the units: no more than {ceiling:.3f} have positive scores")
+    found = _calibrate(lambda cuts: kept_by(masses(cuts)), share, [1.0] * len(layers), per_layer)
     return masses(list(found.values)) if isinstance(found, PerLayer) else masses([found]).values[0]
 
 
-def calibrate_spread(
+def calibrate_sigma_to_mu(
     model: Any,
     held_out: HeldOut,
     mean_samples: float,
     *,
     num_samples: int,
+    keep_ratio: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
 ) -> PerLayer:
-    """The `Routing.min_spread` of each layer at which a token takes `mean_samples` on average: 1, or `num_samples`.
+    """The `Routing.min_sigma_to_mu` of each layer at which a token takes `mean_samples` on average: 1, or all K.
 
     Args:
         model: an ∞-MoE model that draws, in eval mode.
         held_out: windows.
         mean_samples: from 1 to `num_samples`.
-        num_samples: K of the tokens whose router is less sure.
+        num_samples: K, of the tokens whose router is less sure.
+        keep_ratio: that it will run at; None: the model's own.
         seed: of the noise.
         batch_size: windows per forward pass.
 
     Raises:
-        InfMoEError: a model that draws nothing, or a mean out of range.
+        InfMoEError: a model that draws nothing, a mean out of range, or no bound that gives about that mean.
     """
     if not 1.0 <= mean_samples <= num_samples or num_samples < 2:
         raise InfMoEError(f"the mean must lie between 1 and num_samples, 2 or more: got {mean_samples}, {num_samples}")
-    several = (mean_samples - 1.0) / (num_samples - 1.0)
+    wanted = (mean_samples - 1.0) / (num_samples - 1.0)
     bounds = [0.0] * len(_layers(model))
-    for i in range(len(bounds)):  # a layer's spreads hang on what the layers below it do
-        routing = Routing(num_samples=num_samples, min_spread=PerLayer(bounds))
-        spread_N = router_spreads(model, held_out, routing, seed=seed, batch_size=batch_size)[i]
-        bounds[i] = float(spread_N.sort(descending=True).values[round(several * (len(spread_N) - 1))])
+    for i in range(len(bounds)):  # what a layer's router sees hangs on the layers below it
+        routing = Routing(num_samples=num_samples, keep_ratio=keep_ratio, min_sigma_to_mu=PerLayer(bounds))
+        found_N = routers_sigma_to_mu(model, held_out, routing, seed=seed, batch_size=batch_size)[i]
+        bounds[i] = float(found_N.sort(descending=True).values[round(wanted * (len(found_N) - 1))])
+        mean = 1.0 + (num_samples - 1) * float((found_N >= bounds[i]).float().mean())
+        if abs(mean / mean_samples - 1.0) > max(_CLOSE, num_samples / len(found_N)):
+            raise InfMoEError(
+                f"no bound gives {mean_samples:g} samples on average: the router is as sure of many tokens, and "
+                f"{mean:.2f} is as near as it gets"
+            )
     return PerLayer(bounds)
 
 
-def router_spreads(
+def routers_sigma_to_mu(
     model: Any, held_out: HeldOut, routing: Routing, *, seed: int = 0, batch_size: int = 16
 ) -> list[Tensor]:
-    """rms(sigma) / rms(mu) of every token, what `Routing.min_spread` looks at: float32, (N,), one for each layer.
+    """What `Routing.min_sigma_to_mu` looks at, of every token: float32, (N,), one for each layer.
 
     Raises:
-        InfMoEError: a model that draws nothing.
+        InfMoEError: a routing that draws nothing.
     """
     layers = _layers(model)
-    if any(layer.routing_mode == "mu" for layer in layers):
-        raise InfMoEError("a model that routes by z = mu draws nothing: it has no spread")
+    if any((routing.mode or layer.routing_mode) == "mu" or not layer.router.noise_dim for layer in layers):
+        raise InfMoEError("z = mu draws nothing: there is no sigma to look at")
     found: list[list[Tensor]] = [[] for _ in layers]
     with contextlib.ExitStack() as hooks:
-        for layer, spreads in zip(layers, found, strict=True):
-            hooks.enter_context(_looking_at(layer.router, spreads))
+        for layer, seen in zip(layers, found, strict=True):
+            hooks.enter_context(_looking_at(layer.router, seen))
         evaluate_loss(model, held_out, routing, seed=seed, batch_size=batch_size)
-    return [torch.cat(spreads) for spreads in found]
+    return [torch.cat(seen) for seen in found]
 
 
 @contextlib.contextmanager
-def _looking_at(router: torch.nn.Module, spreads: list[Tensor]) -> Iterator[None]:
+def _looking_at(router: torch.nn.Module, seen: list[Tensor]) -> Iterator[None]:
     def look(module: torch.nn.Module, inputs: Any, indices: Indices) -> None:
         assert indices.sigma_BTZ is not None
-        spreads.append(relative_spread(indices.mu_BTZ, indices.sigma_BTZ).flatten().cpu())
+        seen.append(sigma_to_mu(indices.mu_BTZ, indices.sigma_BTZ).flatten().cpu())
 
     handle = router.register_forward_hook(look)
     try:
@@ -168,7 +180,7 @@ def _layers(model: Any, share: float | None = None) -> list[Any]:
 
 
 def _calibrate(
-    kept_at: Callable[[list[float]], list[float]], share: float, width: list[float], per_layer: bool, obstacle: str
+    kept_at: Callable[[list[float]], list[float]], share: float, width: list[float], per_layer: bool
 ) -> float | PerLayer:
     """The cuts at which each layer, or all together, keep `share`.
 
@@ -177,7 +189,6 @@ def _calibrate(
         share: to keep.
         width: how far to step at first, for each layer.
         per_layer: each layer keeps the share; False: one cut for all.
-        obstacle: why there may be no such cut.
     """
     num_layers = len(width)
     searches = [_Search(share, size) for size in (width if per_layer else [sum(width) / num_layers])]
@@ -198,7 +209,9 @@ def _calibrate(
                 search.forget()
             moved = moved or not close
     worst = max(kept, key=lambda k: abs(k / share - 1.0))
-    raise InfMoEError(f"no cut keeps {share:g} of the units: {obstacle}, and {worst:.3f} is as near as it gets")
+    raise InfMoEError(
+        f"no cut keeps {share:g} of the units: many scores are alike, and {worst:.3f} is as near as it gets"
+    )
 
 
 class _Search:

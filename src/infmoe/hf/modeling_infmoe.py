@@ -174,7 +174,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         keep_ratio: FloatDial | None = None,
         score_cut: float | PerLayer | None = None,
         score_mass: float | PerLayer | None = None,
-        min_spread: float | PerLayer | None = None,
+        min_sigma_to_mu: float | PerLayer | None = None,
         num_experts_per_tok: IntDial | None = None,
         routing_mode: Mode | None = None,
         **kwargs,
@@ -188,7 +188,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
                 left padding changes no result.
             past_key_values, inputs_embeds, use_cache: as in transformers.
             routing: dials, mode and noise key.
-            num_samples, keep_ratio, score_cut, score_mass, min_spread, num_experts_per_tok, routing_mode: the same
+            num_samples, keep_ratio, score_cut, score_mass, min_sigma_to_mu, num_experts_per_tok, routing_mode: the same
                 dials by name, for `generate` and other callers that pass plain values; they take precedence over
                 `routing`'s.
             **kwargs: passed to the attention.
@@ -223,7 +223,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
             "keep_ratio": keep_ratio,
             "score_cut": score_cut,
             "score_mass": score_mass,
-            "min_spread": min_spread,
+            "min_sigma_to_mu": min_sigma_to_mu,
             "num_experts_per_tok": num_experts_per_tok,
             "mode": routing_mode,
         }
@@ -317,7 +317,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):
         keep_ratio: FloatDial | None = None,
         score_cut: float | PerLayer | None = None,
         score_mass: float | PerLayer | None = None,
-        min_spread: float | PerLayer | None = None,
+        min_sigma_to_mu: float | PerLayer | None = None,
         num_experts_per_tok: IntDial | None = None,
         routing_mode: Mode | None = None,
         **kwargs,
@@ -331,7 +331,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):
             labels: int64, (B, T); give `input_ids` itself to train a language model.
             logits_to_keep: as in transformers.
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, routing,
-                num_samples, keep_ratio, score_cut, score_mass, min_spread, num_experts_per_tok, routing_mode: see
+                num_samples, keep_ratio, score_cut, score_mass, min_sigma_to_mu, num_experts_per_tok, routing_mode: see
                     `InfMoEModel.forward`.
             **kwargs: passed to the attention and the loss (`num_items_in_batch` among them).
         """
@@ -347,7 +347,7 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):
             keep_ratio=keep_ratio,
             score_cut=score_cut,
             score_mass=score_mass,
-            min_spread=min_spread,
+            min_sigma_to_mu=min_sigma_to_mu,
             num_experts_per_tok=num_experts_per_tok,
             routing_mode=routing_mode,
             **kwargs,

@@ -24,7 +24,7 @@ class UnionDensity:
         """
         return max(
             [
-                self._measured.get((k, ratio, dials.cut, dials.min_spread, state), 1.0 - (1.0 - ratio) ** k)
+                self._measured.get((k, ratio, dials.cut, dials.min_sigma_to_mu, state), 1.0 - (1.0 - ratio) ** k)
                 for ratio in dials.keep_ratios
                 for k in dials.num_samples
             ]
@@ -50,4 +50,4 @@ def _one_setting(dials: Dials) -> bool:
 
 
 def _setting(dials: Dials, state: State) -> tuple:
-    return dials.num_samples[0], dials.keep_ratios[0], dials.cut, dials.min_spread, state
+    return dials.num_samples[0], dials.keep_ratios[0], dials.cut, dials.min_sigma_to_mu, state

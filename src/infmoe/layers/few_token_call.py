@@ -25,7 +25,7 @@ from infmoe.ops.tracing import ENVIRONMENT
 
 _REMEMBERED = 64  # settings, of one layer; with more all are forgotten
 _SAID = attrgetter(
-    *("num_samples", "keep_ratio", "score_cut", "score_mass", "min_spread", "num_experts_per_tok", "mode"),
+    *("num_samples", "keep_ratio", "score_cut", "score_mass", "min_sigma_to_mu", "num_experts_per_tok", "mode"),
     *("max_stats_tokens", "backend"),
 )
 _OPTIONS = attrgetter(

@@ -29,7 +29,7 @@ from infmoe.layers.mask_weights import (
     sample_weights,
 )
 from infmoe.layers.metrics import RoutingStats, stats_stride
-from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation, relative_spread
+from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation, sigma_to_mu
 from infmoe.layers.routing import MODES, Mode, NoiseKey, PerLayer, Routing, check_keep_ratio, check_num_samples
 from infmoe.layers.samples import coordinates, spread_samples
 from infmoe.ops import dispatch, triton
@@ -238,7 +238,7 @@ class InfinityFFN(ConditionalFFN):
             backend not in ("fused", "sparse")
             or dials.mode not in ("sample", "mu")
             or dials.cut is not None
-            or dials.min_spread
+            or dials.min_sigma_to_mu
             or torch.compiler.is_compiling()
         ):
             return None
@@ -413,16 +413,18 @@ class InfinityFFN(ConditionalFFN):
         cut = cut_of(routing)
         if cut is not None and self.mask_scale != "none":
             raise InfMoEError(f"{cut.dial} keeps no fixed ratio, which mask_scale={self.mask_scale!r} scales by")
-        if routing.min_spread is not None and mode == "mu":
-            raise InfMoEError("z = mu draws nothing: leave min_spread out")
+        if routing.min_sigma_to_mu is not None and mode == "mu":
+            raise InfMoEError("z = mu draws nothing: leave min_sigma_to_mu out")
         num_samples = per_row(routing.num_samples, self.num_samples)
         keep_ratios = per_row(routing.keep_ratio, self.keep_ratio)
         for name, dial in (("num_samples", num_samples), ("keep_ratio", keep_ratios)):
             if len(dial) not in (1, batch_size):
                 raise InfMoEError(f"{name} has {len(dial)} values for a batch of {batch_size} rows: give one per row")
-        spread = routing.min_spread or 0.0
-        assert not isinstance(spread, PerLayer)  # `at_layer` took it apart
-        return Dials((1,) if mode == "mu" else num_samples, keep_ratios, mode, cut, spread)
+        bound = routing.min_sigma_to_mu or 0.0
+        assert not isinstance(bound, PerLayer)  # `at_layer` took it apart
+        if bound and max(num_samples) == 1:
+            raise InfMoEError("min_sigma_to_mu spares sure tokens the further samples: give num_samples of 2 or more")
+        return Dials((1,) if mode == "mu" else num_samples, keep_ratios, mode, cut, bound)
 
     def _draw(self, x_BTD: Tensor, routing: Routing, dials: Dials) -> Indices:
         """Expert indices of every token: sampled (Eq. 5), or the mean."""
@@ -433,11 +435,11 @@ class InfinityFFN(ConditionalFFN):
                 dials.mode, max(dials.num_samples), self.router.noise_dim, self._noise_coordinates(x_BTD, routing)
             )
         indices = self.router(x_BTD, noise_BTKN)
-        if not dials.min_spread:
+        if not dials.min_sigma_to_mu:
             return indices
         assert indices.sigma_BTZ is not None  # the router drew
         # the sure tokens' samples all are the first one, and so their mean mask is that one's
-        sure_BT11 = (relative_spread(indices.mu_BTZ, indices.sigma_BTZ) < dials.min_spread)[..., None, None]
+        sure_BT11 = (sigma_to_mu(indices.mu_BTZ, indices.sigma_BTZ) < dials.min_sigma_to_mu)[..., None, None]
         z_BTKZ = torch.where(sure_BT11, indices.z_BTKZ[:, :, :1], indices.z_BTKZ)
         return indices._replace(z_BTKZ=z_BTKZ)
 
@@ -506,18 +508,18 @@ class InfinityFFN(ConditionalFFN):
             return fused.spread_stats(indices.mu_BTZ, indices.sigma_BTZ, count_every)
         sigma_NZ = indices.sigma_BTZ.flatten(0, 1)[::count_every]
         mu_NZ = indices.mu_BTZ.flatten(0, 1)[::count_every]
-        return sigma_NZ.mean(-1).sum(), relative_spread(mu_NZ, sigma_NZ).sum()
+        return sigma_NZ.mean(-1).sum(), sigma_to_mu(mu_NZ, sigma_NZ).sum()
 
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
         routing = (routing or Routing()).at_layer(self.layer_index)
         dials = self._dials(routing, batch_size=1)
         (num_samples,), (kept_units,) = dials.num_samples, num_kept(dials.keep_ratios, self.num_units)
         kept = kept_units / self.num_units
-        if (dials.cut is not None or dials.min_spread) and union_ratio is None:
-            name = "min_spread" if dials.cut is None else dials.cut.dial
-            raise InfMoEError(f"what {name} leaves to run is known only once measured: give union_ratio")
+        if dials.min_sigma_to_mu:
+            raise InfMoEError("how many samples min_sigma_to_mu leaves hangs on the tokens: ask at a fixed num_samples")
         if dials.cut is not None:
-            assert union_ratio is not None
+            if union_ratio is None:
+                raise InfMoEError(f"what {dials.cut.dial} keeps is known only once measured: give union_ratio")
             kept = union_ratio / num_samples  # at least: samples that overlap keep more each
         union = union_ratio if union_ratio is not None else 1.0 - (1.0 - kept) ** num_samples
         sampled = dials.mode != "mu"

@@ -41,14 +41,14 @@ class Dials(NamedTuple):
         keep_ratios: likewise.
         mode: how the K samples are drawn.
         cut: keep what this says instead of a share, or None.
-        min_spread: tokens whose router is surer than this take one sample; 0: none does.
+        min_sigma_to_mu: tokens whose router is surer than this take one sample; 0: none does.
     """
 
     num_samples: Ints
     keep_ratios: Floats
     mode: Mode
     cut: Cut | None = None
-    min_spread: float = 0.0
+    min_sigma_to_mu: float = 0.0
 
 
 def cut_of(routing: Routing) -> Cut | None:

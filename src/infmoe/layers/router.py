@@ -36,7 +36,7 @@ class Indices(NamedTuple):
     sigma_BTZ: Tensor | None
 
 
-def relative_spread(mu: Tensor, sigma: Tensor) -> Tensor:
+def sigma_to_mu(mu: Tensor, sigma: Tensor) -> Tensor:
     """How unsure a router is of each token: rms(sigma) / rms(mu), over the last dimension."""
     return sigma.norm(dim=-1) / mu.norm(dim=-1).clamp_min(1e-12)
 

@@ -19,8 +19,8 @@ from infmoe.ops.dispatch import Backend, check_backend
 Mode = Literal["sample", "mu", "antithetic", "qmc"]
 MODES: tuple[Mode, ...] = ("sample", "mu", "antithetic", "qmc")
 
-DIALS = ("num_samples", "keep_ratio", "score_cut", "score_mass", "min_spread", "num_experts_per_tok")
-_FOR_ALL_ROWS = ("score_cut", "score_mass", "min_spread")  # what rows may not differ in
+DIALS = ("num_samples", "keep_ratio", "score_cut", "score_mass", "min_sigma_to_mu", "num_experts_per_tok")
+_FOR_ALL_ROWS = ("score_cut", "score_mass", "min_sigma_to_mu")  # what rows may not differ in
 
 _STREAMS_PER_PROCESS = 2**32  # more than a batch has rows
 
@@ -111,9 +111,9 @@ class Routing:
         score_cut: keep the neurons that score at least this, in place of a fixed share, so that tokens whose
             scores are larger run more of them (`infinity`). One float, or `PerLayer`. `infmoe.eval.adaptive` finds
             the cut that keeps a given share on average, and likewise what the next two take.
-        score_mass: keep the fewest neurons that hold this share, in (0, 1], of the sum of a sample's positive scores,
-            in place of a fixed share of the neurons (`infinity`). One float, or `PerLayer`.
-        min_spread: tokens whose router is surer than this, by rms(sigma) / rms(mu), run their first sample alone,
+        score_mass: top-p over neurons: keep the fewest that hold this share, in (0, 1], of the sum of a sample's
+            positive scores, in place of a fixed share of the neurons (`infinity`). One float, or `PerLayer`.
+        min_sigma_to_mu: tokens whose router is surer than this, by rms(sigma) / rms(mu), run their first sample alone,
             the others all K (`infinity`). One float, or `PerLayer`.
         num_experts_per_tok: k, how many experts each token runs (`moe`). One int, in eval mode a tuple with one
             int per row, or `PerLayer`.
@@ -134,7 +134,7 @@ class Routing:
     keep_ratio: FloatDial | None = None
     score_cut: float | PerLayer | None = None
     score_mass: float | PerLayer | None = None
-    min_spread: float | PerLayer | None = None
+    min_sigma_to_mu: float | PerLayer | None = None
     num_experts_per_tok: IntDial | None = None
     mode: Mode | None = None
     key: NoiseKey | None = None
@@ -148,7 +148,7 @@ class Routing:
             ("keep_ratio", check_keep_ratio),
             ("score_cut", check_score_cut),
             ("score_mass", check_score_mass),
-            ("min_spread", check_min_spread),
+            ("min_sigma_to_mu", check_min_sigma_to_mu),
             ("num_experts_per_tok", check_num_experts_per_tok),
         ):
             given = getattr(self, dial)
@@ -270,11 +270,11 @@ def check_score_mass(value: float) -> float:
     return number
 
 
-def check_min_spread(value: float) -> float:
+def check_min_sigma_to_mu(value: float) -> float:
     """`value` as a plain number; raises unless it is a usable bound."""
     number = _plain(value)
     if number is None or not 0.0 <= number < math.inf:
-        raise InfMoEError(f"min_spread must be 0 or more, and finite, got {value!r}")
+        raise InfMoEError(f"min_sigma_to_mu must be 0 or more, and finite, got {value!r}")
     return number
 
 

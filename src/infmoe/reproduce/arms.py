@@ -173,7 +173,7 @@ def _experts() -> list[Arm]:
                 arms.append(Arm(f"emoe-k{k}{name}{suffix}", text, "moe16-fine", model, "moe"))
             if scaled and k == 4:  # "occasionally", says the paper
                 model = emoe | {"hierarchical_loss_weight": 1e-4, "coactivation_prob": 0.1}
-                text = f"Elastic MoE, k = {k}, ideal {2 * k}, drawn for 1 in 10"
+                text = f"Elastic MoE, k = {k}, λ = 0.0001, drawn for 1 in 10"
                 arms.append(Arm(f"emoe-k{k}-w0.0001-p0.1{suffix}", text, "moe16-fine", model, "moe"))
             upto = list(range(1, 2 * k + 1))
             text = f"Matryoshka, k = 1 … {2 * k}{after}"

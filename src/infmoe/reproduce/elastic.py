@@ -33,10 +33,10 @@ from infmoe.reproduce.section import (
     Claim,
     Section,
     command,
+    in_brackets,
     markdown_table,
     mean_loss,
     nats,
-    of_seeds,
     seeds_text,
     text_of,
 )
@@ -126,7 +126,7 @@ def _claim_elastic(store: Store, section: Section) -> None:
                 text,
                 f"against `{best}`: "
                 + ", ".join(f"{text_of(g, sign=True)} at {ratio_text(r)}" for r, g in gaps.items())
-                + _seeds(gaps[_RATIOS[0]]),
+                + in_brackets(gaps[_RATIOS[0]]),
                 _no_worse(list(gaps.values()), 0.0),
                 note,
             )
@@ -141,10 +141,6 @@ def _claim_elastic(store: Store, section: Section) -> None:
                     note,
                 )
             )
-
-
-def _seeds(gap: Interval | None) -> str:
-    return "" if gap is None else f" ({of_seeds(gap)})"
 
 
 def _no_worse(gaps: Sequence[Interval | None], most: float) -> str:

@@ -1,6 +1,8 @@
-"""Compute by the token's need, held against the same compute for every token."""
+"""Units and samples by the token's need, held against the same mean number for every token."""
 
 import statistics
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.dial_curves import Curve, curve
@@ -9,27 +11,36 @@ from infmoe.reproduce.measures import (
     BY_NEED_ARMS,
     CUT_SHARES,
     MEAN_SAMPLES,
-    SPREAD_RATIOS,
-    SPREAD_SAMPLES,
+    UNSURE_RATIOS,
+    UNSURE_SAMPLES,
 )
 from infmoe.reproduce.section import (
     MISSING,
     Claim,
     Section,
+    in_brackets,
     markdown_table,
-    of_seeds,
     text_of,
     verdict_all_below,
 )
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.reproduce.store import Store
 
-_EQUAL = 0.03  # mean shares and mean samples this close count as equal compute
-_RULES = {
-    "cut": "tokens differ: one cut for each layer",
-    "one cut": "tokens and layers differ: one cut for all",
-    "layers": "layers differ: the shares that the one cut leaves",
-}
+_EQUAL = 0.03  # means this close to the wanted one count as equal
+
+
+class _Judged(NamedTuple):
+    """What a claim rests on.
+
+    Attributes:
+        name: the arm, and what of it.
+        gaps: differences, one for each column.
+        off: how far the mean is from the wanted one, relatively, at most.
+    """
+
+    name: str
+    gaps: list[Interval | None]
+    off: float
 
 
 def adaptive(store: Store, section: Section) -> str:
@@ -39,6 +50,11 @@ def adaptive(store: Store, section: Section) -> str:
         section,
         "adaptive",
         ADAPTIVE_ARMS,
+        {
+            "cut": "tokens differ: one cut for each layer",
+            "one cut": "tokens and layers differ: one cut for all",
+            "layers": "layers differ: the shares that the one cut leaves",
+        },
         claim="units where the token's scores ask for them (above one cut in each layer)",
         title="**Confidence-adaptive compute** (`Routing(score_cut=…)`",
     )
@@ -47,101 +63,112 @@ def adaptive(store: Store, section: Section) -> str:
         section,
         "adaptive_mass",
         BY_NEED_ARMS,
-        claim="the fewest units that hold a share of the token's scores (one share in each layer)",
-        title="**The same by the mass of the scores** (`Routing(score_mass=…)`: the fewest units that hold a share of "
-        "the sum of a token's positive scores",
+        {
+            "cut": "tokens differ: one mass for each layer",
+            "one cut": "tokens and layers differ: one mass for all",
+            "layers": "layers differ: the shares that the one mass leaves",
+        },
+        claim="top-p over units (the fewest that hold a share of the token's positive scores, one share in each layer)",
+        title="**The same by the mass of the scores** (top-p over units, `Routing(score_mass=…)`: the fewest that hold "
+        "a share of the sum of a token's positive scores",
     )
     return "\n\n".join(part for part in (by_score, by_mass, _samples(store, section)) if part)
 
 
-def _units(store: Store, section: Section, measure: str, arms: tuple[str, ...], *, claim: str, title: str) -> str:
+def _units(
+    store: Store,
+    section: Section,
+    measure: str,
+    arms: tuple[str, ...],
+    rules: Mapping[str, str],
+    *,
+    claim: str,
+    title: str,
+) -> str:
     """Cuts against fixed shares at equal mean share."""
-    tokens = store.scale.tokens
-    rows, off, judged = [], 0.0, None
+    rows, most_off, judged = [], 0.0, None
     for arm in arms:
         found: dict[str, Curve] = {}
-        for run in store.runs(arm, tokens):
+        off = dict.fromkeys(("ratio", *rules), 0.0)
+        for run in store.runs(arm, store.scale.tokens):
             for row in run.measure(measure) or ():
                 at = found.setdefault(row["rule"], {}).setdefault(row["share"], {})
                 at[run.spec.seed] = row["loss"]
-                off = max(off, abs(statistics.fmean(row["layer_shares"]) / row["share"] - 1.0))
+                rule, mean = row["rule"], statistics.fmean(row["layer_shares"])
+                off[rule] = max(off[rule], abs(mean / row["share"] - 1.0))
         if not found:
             continue
-        measured = max(len(losses) for losses in found["ratio"].values())
-        for rule, text in _RULES.items():
+        most_off = max(most_off, *off.values())
+        seeds = max(len(losses) for losses in found["ratio"].values())
+        for rule, text in rules.items():
             gaps = [paired(found.get(rule, {}).get(s, {}), found["ratio"].get(s, {})) for s in CUT_SHARES]
-            cells = [text_of(g, 4, sign=True) + (_seeds(g) if g and g.count < measured else "") for g in gaps]
-            rows.append([f"{arm}; {text}", *cells, str(measured)])
+            cells = [text_of(g, 4, sign=True) + (in_brackets(g) if g and g.count < seeds else "") for g in gaps]
+            rows.append([f"{arm}; {text}", *cells, str(seeds)])
             if rule == "cut" and judged is None:
-                judged = arm, gaps
-    text = f"not in the paper: {claim} beat a fixed share at equal compute"
-    if judged is None:
-        section.claims.append(Claim(text, "–", MISSING))
+                judged = _Judged(f"`{arm}`", gaps, max(off["ratio"], off[rule]))
+    text = f"not in the paper: {claim} beat a fixed share at the same mean share"
+    if not _claimed(section, text, judged, CUT_SHARES, "shares"):
         return ""
-    arm, gaps = judged
-    shown = ", ".join(f"{text_of(g, 4, sign=True)} at {ratio_text(s)}" for s, g in zip(CUT_SHARES, gaps, strict=True))
-    verdict = verdict_all_below(gaps) if off <= _EQUAL else f"not decided: shares differ by {off:.0%}"
-    section.claims.append(Claim(text, f"`{arm}`: {shown}", verdict))
     columns = (f"mean share {ratio_text(s)}" for s in CUT_SHARES)
     head = ("loss minus that of one share for all, nats, K = 1", *columns, "seeds")
     return (
-        f"{title}, cuts found on training text; mean shares on held-out text differ from the wanted one by at most "
-        f"{off:.1%}; fewer seeds in a cell: for the others no cut was found that keeps that share)\n\n"
+        f"{title}; found on training text; mean shares on held-out text differ from the wanted one by at most "
+        f"{most_off:.1%}; fewer seeds in a cell: for the others none was found that keeps that share)\n\n"
         + markdown_table(head, rows)
     )
 
 
 def _samples(store: Store, section: Section) -> str:
     """More samples where the router is unsure, against as many for all."""
-    rows, off, judged = [], 0.0, None
+    rows, most_off, judged = [], 0.0, None
     for arm in BY_NEED_ARMS:
-        losses = {
-            rule: curve(
-                store,
-                arm,
-                store.scale.tokens,
-                lambda row, rule=rule: (row["keep_ratio"], row["num_samples"]) if row["rule"] == rule else None,  # type: ignore[misc]
-                measure="adaptive_samples",
-            )
-            for rule in ("fixed", "spread")
-        }
-        for run in store.runs(arm, store.scale.tokens):
-            for row in run.measure("adaptive_samples") or ():
-                if row["rule"] == "spread":
-                    off = max(off, abs(row["mean_samples"] / MEAN_SAMPLES - 1.0))
-        for k in SPREAD_SAMPLES:
-            gaps = [
-                paired(losses["spread"].get((ratio, k), {}), losses["fixed"].get((ratio, MEAN_SAMPLES), {}))
-                for ratio in SPREAD_RATIOS
-            ]
-            if any(gaps):
-                rest = f"{k} samples for the least sure {_one_in((k - 1) / (MEAN_SAMPLES - 1))}, one for the others"
-                seeds = max(gap.count for gap in gaps if gap is not None)
-                rows.append([f"{arm}; {rest}", *(text_of(g, 4, sign=True) for g in gaps), str(seeds)])
-                judged = judged or (arm, k, gaps)
-    text = f"not in the paper: samples where the router's σ asks for them beat {MEAN_SAMPLES} for every token"
-    if judged is None:
-        section.claims.append(Claim(text, "–", MISSING))
-        return ""
-    arm, k, gaps = judged
-    shown = ", ".join(
-        f"{text_of(g, 4, sign=True)} at {ratio_text(r)}" for r, g in zip(SPREAD_RATIOS, gaps, strict=True)
+        losses, means = (_by_setting(store, arm, figure) for figure in ("loss", "mean_samples"))
+        for k in UNSURE_SAMPLES:
+            places = [("unsure", ratio, k) for ratio in UNSURE_RATIOS]
+            fixed = [("fixed", ratio, MEAN_SAMPLES) for ratio in UNSURE_RATIOS]
+            gaps = [paired(losses.get(a, {}), losses.get(b, {})) for a, b in zip(places, fixed, strict=True)]
+            if not any(gaps):
+                continue
+            seeds = max(gap.count for gap in gaps if gap is not None)
+            share = f"1/{(k - 1) / (MEAN_SAMPLES - 1):g} of the tokens"
+            cells = [text_of(g, 4, sign=True) for g in gaps]
+            rows.append([f"{arm}; {k} samples for the least sure {share}, one for the others", *cells, str(seeds)])
+            off = max(abs(mean / MEAN_SAMPLES - 1.0) for at in places for mean in means.get(at, {}).values())
+            most_off = max(most_off, off)
+            judged = judged or _Judged(f"`{arm}`, {k} or 1", gaps, off)
+    text = (
+        f"not in the paper: samples where the router's σ asks for them beat {MEAN_SAMPLES} for every token, at the "
+        "same mean number"
     )
-    verdict = verdict_all_below(gaps) if off <= _EQUAL else f"not decided: mean samples differ by {off:.0%}"
-    section.claims.append(Claim(text, f"`{arm}`, {k} or 1: {shown}", verdict))
-    columns = (f"{ratio_text(r)} kept" for r in SPREAD_RATIOS)
+    if not _claimed(section, text, judged, UNSURE_RATIOS, "mean samples"):
+        return ""
+    columns = (f"{ratio_text(r)} kept" for r in UNSURE_RATIOS)
     head = (f"loss minus that of {MEAN_SAMPLES} samples for all, nats", *columns, "seeds")
     return (
-        "**Samples where the router is unsure** (`Routing(min_spread=…)`: tokens whose rms(σ) / rms(μ) lies below take "
-        f"one; bounds found on training text; mean samples on held-out text differ from {MEAN_SAMPLES} by at most "
-        f"{off:.1%})\n\n" + markdown_table(head, rows)
+        "**Samples where the router is unsure** (`Routing(min_sigma_to_mu=…)`: tokens whose rms(σ) / rms(μ) lies below "
+        f"take one; bounds found on training text; mean samples on held-out text differ from {MEAN_SAMPLES} by at most "
+        f"{most_off:.1%})\n\n" + markdown_table(head, rows)
     )
 
 
-def _one_in(count: float) -> str:
-    """1/3 -> "third"."""
-    return {3.0: "third", 7.0: "seventh"}.get(count, f"1/{count:g}")
+def _by_setting(store: Store, arm: str, figure: str) -> Curve:
+    """A figure of every setting of `adaptive_samples`: (rule, keep ratio, K) -> seed -> value."""
+
+    def place(row: Mapping) -> tuple:
+        return row["rule"], row["keep_ratio"], row["num_samples"]
+
+    return curve(store, arm, store.scale.tokens, place, measure="adaptive_samples", figure=figure)
 
 
-def _seeds(gap: Interval | None) -> str:
-    return "" if gap is None else f" ({of_seeds(gap)})"
+def _claimed(section: Section, text: str, judged: _Judged | None, places: tuple[float, ...], what: str) -> bool:
+    """Add the claim; whether anything was measured for it."""
+    if judged is None:
+        section.claims.append(Claim(text, "–", MISSING))
+        return False
+    shown = ", ".join(
+        f"{text_of(g, 4, sign=True)} at {ratio_text(p)}" for g, p in zip(judged.gaps, places, strict=True)
+    )
+    decided = judged.off <= _EQUAL
+    verdict = verdict_all_below(judged.gaps) if decided else f"not decided: {what} differ by {judged.off:.0%}"
+    section.claims.append(Claim(text, f"{judged.name}: {shown}", verdict))
+    return True

@@ -11,7 +11,7 @@ from typing import Any
 
 from infmoe.data import TokenData
 from infmoe.errors import InfMoEError
-from infmoe.eval.adaptive import calibrate_cut, calibrate_mass, calibrate_spread, router_spreads
+from infmoe.eval.adaptive import calibrate_cut, calibrate_mass, calibrate_sigma_to_mu, routers_sigma_to_mu
 from infmoe.eval.dials import grid
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.eval.loading import Opened
@@ -31,12 +31,14 @@ _FEWER_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # of arms whose useful ranges are no
 RANK_DAMPINGS = (0.25, 0.5)
 CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
 MEAN_SAMPLES = 2  # where sure tokens take one sample and the others so many:
-SPREAD_SAMPLES = (4, 8)
-SPREAD_RATIOS = (1 / 16, 1 / 4)
+UNSURE_SAMPLES = (4, 8)
+UNSURE_RATIOS = (1 / 16, 1 / 4)
 GRID_SAMPLES = (1, 2, 4, 8, 16)
 GRID_RATIOS = (1 / 16, 1 / 8, 1 / 2)  # 1/4 is among the dials
 _SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
 _CUT_WINDOWS = 64  # of training text
+# A mass is a share, so little text finds it; and sorting every token's scores takes long.
+_MASS_WINDOWS, _NEED_WINDOWS = 16, 256  # to find, and to judge at most
 TASK_SAMPLES = (1, 2, 3, 4, 8)
 TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 ZERO_SHOT = "zero_shot"
@@ -149,20 +151,20 @@ def adaptive(context: Context) -> Points:
     tokens differ. "one cut": one cut for all layers, so that layers differ too. "layers": every token keeps what
     "one cut" keeps of that layer on average. Cuts are found on training text.
     """
-    return _by_need(context, "score_cut", calibrate_cut)
+    return _by_need(context, "score_cut", calibrate_cut, _CUT_WINDOWS, _windows(context))
 
 
 def adaptive_mass(context: Context) -> Points:
     """The same by mass: a "cut" keeps the fewest units that hold a share of the positive scores' sum."""
-    return _by_need(context, "score_mass", calibrate_mass)
+    return _by_need(context, "score_mass", calibrate_mass, _MASS_WINDOWS, min(_NEED_WINDOWS, _windows(context)))
 
 
-def _by_need(context: Context, dial: str, calibrate: Callable[..., Any]) -> Points:
+def _by_need(context: Context, dial: str, calibrate: Callable[..., Any], to_find: int, to_judge: int) -> Points:
     model, length = context.model, context.model.config.max_position_embeddings
     batch_size = max(1, _BATCH_TOKENS // length)
     one: dict[str, Any] = {"num_samples": 1} if _draws(model.config) else {}
-    found_on = HeldOut.from_data(context.data, length, _CUT_WINDOWS, "train")
-    judged_on = HeldOut.from_data(context.data, length, _windows(context))
+    found_on = HeldOut.from_data(context.data, length, to_find, "train")
+    judged_on = HeldOut.from_data(context.data, length, to_judge)
     rows: Points = []
     for share in CUT_SHARES:
         routings = {"ratio": Routing(keep_ratio=share, **one)}
@@ -187,31 +189,42 @@ def _by_need(context: Context, dial: str, calibrate: Callable[..., Any]) -> Poin
 def adaptive_samples(context: Context) -> Points:
     """∞-MoE with several samples where the router is unsure and one elsewhere, beside the same number for all.
 
-    "fixed": every token takes `num_samples`. "spread": those whose rms(sigma) / rms(mu) is among the largest of their
+    "fixed": every token takes `num_samples`. "unsure": those whose rms(sigma) / rms(mu) is among the largest of their
     layer, so many that the mean is `MEAN_SAMPLES`; the bounds are found on training text.
     """
     model, length = context.model, context.model.config.max_position_embeddings
     batch_size = max(1, _BATCH_TOKENS // length)
     found_on = HeldOut.from_data(context.data, length, _CUT_WINDOWS, "train")
-    judged_on = HeldOut.from_data(context.data, length, _windows(context))
-    bounds = {
-        k: calibrate_spread(model, found_on, MEAN_SAMPLES, num_samples=k, batch_size=batch_size) for k in SPREAD_SAMPLES
-    }
+    judged_on = HeldOut.from_data(context.data, length, min(_NEED_WINDOWS, _windows(context)))
     rows: Points = []
-    for ratio in SPREAD_RATIOS:
-        plans: list[tuple[int, PerLayer | None]] = [(k, None) for k in (1, MEAN_SAMPLES, *SPREAD_SAMPLES)]
-        for k, bound in (*plans, *bounds.items()):
-            routing = Routing(num_samples=k, keep_ratio=ratio, min_spread=bound)
+    for ratio in UNSURE_RATIOS:
+        plans: list[tuple[str, Routing]] = [
+            ("fixed", Routing(num_samples=k, keep_ratio=ratio)) for k in (1, MEAN_SAMPLES, *UNSURE_SAMPLES)
+        ]
+        for k in UNSURE_SAMPLES:
+            at: dict[str, Any] = {"num_samples": k, "keep_ratio": ratio}
+            bound = calibrate_sigma_to_mu(model, found_on, MEAN_SAMPLES, batch_size=batch_size, **at)
+            plans.append(("unsure", Routing(min_sigma_to_mu=bound, **at)))
+        for rule, routing in plans:
             result = evaluate_loss(model, judged_on, routing, batch_size=batch_size)
-            mean = float(k)
-            if bound is not None:
-                spreads = router_spreads(model, judged_on, routing, batch_size=batch_size)
-                several = [float((s >= at).float().mean()) for s, at in zip(spreads, bound.values, strict=True)]
-                mean = 1.0 + (k - 1) * sum(several) / len(several)
-            rule = {"rule": "fixed" if bound is None else "spread", "keep_ratio": ratio, "num_samples": k}
-            union = sum(unions := result.union_ratios()) / len(unions)
-            rows.append(rule | {"mean_samples": mean, "loss": result.loss, "union_ratio": union})
+            unions = result.union_ratios()
+            rows.append(
+                {"rule": rule, "keep_ratio": ratio, "num_samples": routing.num_samples, "loss": result.loss}
+                | {"mean_samples": _mean_samples(model, judged_on, routing, batch_size)}
+                | {"union_ratio": sum(unions) / len(unions)}
+            )
     return rows
+
+
+def _mean_samples(model: Any, held_out: HeldOut, routing: Routing, batch_size: int) -> float:
+    """Samples that a token takes, on average over tokens and layers."""
+    assert isinstance(routing.num_samples, int)
+    if not isinstance(routing.min_sigma_to_mu, PerLayer):
+        return float(routing.num_samples)
+    found = routers_sigma_to_mu(model, held_out, routing, batch_size=batch_size)
+    bounds = routing.min_sigma_to_mu.values
+    several = [float((seen_N >= bound).float().mean()) for seen_N, bound in zip(found, bounds, strict=True)]
+    return 1.0 + (routing.num_samples - 1) * sum(several) / len(several)
 
 
 def _windows(context: Context) -> int:
@@ -344,12 +357,13 @@ def own_settings(name: str, scale: Scale, files: Mapping[str, str]) -> dict[str,
         "rank_dampings": {"values": list(RANK_DAMPINGS), "experts": list(EXPERT_COUNTS)},
         "modes": {"modes": list(_SPREAD)},
         "adaptive": {"shares": list(CUT_SHARES), "cut_windows": _CUT_WINDOWS},
-        "adaptive_mass": {"shares": list(CUT_SHARES), "cut_windows": _CUT_WINDOWS},
+        "adaptive_mass": {"shares": list(CUT_SHARES), "to_find": _MASS_WINDOWS, "to_judge": _NEED_WINDOWS},
         "adaptive_samples": {
             "mean_samples": MEAN_SAMPLES,
-            "samples": list(SPREAD_SAMPLES),
-            "keep_ratios": list(SPREAD_RATIOS),
-            "cut_windows": _CUT_WINDOWS,
+            "samples": list(UNSURE_SAMPLES),
+            "keep_ratios": list(UNSURE_RATIOS),
+            "to_find": _CUT_WINDOWS,
+            "to_judge": _NEED_WINDOWS,
         },
     }
     return own.get(name)

@@ -115,6 +115,11 @@ def of_seeds(difference: Interval) -> str:
     return f"{difference.count} seeds" if difference.count > 1 else "one seed"
 
 
+def in_brackets(difference: Interval | None) -> str:
+    """The same, to stand behind a figure."""
+    return "" if difference is None else f" ({of_seeds(difference)})"
+
+
 def rivals(section: Section, store: Store, gallery: Gallery, arms: Sequence[str], tokens: int) -> None:
     """A picture of the rivals' losses minus ∞-MoE's."""
     found = {arm: difference for arm in arms if (difference := store.difference(arm, "infinity", tokens)) is not None}

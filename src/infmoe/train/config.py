@@ -197,6 +197,15 @@ class RunConfig(_Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
+    def _start_is_between(self) -> "RunConfig":
+        if self.elastic.start and not 0 < self.plain_steps < self.steps:
+            raise ValueError(
+                f"elastic.start={self.elastic.start:g} of {self.steps} steps is step {self.plain_steps}: "
+                "choose one between the first and the last"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _window_fits(self) -> "RunConfig":
         positions = self.model.get("max_position_embeddings")
         if not isinstance(positions, int) or positions < 2:

@@ -34,6 +34,7 @@ def describe(config: RunConfig) -> str:
             f"{config.batch_rows} rows of {config.window}; a process takes {config.micro_batch_size} at once",
         ),
         ("run", f"{config.steps * config.batch_tokens:,} tokens", f"{config.steps:,} steps"),
+        ("passes over a token", f"{config.mean_passes:.3g}", _elastic_from(config)),
     ]
     return "\n".join(
         [
@@ -41,4 +42,10 @@ def describe(config: RunConfig) -> str:
             "",
             *(f"{name:<24}{value:>20}   {note}" for name, value, note in rows),
         ]
+    )
+
+
+def _elastic_from(config: RunConfig) -> str:
+    return (
+        f"elastic training begins after {config.plain_steps:,} steps" if config.plain_steps else "forward and backward"
     )

@@ -44,9 +44,9 @@ def open_run(out: Path, record: dict[str, Any], *, resume: bool, say: Callable[[
     if run_file.exists():
         old = _read(run_file)
         _refuse_other_run(out, old, record, resume)
-        record |= {"init": old["init"]} if old["init"] else {}
         found = ckpt.latest(out, say)
         if found is not None:
+            record |= {"init": old["init"]} if old["init"] else {}
             start = Start(ckpt.read_state(found)["step"], found)
         elif ckpt.checkpoints(out):
             raise InfMoEError(f"{out} holds no checkpoint that verifies: restore one, or start in another --out")

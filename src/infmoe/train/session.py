@@ -26,6 +26,7 @@ from infmoe import checkpoint as ckpt
 from infmoe.data import DataOrder, TokenData
 from infmoe.data.manifest import MANIFEST, Split
 from infmoe.errors import InfMoEError
+from infmoe.eval.loading import Opened
 from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
 from infmoe.hf.identity import fingerprint
 from infmoe.layers.routing import NoiseKey, Routing
@@ -33,7 +34,7 @@ from infmoe.train.config import RunConfig, hf_config
 from infmoe.train.elastic import check_elastic
 from infmoe.train.initial import describe_start, open_initial
 from infmoe.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from infmoe.train.run_dir import open_run, run_record
+from infmoe.train.run_dir import Start, open_run, run_record
 
 R = TypeVar("R")
 
@@ -79,20 +80,25 @@ class Session:
         accelerator = _start_accelerator(config, model_config)
         accumulation = config.accumulation(accelerator.num_processes)
         record = run_record(config, hashlib.sha256((data.folder / MANIFEST).read_bytes()).hexdigest())
-        initial = None
-        if config.init is not None and not (resume and ckpt.checkpoints(out)):
-            initial = open_initial(config.init, model_config, data)
-            record["init"] = {"checkpoint": str(initial.checkpoint), "fingerprint": fingerprint(initial.model)}
-        begin = on_main(accelerator, lambda: open_run(out, record, resume=resume, say=ckpt.to_stderr))
+        initial: list[Opened] = []  # on the main process; the others get the weights from it
+
+        def claim() -> Start:
+            if config.init is not None and not (resume and ckpt.checkpoints(out)):
+                opened = open_initial(config.init, model_config, data)
+                initial.append(opened)
+                record["init"] = {"checkpoint": str(opened.checkpoint), "fingerprint": fingerprint(opened.model)}
+            return open_run(out, record, resume=resume, say=ckpt.to_stderr)
+
+        begin = on_main(accelerator, claim)
 
         disable_progress_bar()  # transformers' own, for every file that is read or written
         torch.manual_seed(config.seed)
         if begin.checkpoint is None:
             model = InfMoEForCausalLM(model_config)
-            if initial is not None:
-                model.load_state_dict(initial.model.state_dict())
-                if accelerator.is_main_process:
-                    ckpt.to_stderr(describe_start(initial, model_config))
+            if initial:
+                opened = initial.pop()
+                model.load_state_dict(opened.model.state_dict())
+                ckpt.to_stderr(describe_start(opened, model_config))
         else:
             model = InfMoEForCausalLM.from_pretrained(begin.checkpoint, use_safetensors=True, dtype=torch.float32)
         if config.gradient_checkpointing:

@@ -58,9 +58,9 @@ def mean_mass_mask(scores_BTKU: Tensor, mass: float, weight_BTK: Tensor, count_e
     """
     descending_BTKU = scores_BTKU.detach().sort(dim=-1, descending=True).values
     positive_BTKU = descending_BTKU.clamp_min(0.0)
-    sums_BTKU = positive_BTKU.cumsum(dim=-1)
-    # a running sum may round to less than the whole where all is asked for: the last unit is as far as it goes
-    last_BTK1 = (sums_BTKU < mass * sums_BTKU[..., -1:]).sum(dim=-1, keepdim=True).clamp_max(scores_BTKU.shape[-1] - 1)
+    # in float64: small scores would vanish in a running sum of float32, and with them units that mass 1 keeps
+    sums_BTKU = positive_BTKU.cumsum(dim=-1, dtype=torch.float64)
+    last_BTK1 = (sums_BTKU < mass * sums_BTKU[..., -1:]).sum(dim=-1, keepdim=True)
     cut_BTK1 = torch.minimum(positive_BTKU.gather(-1, last_BTK1), descending_BTKU[..., :1])
     kept_BTKU = (scores_BTKU.detach() >= cut_BTK1).to(scores_BTKU.dtype)
     return _mean_mask(scores_BTKU, kept_BTKU, weight_BTK, count_every)

@@ -56,7 +56,7 @@ def select_cut(scores_BTKU: Tensor, cut: float) -> Tensor:
 
 
 def select_mass(scores_BTKU: Tensor, mass: float) -> Tensor:
-    """The fewest units, the largest first, that hold `mass` of the sum of a sample's positive scores.
+    """Top-p over units: the fewest, the largest first, that hold `mass` of the sum of a sample's positive scores.
 
     Units that tie with the last one kept are kept too; where no score is positive, the row's largest.
 
@@ -66,7 +66,8 @@ def select_mass(scores_BTKU: Tensor, mass: float) -> Tensor:
     scores_BTKU = scores_BTKU.detach()
     largest_BTK1 = scores_BTKU.max(dim=-1, keepdim=True).values
     descending_BTKU = scores_BTKU.double().clamp_min(0.0).sort(dim=-1, descending=True).values
-    reached_BTKU = descending_BTKU.cumsum(dim=-1) >= mass * descending_BTKU.sum(dim=-1, keepdim=True)
+    sums_BTKU = descending_BTKU.cumsum(dim=-1)
+    reached_BTKU = sums_BTKU >= mass * sums_BTKU[..., -1:]
     first_BTK1 = reached_BTKU.long().argmax(dim=-1, keepdim=True)
     last_kept_BTK1 = descending_BTKU.gather(-1, first_BTK1)
     return (scores_BTKU >= last_kept_BTK1) | (scores_BTKU == largest_BTK1)
