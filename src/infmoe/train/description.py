@@ -7,10 +7,16 @@ from infmoe.train.config import RunConfig, hf_config
 
 
 def describe(config: RunConfig) -> str:
-    """The resolved configuration as JSON, then parameters, FLOPs and the batch's make-up."""
+    """The resolved configuration as JSON, then parameters, FLOPs and the batch's make-up.
+
+    Raises:
+        InfMoEError: the model can't train at the dials that change.
+    """
     from infmoe.hf import model_cost
+    from infmoe.train.elastic import check_elastic
 
     model_config = hf_config(config)
+    check_elastic(config.elastic, model_config)
     cost = model_cost(model_config)
     resolved = config.to_dict()
     resolved["model"] = {
