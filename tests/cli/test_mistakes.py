@@ -168,6 +168,7 @@ def test_weights_to_start_from(mistake, tiny_run, tmp_path):
     assert "holds no checkpoint" in mistake(*train, "--init", _without_checkpoints(tmp_path))
     other = mistake(*train, "--set", "model.z_dim=4", "--init", tiny_run.run)
     assert "do not fit this run's model: --set model.z_dim=8" in other
+    assert "2026 is no folder" in mistake(*train, "--init", "2026", "--dry-run")
     assert not (tmp_path / "run").exists()
 
 

@@ -39,6 +39,12 @@ def test_the_command_measures_every_point_and_schedule(profile_dir, opened):
         assert row["tokens_timed"] >= 2 * 15
     assert values["points"][0]["increase"] == 0.0
     assert (profile_dir / "frontier.png").stat().st_size > 10_000
+    head, _, *table = (profile_dir / "frontier.md").read_text().partition("\n\n")[0].splitlines()
+    cells = [line[2:-2].replace("\\|", "|").split(" | ") for line in (head, *table)]
+    assert [row[0].rstrip(" *•") for row in cells[1:]] == [p.label() for p in points]
+    assert cells[1][0].rstrip(" •").endswith("*")
+    times = [float(row[cells[0].index("ms per token")]) for row in cells[1:]]
+    assert times == pytest.approx([row["token_ms"] for row in values["points"]], abs=0.006)
     profile = Profile.load(profile_dir)
     profile.check(opened.model)
     assert [m.point for m in profile.points] == points

@@ -237,8 +237,12 @@ def test_several_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini
     body = elastic(store, Gallery(store.folder)).body
     rivals = dict.fromkeys(PASSES, ("infinity-keep4", "infinity-elastic")) | {"infinity-consistency": ("infinity",)}
     for arm, rival in [(ours, its) for ours in PASSES for its in rivals[ours]]:
-        whole, half = (line for line in body.splitlines() if line.startswith(f"| {arm} minus {rival} |"))
+        whole, *fewer = (line for line in body.splitlines() if line.startswith(f"| {arm} minus {rival} |"))
         assert f"| equal tokens, {PASSES[arm]} times the FLOPs | {3.5 - one_pass[rival]:+.3f} ± 0.000 |" in whole
+        if "-from" in arm:
+            assert not fewer
+            continue
+        (half,) = fewer
         assert f"| equal FLOPs, 1/{PASSES[arm]} of the tokens | {3.9 - one_pass[rival]:+.3f} ± 0.000 |" in half
 
 
@@ -308,22 +312,15 @@ def test_samples_by_sureness_are_judged_at_the_same_mean(store, mini):
     shown = "`infinity-elastic-k`, 4 or 1: -0.0020 ± 0.0000 at 1/16, -0.0020 ± 0.0000 at 1/4"
     assert (claim.measured, claim.verdict) == (shown, "holds")
     body = elastic(store, Gallery(store.folder)).body
-    assert "differ from 2 by at most 0.5%)" in body
     least_sure = "| infinity-elastic-k; 8 samples for the least sure 1/7 of the tokens, one for the others"
     assert f"{least_sure} | -0.0030 ± 0.0000 | -0.0030 ± 0.0000 | 3 |" in body
-
-    def miss(arm, k):
-        for run in store.runs(arm, mini.tokens):
-            for row in run.values["measures"]["adaptive_samples"]:
-                row["mean_samples"] *= 1.1 if row["num_samples"] == k else 1.0
-            store.put(run.spec, run.values)
-        (claim,) = claims(store, name)
-        return claim.verdict
-
-    fill(store, {"infinity-lr2x": 3.4}, mini.tokens)
-    assert miss("infinity-lr2x", 4) == "holds"  # another arm's mean, and another K's, are not what is judged
-    assert miss("infinity-elastic-k", 8) == "holds"
-    assert miss("infinity-elastic-k", 4) == "not decided: mean samples differ by 11%"
+    # the same number for all is what was taken on held-out text: between 2 and 4, on the line between their losses
+    for run in store.runs("infinity-elastic-k", mini.tokens):
+        for row in run.values["measures"]["adaptive_samples"]:
+            row["mean_samples"] = 3.0 if row["rule"] == "unsure" and row["keep_ratio"] < 0.1 else row["mean_samples"]
+        store.put(run.spec, run.values)
+    (claim,) = claims(store, name)
+    assert claim.measured == "`infinity-elastic-k`, 4 or 1: -0.0010 ± 0.0000 at 1/16, -0.0020 ± 0.0000 at 1/4"
 
 
 def test_curves_keep_seeds_apart(store, mini):

@@ -92,7 +92,7 @@ def train(
     if data_dir is not None:
         settings.append(f"data.dir={json.dumps(str(data_dir))}")  # quoted: a folder may be named 2026
     if init is not None:
-        settings.append(f"init={json.dumps(init)}")
+        settings.append(f"init={json.dumps(str(Path(init).absolute()))}")  # to be the same folder when it goes on
     config = training.apply_overrides(recipe_named(recipe), settings)
     if dry_run:
         print(training.dry_run(config))

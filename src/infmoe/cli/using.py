@@ -288,9 +288,10 @@ def frontier(
     as_json: Json = False,
 ) -> None:
     """Measure loss and time per token over the dials on this machine; `generate` chooses by it."""
-    from infmoe.checkpoint import results_folder
+    from infmoe.checkpoint import results_folder, write_text
     from infmoe.eval.frontier import measure_frontier
     from infmoe.eval.plots import plot_frontier
+    from infmoe.eval.report import markdown_points
     from infmoe.hf.budget import profile_name
     from infmoe.provenance import write_json
 
@@ -319,10 +320,13 @@ def frontier(
     )
     profile = place / profile_name(rows)
     write_json(profile, result)
+    note = "MFLOPs per token, forward; • quicker than all that are better; * the reference of Δ"
+    write_text(profile.with_suffix(".md"), f"{markdown_points(result['points'])}\n\n{note}\n")
     picture = plot_frontier(result, profile.with_suffix(".png"), title=f"{model_dir}: what a token's time buys")
     show_points(result, as_json)
     if not as_json:
-        print(f"• on the frontier: no other setting is quicker and better\npicture: {picture}")
+        print("• on the frontier: no other setting is quicker and better")
+        print(f"picture: {picture}\ntable: {profile.with_suffix('.md')}")
         for row in result.get("budgets", ()):
             regret = "-" if row["regret"] is None else f"{row['regret']:+.4f}"
             print(

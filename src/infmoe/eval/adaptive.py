@@ -59,7 +59,7 @@ def calibrate_cut(
         routing = Routing(num_samples=num_samples, score_cut=PerLayer(cuts))
         return _kept(model, held_out, routing, seed, batch_size)
 
-    return _calibrate(kept, share, width, per_layer)
+    return _calibrate("score_cut", kept, share, width, per_layer)
 
 
 def calibrate_mass(
@@ -87,8 +87,11 @@ def calibrate_mass(
     most = kept_by(PerLayer([1.0] * len(layers)))
     ceiling = min(most) if per_layer else sum(most) / len(most)
     if ceiling < share:
-        raise InfMoEError(f"no mass keeps {share:g} of the units: no more than {ceiling:.3f} have positive scores")
-    found = _calibrate(lambda cuts: kept_by(masses(cuts)), share, [1.0] * len(layers), per_layer)
+        raise InfMoEError(
+            f"no score_mass keeps {share:g} of the units: no more than {ceiling:.3f} have positive scores"
+        )
+    width = [1.0] * len(layers)
+    found = _calibrate("score_mass", lambda cuts: kept_by(masses(cuts)), share, width, per_layer)
     return masses(list(found.values)) if isinstance(found, PerLayer) else masses([found]).values[0]
 
 
@@ -180,11 +183,12 @@ def _layers(model: Any, share: float | None = None) -> list[Any]:
 
 
 def _calibrate(
-    kept_at: Callable[[list[float]], list[float]], share: float, width: list[float], per_layer: bool
+    dial: str, kept_at: Callable[[list[float]], list[float]], share: float, width: list[float], per_layer: bool
 ) -> float | PerLayer:
     """The cuts at which each layer, or all together, keep `share`.
 
     Args:
+        dial: whose cuts they are.
         kept_at: the layers' cuts -> what each layer keeps, less with a larger cut.
         share: to keep.
         width: how far to step at first, for each layer.
@@ -210,7 +214,7 @@ def _calibrate(
             moved = moved or not close
     worst = max(kept, key=lambda k: abs(k / share - 1.0))
     raise InfMoEError(
-        f"no cut keeps {share:g} of the units: many scores are alike, and {worst:.3f} is as near as it gets"
+        f"no {dial} keeps {share:g} of the units: many scores are alike, and {worst:.3f} is as near as it gets"
     )
 
 

@@ -54,6 +54,14 @@ def table_cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
     return ["point", *(title for title, _, _ in columns)], cells
 
 
+def markdown_points(rows: Sequence[dict[str, Any]]) -> str:
+    """The same as a table in Markdown."""
+    titles, cells = table_cells(rows)
+    rule = ["---", *("---:" for _ in titles[1:])]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (titles, rule, *cells)]  # schedules have bars
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if line]

@@ -438,7 +438,8 @@ class InfinityFFN(ConditionalFFN):
         if not dials.min_sigma_to_mu:
             return indices
         assert indices.sigma_BTZ is not None  # the router drew
-        # the sure tokens' samples all are the first one, and so their mean mask is that one's
+        # The sure tokens' samples all are the first one, and so their mean mask is that one's. They are scored K times
+        # all the same: the dial gains nothing (docs/evidence.md), so there is no path that parts the tokens.
         sure_BT11 = (sigma_to_mu(indices.mu_BTZ, indices.sigma_BTZ) < dials.min_sigma_to_mu)[..., None, None]
         z_BTKZ = torch.where(sure_BT11, indices.z_BTKZ[:, :, :1], indices.z_BTKZ)
         return indices._replace(z_BTKZ=z_BTKZ)

@@ -113,8 +113,9 @@ class Routing:
             the cut that keeps a given share on average, and likewise what the next two take.
         score_mass: top-p over neurons: keep the fewest that hold this share, in (0, 1], of the sum of a sample's
             positive scores, in place of a fixed share of the neurons (`infinity`). One float, or `PerLayer`.
-        min_sigma_to_mu: tokens whose router is surer than this, by rms(sigma) / rms(mu), run their first sample alone,
-            the others all K (`infinity`). One float, or `PerLayer`.
+        min_sigma_to_mu: tokens whose router is surer than this, by rms(sigma) / rms(mu), run the neurons of their
+            first sample alone, the others those of all K (`infinity`). One float, or `PerLayer`. All K are scored and
+            selected for every token: what it spares is neurons.
         num_experts_per_tok: k, how many experts each token runs (`moe`). One int, in eval mode a tuple with one
             int per row, or `PerLayer`.
         mode: "sample" draws z from the router; "mu" takes its mean once (deterministic, K has no meaning);

@@ -230,10 +230,10 @@ def _several_passes(store: Store) -> str:
     rows = []
     for arm, passes in PASSES.items():
         samples, rivals = (2, ("infinity",)) if arm == "infinity-consistency" else (1, _ONE_PASS)
-        for length, cost in (
-            (tokens, f"equal tokens, {passes:g} times the FLOPs"),
-            (int(tokens / passes), f"equal FLOPs, 1/{passes:g} of the tokens"),
-        ):
+        lengths = {tokens: f"equal tokens, {passes:g} times the FLOPs"}
+        if float(passes).is_integer():  # no shorter runs of rules that begin late
+            lengths[int(tokens / passes)] = f"equal FLOPs, 1/{passes:g} of the tokens"
+        for length, cost in lengths.items():
             ours = curve(store, arm, length, ratio_of(samples))
             for rival in rivals:
                 theirs = curve(store, rival, tokens, ratio_of(samples))

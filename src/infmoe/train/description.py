@@ -10,13 +10,15 @@ def describe(config: RunConfig) -> str:
     """The resolved configuration as JSON, then parameters, FLOPs and the batch's make-up.
 
     Raises:
-        InfMoEError: the model can't train at the dials that change.
+        InfMoEError: the model can't train at the dials that change, or start from the weights named.
     """
     from infmoe.hf import model_cost
     from infmoe.train.elastic import check_elastic
+    from infmoe.train.initial import describe_start, open_initial
 
     model_config = hf_config(config)
     check_elastic(config.elastic, model_config)
+    start = [] if config.init is None else [describe_start(open_initial(config.init, model_config, None), model_config)]
     cost = model_cost(model_config)
     resolved = config.to_dict()
     resolved["model"] = {
@@ -47,6 +49,7 @@ def describe(config: RunConfig) -> str:
             json.dumps(resolved, indent=2),
             "",
             *(f"{name:<24}{value:>20}   {note}" for name, value, note in rows),
+            *start,
         ]
     )
 

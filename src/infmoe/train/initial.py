@@ -21,13 +21,13 @@ _SHAPE = (
 _IDLE = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range"}  # no word about these
 
 
-def open_initial(folder: str, model_config: InfMoEConfig, data: TokenData) -> Opened:
+def open_initial(folder: str, model_config: InfMoEConfig, data: TokenData | None) -> Opened:
     """The model that a run starts from.
 
     Args:
         folder: a run (its newest checkpoint that verifies), a checkpoint, or a saved model, with its tokenizer.
         model_config: the run's own model.
-        data: what the run trains on.
+        data: what the run trains on; None: not known yet.
 
     Raises:
         InfMoEError: nothing usable there, weights that do not fit the run's model (names the settings that would
@@ -48,7 +48,8 @@ def open_initial(folder: str, model_config: InfMoEConfig, data: TokenData) -> Op
         differing = [name for name in _SHAPE if getattr(theirs, name) != getattr(model_config, name)]
         raise _misfit(opened, " ".join(f"--set model.{name}={json.dumps(getattr(theirs, name))}" for name in differing))
     opened.tokenizer()  # refuses where there is none: ids of another would be other words
-    opened.data(data.folder)
+    if data is not None:
+        opened.data(data.folder)
     return opened
 
 

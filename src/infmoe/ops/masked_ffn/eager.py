@@ -56,12 +56,11 @@ def mean_mass_mask(scores_BTKU: Tensor, mass: float, weight_BTK: Tensor, count_e
 
     Args and returns: as `mean_top_mask`.
     """
-    descending_BTKU = scores_BTKU.detach().sort(dim=-1, descending=True).values
-    positive_BTKU = descending_BTKU.clamp_min(0.0)
-    # in float64: small scores would vanish in a running sum of float32, and with them units that mass 1 keeps
-    sums_BTKU = positive_BTKU.cumsum(dim=-1, dtype=torch.float64)
-    last_BTK1 = (sums_BTKU < mass * sums_BTKU[..., -1:]).sum(dim=-1, keepdim=True)
-    cut_BTK1 = torch.minimum(positive_BTKU.gather(-1, last_BTK1), descending_BTKU[..., :1])
+    ascending_BTKU = scores_BTKU.detach().sort(dim=-1).values
+    # sums from the smallest up: in float32 (not every device has float64) the small ones would vanish in the others
+    sums_BTKU = ascending_BTKU.clamp_min(0.0).cumsum(dim=-1)
+    kept_BTK1 = (sums_BTKU > (1.0 - mass) * sums_BTKU[..., -1:]).sum(dim=-1, keepdim=True).clamp_min(1)
+    cut_BTK1 = ascending_BTKU.gather(-1, scores_BTKU.shape[-1] - kept_BTK1)
     kept_BTKU = (scores_BTKU.detach() >= cut_BTK1).to(scores_BTKU.dtype)
     return _mean_mask(scores_BTKU, kept_BTKU, weight_BTK, count_every)
 
