@@ -14,7 +14,9 @@ from infmoe.reproduce.statistics import Interval
 Line = Mapping[float, Interval]
 _LEGEND_INSIDE = 4  # lines of a panel; the names of more would lie over them
 _FEW = {1: " (one seed)", 2: " (two seeds)"}  # drawn hollow, without an interval: it would fill the picture
-_COLUMNS = 2  # of a legend below the panels
+_PANEL = 4.6  # inches
+_COLUMNS = 2  # of a legend below the panels, where they fit: inches of a name are
+_KEY, _CHARACTER = 0.6, 0.058  # for its line, and for each character
 _SHORT = 20  # characters beside the bars; longer names make the picture wider
 _CROWDED = 8  # ticks whose labels still stand beside each other
 
@@ -71,8 +73,11 @@ def lines(
     """
     names = list(dict.fromkeys(name for _, drawn in panels for name in drawn))
     outside = max((len(drawn) for _, drawn in panels), default=0) > _LEGEND_INSIDE
-    below = 0.2 * -(-len(names) // _COLUMNS) if outside else 0.0
-    fig, axes = figure(len(panels) // rows, rows=rows, width=4.6, height=(3.9 if rows == 1 else 3.4) + below / rows)
+    across = len(panels) // rows
+    longest = max((len(name) for name in names), default=0) + len(_FEW[1])
+    columns = _COLUMNS if _COLUMNS * (_KEY + _CHARACTER * longest) <= across * _PANEL else 1
+    below = 0.2 * -(-len(names) // columns) if outside else 0.0
+    fig, axes = figure(across, rows=rows, width=_PANEL, height=(3.9 if rows == 1 else 3.4) + below / rows)
     x_labels = [x_label] * len(panels) if isinstance(x_label, str) else x_label
     y_labels = [y_label] * len(panels) if isinstance(y_label, str) else y_label
     chances = levels or [None] * len(panels)
@@ -124,7 +129,7 @@ def lines(
         for ax in axes:
             for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
-        fig.legend(handles.values(), handles, fontsize=8, loc="outside lower center", ncols=_COLUMNS, frameon=False)
+        fig.legend(handles.values(), handles, fontsize=8, loc="outside lower center", ncols=columns, frameon=False)
     fig.suptitle(title, fontsize=11, wrap=True)
     return save(fig, path)
 
