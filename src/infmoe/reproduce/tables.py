@@ -13,6 +13,7 @@ from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
     MISSING,
+    ONE_SEED,
     OPEN,
     UNDECIDED,
     Claim,
@@ -227,6 +228,8 @@ def table3(store: Store, gallery: Gallery) -> Section:
             text_of(last),
             MISSING
             if last is None
+            else ONE_SEED
+            if last.half_width is None
             else HOLDS
             if last.low > _HIGH_ENTROPY
             else FAILS
