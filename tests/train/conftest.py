@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from train_process import train_as_the_command_line
 
+from infmoe.checkpoint import resolve_checkpoint
 from infmoe.data import MemorySource, TrainBPE, prepare
 from infmoe.recipes import recipe
-from infmoe.train import RunConfig, apply_overrides
+from infmoe.train import RunConfig, apply_overrides, run
 
 # 2 layers of width 32, 8 rows of 32 tokens per step
 SMALL = (
@@ -90,3 +93,19 @@ def start_training():
     for process in started:
         process.kill()
         process.join()
+
+
+@pytest.fixture
+def two_processes_train_as_one(start_training, tmp_path):
+    """Check that two processes end in the weights that one ends in."""
+
+    def check(config: RunConfig) -> None:
+        for process in start_training(config, tmp_path / "two", ranks=2):
+            process.join(120)
+            assert process.exitcode == 0
+        assert run(config, tmp_path / "one").exit_code == 0
+        one, two = (load_file(resolve_checkpoint(tmp_path / n) / "model.safetensors") for n in ("one", "two"))
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+    return check

@@ -273,17 +273,11 @@ def test_a_start_before_the_first_step_or_after_the_last_is_refused(small, start
         small("elastic.keep_ratio=[0.5]", f"elastic.start={start}")
 
 
-def test_processes_begin_to_train_elastically_at_the_same_step(small, tmp_path, start_training):
+def test_processes_begin_to_train_elastically_at_the_same_step(small, two_processes_train_as_one):
     """Elastic MoE's draws are a switch of the layer, below the processes' wrapper; two passes follow on one."""
     settings = (*EMOE, "elastic.num_experts_per_tok=[1,2]", "elastic.rule=sandwich", "elastic.start=0.5")
     config = small(*settings, "micro_batch_size=4", variant="moe")
-    for process in start_training(config, tmp_path / "two", ranks=2):
-        process.join(120)
-        assert process.exitcode == 0
-    assert run(config, tmp_path / "one").exit_code == 0
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, tensor in a.items():
-        torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    two_processes_train_as_one(config)
 
 
 @pytest.mark.parametrize(

@@ -81,15 +81,9 @@ def test_before_its_first_checkpoint_it_starts_from_what_is_there_then(small, tr
     assert said["fingerprint"] != first["fingerprint"]
 
 
-def test_two_processes_start_from_the_same_weights(small, trained, tmp_path, start_training):
+def test_two_processes_start_from_the_same_weights(small, trained, two_processes_train_as_one):
     config = small(f"init={trained}", "micro_batch_size=4")
-    for process in start_training(config, tmp_path / "two", ranks=2):
-        process.join(120)
-        assert process.exitcode == 0
-    assert run(config, tmp_path / "one").exit_code == 0
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, tensor in a.items():
-        torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    two_processes_train_as_one(config)
 
 
 @pytest.mark.parametrize(
