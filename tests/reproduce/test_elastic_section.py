@@ -11,7 +11,7 @@ from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.dial_curves import curve, means, useful_range, useful_ranges
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, ELASTIC_UNSCALED, PASSES, groups
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_KEEP, ELASTIC_RULES, ELASTIC_UNSCALED, PASSES, groups
 from infmoe.reproduce.store import Store
 from infmoe.train.config import ElasticConfig, load_config
 
@@ -130,10 +130,13 @@ def test_ranges_are_compared_by_the_seeds_that_all_have(store, mini):
 @pytest.mark.parametrize(("less", "verdict"), [(-0.05, "holds"), (0.015, "does not hold"), (-0.009, "does not hold")])
 def test_more_experts_are_held_against_the_plain_model_at_its_own(store, mini, less, verdict):
     last = "matryoshka-k4-scaled"
-    rivals = [name for name in ELASTIC_EXPERTS if name.startswith(("emoe-k4-", "matryoshka-k4-")) and name != last]
+    rivals = [name for name in ELASTIC_RULES if name.startswith(("emoe-k4-", "matryoshka-k4-")) and name != last]
     fill(store, dict.fromkeys(("moe16-fine-k4-scaled", *rivals), 3.5), mini.tokens)
+    fill(store, {"emoe-k4-w0-scaled": 3.5}, mini.tokens, seeds=1)  # of fewer seeds: shown, and not judged
     (claim,) = claims(store, "8 experts, by some rule")
-    assert claim.verdict == "not decided: 8 of 9 rules measured"  # the plain one counts once more for each α
+    assert claim.verdict == "not decided: 4 of 5 rules measured"  # the plain one counts once more for each α
+    assert "emoe-k4-w0-scaled" in claim.measured
+    assert claim.reason == "of fewer seeds, and not judged: emoe-k4-w0-scaled"
     fill(store, {last: 3.5}, mini.tokens)
     for run in store.runs(last, mini.tokens):
         plain = store.run("moe16-fine-k4-scaled", mini.tokens, run.spec.seed)

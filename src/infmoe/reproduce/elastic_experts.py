@@ -6,7 +6,7 @@ from infmoe.reproduce.arms import arm_named, label, titled
 from infmoe.reproduce.dial_curves import RANGE, Curve, Stretch, curve, means, over_k, useful_ranges
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.measures import DAMPED_ARMS, GATE_NORM_ARMS
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_UNSCALED
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_RULES, ELASTIC_UNSCALED
 from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
@@ -281,14 +281,17 @@ def _beyond_claim(store: Store) -> Claim:
     if not found:
         return Claim(text, "–", MISSING)
     shown = "; ".join(f"{name} {text_of(gap, sign=True)}" for name, gap in found.items())
-    seeds = min(gap.count for gap in found.values()) if len(found) == len(gaps) else 0
+    judged = {name: gap for name, gap in gaps.items() if name.partition(",")[0] in ELASTIC_RULES}
+    known = [gap for gap in judged.values() if gap is not None]
+    seeds = min(gap.count for gap in known) if len(known) == len(judged) else 0
     if seeds < store.scale.side_seeds:
-        verdict = f"not decided: {len(found)} of {len(gaps)} rules measured" if not seeds else _few(seeds, store)
-    elif any(gap.high < -RANGE for gap in found.values()):
+        verdict = f"not decided: {len(known)} of {len(judged)} rules measured" if not seeds else _few(seeds, store)
+    elif any(gap.high < -RANGE for gap in known):
         verdict = HOLDS
     else:
-        verdict = FAILS if all(gap.low > -RANGE for gap in found.values()) else UNDECIDED.replace("0", f"-{RANGE:g}")
-    return Claim(text, f"{shown} nats", verdict)
+        verdict = FAILS if all(gap.low > -RANGE for gap in known) else UNDECIDED.replace("0", f"-{RANGE:g}")
+    fewer = [name for name, gap in found.items() if name not in judged and gap.count < store.scale.side_seeds]
+    return Claim(text, f"{shown} nats", verdict, f"of fewer seeds, and not judged: {', '.join(fewer)}" if fewer else "")
 
 
 def _few(seeds: int, store: Store) -> str:

@@ -194,12 +194,16 @@ ELASTIC_LATE = (
     *("infinity-sandwich-distill-from0.5", "infinity-sandwich-distill-from0.8"),
     "infinity-sandwich-quarter-from0.8",
 )
-ELASTIC_EXPERTS = (
-    *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "emoe-k4-w0-scaled", "emoe-k4-w0.0001-p0.1-scaled"),
-    "matryoshka-k4-scaled",
+ELASTIC_RULES = (
+    *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "matryoshka-k4-scaled"),
     *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled", "matryoshka-k8-scaled", "moe16-fine-k16-scaled"),
+)
+# What in them costs loss: the draws alone, rarer ones, and later ones
+ELASTIC_DRAWS = (
+    *("emoe-k4-w0-scaled", "emoe-k4-w0.0001-p0.1-scaled"),
     *(f"{name}-from0.5" for name in LATE_EXPERTS),
 )
+ELASTIC_EXPERTS = (*ELASTIC_RULES, *ELASTIC_DRAWS)
 # The same with gates that sum to 1: one seed, that showed how much of a difference the size of the output makes. It
 # and the other rates are for the scale whose grid they answer.
 ELASTIC_UNSCALED = (
@@ -225,10 +229,11 @@ def _elastic(scale: Scale) -> list[Group]:
     return [
         Group(ELASTIC_KEEP, scale.tokens, side),
         Group(ELASTIC_UNSCALED if scale.lr_grid else (), scale.tokens, (1, 1)),
-        Group(ELASTIC_EXPERTS, scale.tokens, side),
-        Group(ELASTIC_LATE, scale.tokens, side),
+        Group(ELASTIC_RULES, scale.tokens, side),
         Group(ELASTIC_K, scale.tokens, side),
         Group(("infinity-sandwich-distill",), scale.tokens // 2, side),
+        Group(ELASTIC_LATE, scale.tokens, side),
+        Group(ELASTIC_DRAWS, scale.tokens, side),
         Group(("infinity-sandwich-between",), scale.tokens, side),
         Group(("infinity-sandwich-between",), scale.tokens // 3, side),
         Group(ELASTIC_MORE, scale.tokens, side),
@@ -271,17 +276,19 @@ _TABLES = ("table3", "figure3", "table6", "table1", "figure2", "figure4")
 def _all(scale: Scale) -> list[Group]:
     """Everything, the most informative first.
 
-    Tier 1 and the keep ratio's arms with all their seeds, then every other comparison once, then its seeds.
+    Tier 1 and what elastic compute is compared by with all their seeds, then every other comparison once, then its
+    seeds.
     """
     first, rates, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
-    keep, unscaled, experts, *elastic = EXPERIMENTS["elastic"](scale)
+    *elastic, late, draws, between, between_fewer, more, more_fewer = EXPERIMENTS["elastic"](scale)
+    rest = [between, between_fewer, more, more_fewer]
     few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come last
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
     tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
-    once = [rates_once, experts, tier2, *elastic[:3], *sizes, *long, longer, *tables, *elastic[3:], tier2_then]
-    then = [experts, *elastic[:5], tier2, *sizes, rates, *long, *tables, longer, tier2_then, *elastic[5:]]
-    return [few, keep, unscaled, *_seeds(once, 1), *then, first]
+    once = [rates_once, tier2, late, draws, *sizes, *long, longer, *rest, *tables, tier2_then]
+    then = [late, draws, tier2, *sizes, rates, *long, *tables, longer, tier2_then, *rest]
+    return [few, *elastic, *_seeds(once, 1), *then, first]
 
 
 def _seeds(wanted: list[Group], seeds: int) -> list[Group]:
