@@ -200,6 +200,29 @@ def test_the_alpha_dial_is_drawn_at_every_k_and_leaves_the_first_alone(store, mi
     assert [half.split("|")[i] == plain.split("|")[i] for i in range(2, 6)] == [True] * 4
 
 
+def test_more_samples_are_judged_at_the_largest_ratio_where_two_of_them_differ(store, mini):
+    fill(store, {"infinity": 3.4, "infinity-keep8": 3.5}, mini.tokens)
+    text = (
+        "samples share less than 90 % of their units, more of them buy a lower loss (K = 8 against 1), of `infinity-k"
+    )
+    for run in store.runs("infinity-keep8", mini.tokens):
+        for row in run.values["measures"]["dial_grid"]:
+            row["overlap_ratio"] = 0.95 - 0.07 * (row["keep_ratio"] < 0.1)  # below 0.9 from 1/16 down
+            if row.get("num_samples") == 8:
+                row["loss"] += {1 / 16: -0.49125, 1 / 32: 0.5}.get(row["keep_ratio"], 0.0)
+                row["flops_ideal"] = 3 * 10**6
+        store.put(run.spec, run.values)
+    (claim,) = claims(store, text)
+    # the fixture's own losses fall by 0.00875
+    assert claim.measured == "-0.5000 ± 0.0000 nats (3 seeds) at keep ratio 1/16, for 3.00 times the ideal FLOPs"
+    assert (claim.verdict, claim.reason) == ("holds", "two samples share 88% there")
+    for run in store.runs("infinity-keep8", mini.tokens):
+        for row in run.values["measures"]["dial_grid"]:
+            row["overlap_ratio"] = 0.95
+        store.put(run.spec, run.values)
+    assert not claims(store, text)
+
+
 def test_a_ratio_that_is_missing_decides_nothing(store, mini):
     fill(store, LOSSES | {"infinity-elastic": 3.0}, mini.tokens)
     for run in store.runs("infinity-elastic", mini.tokens):

@@ -11,6 +11,7 @@ from infmoe.reproduce.section import (
     MISSING,
     NOT_RUN,
     ONE_SEED,
+    SHARED,
     Claim,
     Section,
     at_dials,
@@ -393,7 +394,7 @@ def _sigma(store: Store, section: Section) -> str:
     ratio = interval([row["sigma_to_mu"] for row in rows])
     overlap = interval([row["overlap_ratio"] for row in rows])
     union = interval([row["union_ratio"] for row in rows])
-    void = overlap.mean > 0.9
+    void = overlap.mean > SHARED
     first = [run.values["curve"]["sigma_to_mu"][0] for run in store.runs(OURS, store.scale.tokens) if not run.diverged]
     shrinks = interval(first).mean / ratio.mean
     alive = "alive" if shrinks < _SHRUNK else f"shrinks {shrinks:.1f}-fold, and lives" if ratio.low > _ALIVE else "dies"

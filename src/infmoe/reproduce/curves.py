@@ -12,6 +12,7 @@ from infmoe.reproduce.section import (
     HOLDS,
     MISSING,
     OPEN,
+    SHARED,
     VOID,
     Claim,
     Section,
@@ -108,7 +109,7 @@ def figure2(store: Store, gallery: Gallery) -> Section:
         Claim(
             "∞-MoE gains from more samples at inference (§5.1, Figure 2), in held-out loss",
             f"K = 8 against 2: {nats(gain, 4)}",
-            VOID if _overlap(store, tokens) > 0.9 and verdict_below(gain) == HOLDS else verdict_below(gain),
+            VOID if _overlap(store, tokens) > SHARED and verdict_below(gain) == HOLDS else verdict_below(gain),
             _void_dial(store, tokens),
         )
     )
@@ -140,7 +141,7 @@ def _void_dial(store: Store, tokens: int) -> str:
     share = _overlap(store, tokens)
     if not share:
         return ""
-    void = "more than 90 %, so the K dial is void" if share > 0.9 else "so K draws something new, if little"
+    void = "more than 90 %, so the K dial is void" if share > SHARED else "so K draws something new, if little"
     return f"two samples share {share:.0%} of their units: {void}"
 
 

@@ -34,7 +34,7 @@ MEAN_SAMPLES = 2  # where sure tokens take one sample and the others so many:
 UNSURE_SAMPLES = (4, 8)
 UNSURE_RATIOS = (1 / 16, 1 / 4)
 GRID_SAMPLES = (1, 2, 4, 8, 16)
-GRID_RATIOS = (1 / 16, 1 / 8, 1 / 2)  # 1/4 is among the dials
+GRID_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 2)  # 1/4 is among the dials
 _SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
 _CUT_WINDOWS = 64  # of training text
 # A mass is a share, so little text finds it; and sorting every token's scores takes long.
@@ -51,7 +51,7 @@ GATE_NORM_ARMS = (
     *("moe", "moe16", "moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled"),
     *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled"),
 )
-GRID_ARMS = (*SAMPLE_ARMS, "infinity-lr2x")
+GRID_ARMS = (*SAMPLE_ARMS, "infinity-lr2x", "infinity-keep8", "infinity-keep16")
 _SCORING = 2  # which zero-shot items are chosen, and what their figures mean; raised whenever that changes
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 

@@ -17,6 +17,7 @@ ONE_SEED = "not decided: one seed"
 NOT_RUN = "not run at this budget"
 MISSING = "not measured yet"
 VOID = "void: the samples hardly differ"
+SHARED = 0.9  # of their units: two samples that have more in common are one, and K is no dial
 
 
 @dataclass(frozen=True)
