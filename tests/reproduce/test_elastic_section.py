@@ -385,6 +385,7 @@ def test_elastic_arms_train_as_their_names_say(mini):
         long = load_config(config.to_dict() | {"steps": 1000})  # the steps of mini are too few for a fifth of them
         assert long.mean_passes == pytest.approx(PASSES.get(name, 1))
         assert config.elastic.start == (float(name.partition("-from")[2]) if "-from" in name else 0.0)
+        assert config.elastic.others_weight == (0.25 if "-w0.25-" in name else 1.0)
         if name.startswith("emoe"):
             k = int(name.split("-")[1][1:])
             assert config.model["num_experts_per_tok"] == k

@@ -140,9 +140,15 @@ def gradients(session, monkeypatch=None):
         ("elastic.keep_ratio=[0.125,0.5]", "elastic.num_samples=[1,2]"),
         ("elastic.keep_ratio=[0.125,0.25,0.5]", "elastic.rule=sandwich", "elastic.between=1"),
         ("elastic.keep_ratio=[0.125,0.5]", "elastic.rule=sandwich", "elastic.distill=true"),
+        (
+            "elastic.keep_ratio=[0.125,0.5]",
+            "elastic.rule=sandwich",
+            "elastic.distill=true",
+            "elastic.others_weight=0.3",
+        ),
         ("elastic.consistency_weight=0.7",),
     ],
-    ids=["draw", "sandwich", "distill", "consistency"],
+    ids=["draw", "sandwich", "distill", "weighted", "consistency"],
 )
 def test_gradients_are_those_of_the_rule_written_out(small, tmp_path, elastic):
     """Two micro-batches, so that accumulation is in it."""
@@ -168,7 +174,8 @@ def test_gradients_are_those_of_the_rule_written_out(small, tmp_path, elastic):
             parts = [text(logits) for logits in outputs]
             if rule.consistency_weight:
                 parts[1] = parts[1] + 0.7 * divergence(outputs[0], outputs[1])
-        total = total + sum(parts) / len(parts) / 2
+        weights = [1.0] + [rule.others_weight] * (len(parts) - 1)
+        total = total + sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights) / 2
     total.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
@@ -254,6 +261,8 @@ def test_matryoshka_trains_at_the_drawn_numbers_of_experts(small, tmp_path, vari
         ({"rule": "sandwich"}, "needs a list"),
         ({"keep_ratio": [0.5], "between": 1}, "go with elastic.rule=sandwich"),
         ({"keep_ratio": [0.5], "distill": True}, "go with elastic.rule=sandwich"),
+        ({"keep_ratio": [0.5], "others_weight": 0.5}, "go with elastic.rule=sandwich"),
+        ({"keep_ratio": [0.5, 0.25], "rule": "sandwich", "others_weight": 0}, "elastic.others_weight"),
         ({"keep_ratio": [0.5, 0.25], "rule": "sandwich", "consistency_weight": 1.0}, "goes with elastic.rule=draw"),
         ({"keep_ratio": [0.5], "rule": "sandwich"}, "at least two values"),
         ({"per": "step"}, "draws nothing without a list"),

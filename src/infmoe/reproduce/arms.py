@@ -141,6 +141,13 @@ def _elastic() -> list[Arm]:
             *("1/4 teaches 1/16 in the last fifth", one_sample),
             ("elastic.keep_ratio=[0.0625,0.25]", sandwich, "elastic.distill=true", "elastic.start=0.8"),
         ),
+        "infinity-sandwich-quarter-w0.25-from0.8": (
+            *("1/4 teaches 1/16 at a weight of 1/4, last fifth", one_sample),
+            (
+                *("elastic.keep_ratio=[0.0625,0.25]", sandwich, "elastic.distill=true", "elastic.start=0.8"),
+                "elastic.others_weight=0.25",
+            ),
+        ),
         "infinity-elastic-k": ("K drawn from 1 … 4", {}, ("elastic.num_samples=[1,2,3,4]",)),
         "infinity-consistency": ("two draws made to agree", {}, ("elastic.consistency_weight=1.0",)),
     }

@@ -192,7 +192,7 @@ TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
 ELASTIC_LATE = (
     *("infinity-sandwich-distill-from0.5", "infinity-sandwich-distill-from0.8"),
-    "infinity-sandwich-quarter-from0.8",
+    *("infinity-sandwich-quarter-from0.8", "infinity-sandwich-quarter-w0.25-from0.8"),
 )
 ELASTIC_RULES = (
     *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "matryoshka-k4-scaled"),
@@ -219,6 +219,7 @@ PASSES: dict[str, float] = {
     "infinity-sandwich-distill-from0.5": 1.5,
     "infinity-sandwich-distill-from0.8": 1.2,
     "infinity-sandwich-quarter-from0.8": 1.2,
+    "infinity-sandwich-quarter-w0.25-from0.8": 1.2,
     "infinity-sandwich": 2,
     "infinity-consistency": 2,
 }
@@ -280,15 +281,15 @@ def _all(scale: Scale) -> list[Group]:
     seeds.
     """
     first, rates, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
-    *elastic, late, draws, between, between_fewer, more, more_fewer = EXPERIMENTS["elastic"](scale)
+    keep, unscaled, *elastic, late, draws, between, between_fewer, more, more_fewer = EXPERIMENTS["elastic"](scale)
     rest = [between, between_fewer, more, more_fewer]
     few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come last
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
     tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
-    once = [rates_once, tier2, late, draws, *sizes, *long, longer, *rest, *tables, tier2_then]
+    once = [rates_once, tier2, draws, *sizes, *long, longer, *rest, *tables, tier2_then]
     then = [late, draws, tier2, *sizes, rates, *long, *tables, longer, tier2_then, *rest]
-    return [few, *elastic, *_seeds(once, 1), *then, first]
+    return [few, keep, unscaled, *_seeds([late], 1), *elastic, *_seeds(once, 1), *then, first]
 
 
 def _seeds(wanted: list[Group], seeds: int) -> list[Group]:

@@ -82,6 +82,8 @@ class ElasticConfig(_Strict):
             list in every step, and `between` drawn ones.
         between: drawn settings of a sandwich.
         distill: the largest of a sandwich learns from the text and teaches the others its distribution.
+        others_weight: of the loss of each of a sandwich's other settings; the largest has 1, and the sum of the
+            weighted losses is divided by the sum of the weights.
         consistency_weight: of the divergence between two draws of the router's noise: a second pass with other
             noise learns from the text and, so weighted, from the first one's distribution (∞-MoE).
     """
@@ -94,6 +96,7 @@ class ElasticConfig(_Strict):
     rule: Literal["draw", "sandwich"] = "draw"
     between: int = Field(default=0, ge=0)
     distill: bool = False
+    others_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     consistency_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -107,8 +110,8 @@ class ElasticConfig(_Strict):
             raise ValueError("elastic.rule=sandwich needs a list of at least two values: its ends are the same")
         if self.rule == "sandwich" and not self.lists:
             raise ValueError("elastic.rule='sandwich' needs a list of values, e.g. elastic.keep_ratio=[0.125,0.5]")
-        if self.rule != "sandwich" and (self.between or self.distill):
-            raise ValueError("elastic.between and elastic.distill go with elastic.rule=sandwich")
+        if self.rule != "sandwich" and (self.between or self.distill or self.others_weight != 1):
+            raise ValueError("elastic.between, distill and others_weight go with elastic.rule=sandwich")
         if self.rule == "sandwich" and self.consistency_weight:
             raise ValueError("elastic.consistency_weight goes with elastic.rule=draw")
         return self

@@ -35,6 +35,7 @@ class Pass:
         text: it learns from the text.
         taught: weight of the divergence from the teacher's distribution.
         other_noise: its router's noise is not that of the step's other passes.
+        weight: of its loss; the step's loss is the weighted mean over its passes.
     """
 
     dials: dict[str, Any]
@@ -42,6 +43,7 @@ class Pass:
     text: bool = True
     taught: float = 0.0
     other_noise: bool = False
+    weight: float = 1.0
 
     def routing(self, routing: Routing) -> Routing:
         """The batch's routing with this pass's dials and noise."""
@@ -69,7 +71,7 @@ def passes(config: ElasticConfig, *, seed: int, step: int, num_layers: int) -> l
         taught = 1.0 if config.distill else 0.0
         return [
             Pass(largest, teaches=config.distill),
-            *(Pass(dials, text=not config.distill, taught=taught) for dials in others),
+            *(Pass(dials, text=not config.distill, taught=taught, weight=config.others_weight) for dials in others),
         ]
     (dials,) = _draw(config, seed, step, num_layers, 1)
     if not config.consistency_weight:

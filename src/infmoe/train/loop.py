@@ -89,13 +89,13 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> TrainResult:
 
 
 def forward_backward(session: Session, step: int, *, with_stats: bool) -> tuple[Tensor, list | None]:
-    """Gradients of the mean loss over the global batch, and over the step's passes (see `infmoe.train.elastic`).
+    """Gradients of the mean loss over the global batch, weighted over the step's passes (`infmoe.train.elastic`).
 
     Every micro-batch has the same number of targets, so the mean over micro-batches and processes is the mean
     over tokens.
 
     Returns:
-        float32, shape (2,): this process's mean cross-entropy and auxiliary loss over all passes; and, where
+        float32, shape (2,): this process's mean cross-entropy and auxiliary loss, weighted alike; and, where
         asked for, each layer's routing statistics in the first pass on this process.
     """
     config, accelerator = session.config, session.accelerator
@@ -106,11 +106,12 @@ def forward_backward(session: Session, step: int, *, with_stats: bool) -> tuple[
     set_elastic(session.model, begun)
     draws = {"seed": config.seed, "step": step, "num_layers": session.num_layers}
     todo = passes(config.elastic, **draws) if begun else [Pass({})]
-    share = 1.0 / (session.accumulation * len(todo))
+    all_weights = session.accumulation * sum(this.weight for this in todo)
     for micro in range(session.accumulation):
         tokens_BT, routing = session.micro_batch(step, micro, stats_tokens=config.log.stats_tokens if with_stats else 1)
         teacher_BTV: Tensor | None = None
         for i, this in enumerate(todo):
+            share = this.weight / all_weights
             # gradients travel between processes once per step, with the last pass over the last micro-batch
             is_last = micro == session.accumulation - 1 and i == len(todo) - 1
             with nullcontext() if is_last else accelerator.no_sync(session.model):
