@@ -15,7 +15,7 @@ from infmoe.data import TokenData
 from infmoe.eval.loading import open_model
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers import InfinityFFN, NoiseKey, Routing
-from infmoe.layers.mask_weights import num_kept
+from infmoe.layers.dials import num_kept
 from infmoe.layers.router import Indices
 from infmoe.ops.masked_ffn import eager
 from infmoe.train import run

@@ -2,7 +2,7 @@
 
 import torch
 
-from infmoe.layers.mask_weights import Dials
+from infmoe.layers.dials import Dials
 from infmoe.layers.metrics import RoutingStats
 
 State = tuple[int, ...]

@@ -16,21 +16,14 @@ from infmoe.errors import InfMoEError, unknown_name
 from infmoe.layers.activations import activation, ffn_width
 from infmoe.layers.base import ConditionalFFN, FFNCost, FFNOutput, Init
 from infmoe.layers.density import UnionDensity
+from infmoe.layers.dials import MASK_SCALES, Dials, MaskScale, num_kept
 from infmoe.layers.few_token_call import CallMemory, FewTokenCall, usual_maps
 from infmoe.layers.gaussian import mean_mask_second_moment
 from infmoe.layers.linear import Linear, affine, is_hooked, is_plain, product
-from infmoe.layers.mask_weights import (
-    MASK_SCALES,
-    Dials,
-    MaskScale,
-    cut_of,
-    num_kept,
-    per_row,
-    sample_weights,
-)
+from infmoe.layers.mask_weights import sample_weights
 from infmoe.layers.metrics import RoutingStats, stats_stride
 from infmoe.layers.router import GaussianRouter, Indices, SigmaActivation, sigma_to_mu
-from infmoe.layers.routing import MODES, Mode, NoiseKey, PerLayer, Routing, check_keep_ratio, check_num_samples
+from infmoe.layers.routing import MODES, Mode, NoiseKey, Routing, check_keep_ratio, check_num_samples
 from infmoe.layers.samples import coordinates, spread_samples
 from infmoe.ops import dispatch, triton
 from infmoe.ops.coordinates import NoiseCoordinates
@@ -405,26 +398,15 @@ class InfinityFFN(ConditionalFFN):
     def _dials(self, routing: Routing, batch_size: int) -> Dials:
         """The call's dials, with the layer's own where it says nothing."""
         self._refuse(routing, "num_experts_per_tok")
-        mode = routing.mode or self.routing_mode
-        if self.router.noise_dim == 0 and mode != "mu":
-            raise InfMoEError(f"this layer has no sigma (sigma_activation='none'), so mode {mode!r} means nothing")
-        if mode == "mu" and routing.num_samples is not None:
-            raise InfMoEError("this layer routes by z = mu and draws nothing: leave num_samples out")
-        cut = cut_of(routing)
-        if cut is not None and self.mask_scale != "none":
-            raise InfMoEError(f"{cut.dial} keeps no fixed ratio, which mask_scale={self.mask_scale!r} scales by")
-        if routing.min_sigma_to_mu is not None and mode == "mu":
-            raise InfMoEError("z = mu draws nothing: leave min_sigma_to_mu out")
-        num_samples = per_row(routing.num_samples, self.num_samples)
-        keep_ratios = per_row(routing.keep_ratio, self.keep_ratio)
-        for name, dial in (("num_samples", num_samples), ("keep_ratio", keep_ratios)):
-            if len(dial) not in (1, batch_size):
-                raise InfMoEError(f"{name} has {len(dial)} values for a batch of {batch_size} rows: give one per row")
-        bound = routing.min_sigma_to_mu or 0.0
-        assert not isinstance(bound, PerLayer)  # `at_layer` took it apart
-        if bound and max(num_samples) == 1:
-            raise InfMoEError("min_sigma_to_mu spares sure tokens the further samples: give num_samples of 2 or more")
-        return Dials((1,) if mode == "mu" else num_samples, keep_ratios, mode, cut, bound)
+        return Dials.of_call(
+            routing,
+            num_samples=self.num_samples,
+            keep_ratio=self.keep_ratio,
+            mode=self.routing_mode,
+            mask_scale=self.mask_scale,
+            has_sigma=self.router.noise_dim > 0,
+            batch_size=batch_size,
+        )
 
     def _draw(self, x_BTD: Tensor, routing: Routing, dials: Dials) -> Indices:
         """Expert indices of every token: sampled (Eq. 5), or the mean."""

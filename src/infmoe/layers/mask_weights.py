@@ -1,74 +1,17 @@
-"""What one ∞-MoE call runs with, and how much each sample's mask weighs in their mean.
+"""How much each sample's mask weighs in their mean.
 
 B batch rows, T tokens, K samples, U units.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from infmoe.layers.dials import Dials, Floats, MaskScale, num_kept
 from infmoe.layers.gaussian import kept_second_moment
-from infmoe.layers.routing import Mode, PerLayer, Routing
 from infmoe.ops.masked_ffn import eager
 from infmoe.ops.masked_ffn.result import Selection
-
-MaskScale = Literal["none", "fixed", "rms"]
-MASK_SCALES: tuple[MaskScale, ...] = ("none", "fixed", "rms")
-Ints = tuple[int, ...]
-Floats = tuple[float, ...]
-
-
-class Cut(NamedTuple):
-    """Where a token's masks end, in place of a fixed share.
-
-    Attributes:
-        dial: "score_cut": units that score at least `at`; "score_mass": the fewest that hold `at` of the positive
-            scores' sum.
-        at: the value.
-    """
-
-    dial: Literal["score_cut", "score_mass"]
-    at: float
-
-
-class Dials(NamedTuple):
-    """What one call of one layer runs with.
-
-    Attributes:
-        num_samples: K; one value for all rows or one per row.
-        keep_ratios: likewise.
-        mode: how the K samples are drawn.
-        cut: keep what this says instead of a share, or None.
-        min_sigma_to_mu: tokens whose router is surer than this take one sample; 0: none does.
-    """
-
-    num_samples: Ints
-    keep_ratios: Floats
-    mode: Mode
-    cut: Cut | None = None
-    min_sigma_to_mu: float = 0.0
-
-
-def cut_of(routing: Routing) -> Cut | None:
-    """What a layer's routing gives in place of a fixed share."""
-    assert not isinstance(routing.score_cut, PerLayer)  # `Routing.at_layer` took it apart
-    assert not isinstance(routing.score_mass, PerLayer)
-    if routing.score_cut is not None:
-        return Cut("score_cut", routing.score_cut)
-    return None if routing.score_mass is None else Cut("score_mass", routing.score_mass)
-
-
-def per_row(dial: Any, default: Any) -> tuple:
-    """The dial, or the default, as one value for all rows or one per row."""
-    value = default if dial is None else dial
-    return value if isinstance(value, tuple) else (value,)
-
-
-def num_kept(keep_ratios: Floats, num_units: int) -> Ints:
-    """How many units each ratio keeps: the nearest whole number, one at least."""
-    return tuple(max(1, round(ratio * num_units)) for ratio in keep_ratios)
 
 
 def sample_weights(
