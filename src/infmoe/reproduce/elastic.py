@@ -23,7 +23,7 @@ from infmoe.reproduce.elastic_experts import each, expert_curves, experts
 from infmoe.reproduce.elastic_samples import sampling
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.measures import SAMPLE_ARMS
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_LATE, PASSES, tokens_text
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_LATE, PASSES, SANDWICH, SHORTER, shorter, tokens_text
 from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
@@ -50,7 +50,7 @@ _FIXED = {"infinity-keep4": 1 / 4, "infinity-keep8": 1 / 8, "infinity-keep16": 1
 _ONE_PASS = ("infinity-keep4", "infinity-elastic")  # what rules of several passes are held against
 _ELASTIC = (
     *("infinity-elastic", "infinity-elastic-step", "infinity-elastic-scaled"),
-    *("infinity-sandwich", "infinity-sandwich-distill", *ELASTIC_LATE, "infinity-sandwich-between"),
+    *("infinity-sandwich", "infinity-sandwich-distill", SANDWICH, *ELASTIC_LATE, "infinity-sandwich-between"),
 )
 
 
@@ -103,10 +103,10 @@ def _claim_elastic(store: Store, section: Section) -> None:
     tokens = store.scale.tokens
     fixed = {arm: found for arm in _FIXED if set(_RATIOS) <= (found := over_ratio(store, arm)).keys()}
     for arm, length in (
-        *(("infinity-elastic", tokens), ("infinity-sandwich-distill", tokens)),
+        *(("infinity-elastic", tokens), (SANDWICH, tokens), ("infinity-sandwich-distill", tokens)),
         *((late, tokens) for late in ELASTIC_LATE),
-        *(("infinity-sandwich-distill", tokens // 2), ("infinity-sandwich-between", tokens)),
-        ("infinity-sandwich-between", tokens // 3),
+        ("infinity-sandwich-between", tokens),
+        *((arm, shorter(arm, tokens)) for arm in (SANDWICH, "infinity-sandwich-distill", "infinity-sandwich-between")),
     ):
         ours = over_ratio(store, arm, length)
         subject = f"`{arm}`" + (f" on {tokens_text(length)} tokens" if length < tokens else "")
@@ -231,8 +231,8 @@ def _several_passes(store: Store) -> str:
     for arm, passes in PASSES.items():
         samples, rivals = (2, ("infinity",)) if arm == "infinity-consistency" else (1, _ONE_PASS)
         lengths = {tokens: f"equal tokens, {passes:g} times the FLOPs"}
-        if float(passes).is_integer():  # no shorter runs of rules that begin late
-            lengths[int(tokens / passes)] = f"equal FLOPs, 1/{passes:g} of the tokens"
+        if arm in SHORTER:
+            lengths[shorter(arm, tokens)] = f"equal FLOPs, 1/{passes:g} of the tokens"
         for length, cost in lengths.items():
             ours = curve(store, arm, length, ratio_of(samples))
             for rival in rivals:

@@ -21,7 +21,7 @@ from infmoe.layers import PerLayer, Routing
 from infmoe.layers.moe import GATE_NORMS
 from infmoe.layers.point import Point
 from infmoe.layers.routing import Mode
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, TUNING_SEED, RunSpec, Scale
+from infmoe.reproduce.plan import ELASTIC_EXPERTS, SANDWICH, TUNING_SEED, RunSpec, Scale
 
 Points = list[dict[str, Any]]
 SAMPLES = (1, 2, 3, 4, 8, 16)
@@ -43,8 +43,11 @@ TASK_SAMPLES = (1, 2, 3, 4, 8)
 TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 ZERO_SHOT = "zero_shot"
 # the arms that the page shows a measure of
-ADAPTIVE_ARMS = ("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic")
-BY_NEED_ARMS = (*ADAPTIVE_ARMS, "infinity-elastic-k", "infinity-lr2x")  # by mass, and by the router's sureness
+ADAPTIVE_ARMS = (*("infinity", "infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", SANDWICH),)
+# by mass, and by the router's sureness
+BY_NEED_ARMS = (
+    *("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-elastic-k", "infinity-lr2x"),
+)
 DAMPED_ARMS = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
 SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
 GATE_NORM_ARMS = (

@@ -189,10 +189,15 @@ TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 
 
 # Elastic compute: over the keep ratio, over the number of experts, over K, and what is left
-ELASTIC_KEEP = ("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill")
+# 1/4 teaches 1/16 in the last fifth of the steps, and weighs four times as much: what models are made elastic by
+SANDWICH = "infinity-sandwich-quarter-w0.25-from0.8"
+ELASTIC_KEEP = (
+    *("infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-sandwich-distill"),
+    SANDWICH,
+)
 ELASTIC_LATE = (
     *("infinity-sandwich-distill-from0.5", "infinity-sandwich-distill-from0.8"),
-    *("infinity-sandwich-quarter-from0.8", "infinity-sandwich-quarter-w0.25-from0.8"),
+    "infinity-sandwich-quarter-from0.8",
 )
 ELASTIC_RULES = (
     *("moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "matryoshka-k4-scaled"),
@@ -219,10 +224,20 @@ PASSES: dict[str, float] = {
     "infinity-sandwich-distill-from0.5": 1.5,
     "infinity-sandwich-distill-from0.8": 1.2,
     "infinity-sandwich-quarter-from0.8": 1.2,
-    "infinity-sandwich-quarter-w0.25-from0.8": 1.2,
+    SANDWICH: 1.2,
     "infinity-sandwich": 2,
     "infinity-consistency": 2,
 }
+# Of these there are runs at that many times fewer tokens.
+SHORTER = (
+    *(SANDWICH, "infinity-sandwich-distill", "infinity-sandwich-between"),
+    *("infinity-sandwich", "infinity-consistency"),
+)
+
+
+def shorter(arm: str, tokens: int) -> int:
+    """Tokens at which a rule of several passes takes the training FLOPs of one pass over `tokens`."""
+    return int(tokens / PASSES[arm])
 
 
 def _elastic(scale: Scale) -> list[Group]:
@@ -232,13 +247,14 @@ def _elastic(scale: Scale) -> list[Group]:
         Group(ELASTIC_UNSCALED if scale.lr_grid else (), scale.tokens, (1, 1)),
         Group(ELASTIC_RULES, scale.tokens, side),
         Group(ELASTIC_K, scale.tokens, side),
-        Group(("infinity-sandwich-distill",), scale.tokens // 2, side),
+        Group((SANDWICH,), shorter(SANDWICH, scale.tokens), side),
+        Group(("infinity-sandwich-distill",), shorter("infinity-sandwich-distill", scale.tokens), side),
         Group(ELASTIC_LATE, scale.tokens, side),
         Group(ELASTIC_DRAWS, scale.tokens, side),
         Group(("infinity-sandwich-between",), scale.tokens, side),
-        Group(("infinity-sandwich-between",), scale.tokens // 3, side),
+        Group(("infinity-sandwich-between",), shorter("infinity-sandwich-between", scale.tokens), side),
         Group(ELASTIC_MORE, scale.tokens, side),
-        Group(("infinity-sandwich", "infinity-consistency"), scale.tokens // 2, side),
+        Group(("infinity-sandwich", "infinity-consistency"), shorter("infinity-sandwich", scale.tokens), side),
     ]
 
 
