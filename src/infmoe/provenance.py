@@ -46,14 +46,18 @@ def machine() -> dict[str, Any]:
     """The processor, and the threads and accelerator that torch uses."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
+    known: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
+        pairs = (line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        known = {name.strip(): value.strip() for name, value in pairs}
+    # a virtual machine's model name may be that of a whole family of processors
+    kind = [known[name] for name in ("cpu family", "model", "stepping") if name in known]
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
+        "cpu": known.get("model name") or platform.processor() or platform.machine(),
+        "cpu_kind": "-".join(kind) or None,
+        "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -6,6 +6,7 @@ import shlex
 import shutil
 
 import pytest
+import torch
 from helpers import tiny_model
 
 from infmoe.checkpoint import resolve_checkpoint, verify
@@ -211,6 +212,34 @@ def test_schedules_lower_the_cheapest_layer_first():
     assert len(few) == 2
     assert flops == sorted(flops)
     assert schedules(model, Point(1, 0.25), "keep_ratio", (0.25,), 2, evaluate=evaluate) == []
+
+
+def test_schedules_may_go_below_what_all_layers_are_measured_at(tiny_run, monkeypatch):
+    ladders = []
+
+    def noted(model, start, dial, values, count, *, evaluate):
+        ladders.append(sorted(values))
+        return []
+
+    monkeypatch.setattr(frontier, "schedules", noted)
+    measure_frontier(tiny_run.run, num_samples="1", mode="sample", windows=8, rounds=2, quiet=True)
+    measure_frontier(tiny_run.run, num_samples="1", keep_ratio="1/8,1/2", windows=8, rounds=2, quiet=True)
+    assert ladders == [[1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2], [1 / 8, 1 / 2]]
+
+
+def test_every_round_is_timed_on_other_tokens_and_every_setting_on_the_same():
+    model, seen = tiny_model(), []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True)
+    settings = [{"routing": Routing(mode="mu", keep_ratio=0.25)} for _ in range(2)]
+    state = torch.get_rng_state()
+    token_times(model, settings, prompt_length=4, rounds=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    turns = [seen[i : i + 17] for i in range(0, len(seen), 17)]  # the prompt and 16 tokens; two settings to warm up
+    assert len(turns) == 6
+    assert turns[2] == turns[3]
+    assert turns[4] == turns[5]
+    assert len({str(turn) for turn in turns}) == 3
+    assert len({ids[0][0] for turn in turns for ids in turn[1:]}) > 9  # greedy text would soon repeat itself
 
 
 def test_token_times_are_of_single_tokens_at_any_number_of_rows():

@@ -2,12 +2,13 @@
 
 import logging
 import re
+import time
 
 import pytest
 import torch
 from fake_profile import MORE, POINTS, written
 from helpers import tiny_model, tokens
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from infmoe.errors import InfMoEError
 from infmoe.hf.budget import Profile, profile_name
@@ -74,6 +75,9 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(folder):
     [
         ({"use_cache": False}, "leave use_cache=False out"),
         ({"guidance_scale": 1.5}, "leave guidance_scale out"),
+        ({"num_beams": 2}, "leave num_beams out"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "leave num_beams out"),
+        ({"cache_implementation": "static"}, "leave cache_implementation out"),
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "leave prompt_lookup_num_tokens out"),
         ({"routing": Routing(backend="eager")}, "leave routing.backend out"),
         ({"cache_implementation": "paged"}, "paged generation passes no dials on"),
@@ -82,6 +86,38 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(folder):
 def test_a_latency_is_refused_where_it_does_not_hold(model, folder, given, words):
     with pytest.raises(InfMoEError, match=re.escape(words)):
         model.generate(tokens(1, 5), max_new_tokens=2, latency_budget_ms=2.6, profile=folder, **given)
+
+
+def test_whether_a_budget_was_met_is_noted_and_a_miss_is_said(model, folder, caplog):
+    asked = {"profile": folder, "latency_budget_ms": 5.0, "min_new_tokens": 20, "max_new_tokens": 20}
+    seen = []
+    for slow in (0.0, 0.02):  # seconds a step; the profile says that a token takes 4 ms
+
+        def criterion(input_ids, scores, slow=slow, **kwargs):
+            seen.append(input_ids.shape[1])
+            time.sleep(slow)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        caplog.clear()
+        model.generate(tokens(1, 4), stopping_criteria=StoppingCriteriaList([criterion]), pad_token_id=0, **asked)
+        spent = model.picked.token_ms
+        assert len(spent) == 19
+        assert model.picked.met == sum(ms <= 5.0 for ms in spent) / 19
+        assert min(spent) > 1e3 * slow
+        missed = "0% of 19 tokens met the budget of 5 ms: the machine is busier or slower"
+        assert (missed in caplog.text) == (slow > 0)
+    assert seen == 2 * list(range(5, 25))  # the caller's own criterion is asked too
+    model.generate(tokens(1, 4), None, None, StoppingCriteriaList([criterion]), pad_token_id=0, **asked)
+    assert (model.picked.met, len(seen)) == (0.0, 60)
+    model.generate(tokens(1, 4), max_new_tokens=1, latency_budget_ms=5.0, profile=folder)
+    assert (model.picked.token_ms, model.picked.met) == ((), None)
+
+
+def test_a_compiled_model_has_no_profile(folder):
+    compiled = tiny_model()
+    compiled.compile()
+    with pytest.raises(InfMoEError, match="that is not compiled"):
+        compiled.generate(tokens(1, 5), max_new_tokens=2, latency_budget_ms=5.0, profile=folder)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +213,11 @@ def test_a_budget_beside_dials_is_refused(model, folder, given):
         {"input_ids": tokens(2, 4)},
         {"inputs": None, "input_ids": tokens(2, 4)},
         {"inputs_embeds": torch.zeros(2, 4, 32)},
-        {"input_ids": tokens(1, 4), "num_beams": 2},
         {"input_ids": tokens(1, 4), "num_return_sequences": 2, "do_sample": True},
-        {"input_ids": tokens(1, 4), "generation_config": GenerationConfig(num_beams=2)},
+        {
+            "input_ids": tokens(1, 4),
+            "generation_config": GenerationConfig(num_return_sequences=2, do_sample=True),
+        },
     ],
     ids=str,
 )

@@ -311,7 +311,7 @@ ROW = {
     "token_ms_p95": 2.0,
 }
 EMPTY = {
-    "version": 4,
+    "version": 5,
     "points": [],
     "checkpoint": "a",
     "machine": {},
@@ -330,7 +330,7 @@ EMPTY = {
         ("[]", "no profile of this version"),
         ('{"version": 99}', "no profile of this version"),
         ('{"version": 3, "points": [{}]}', "no profile of this version"),
-        ('{"version": 4, "points": [{}]}', "damaged"),
+        ('{"version": 5, "points": [{}]}', "damaged"),
         (json.dumps(EMPTY), "no points"),
         (json.dumps(EMPTY | {"points": [ROW | {"loss": float("nan")}]}), "not finite"),
         (json.dumps(EMPTY | {"points": [ROW | {"keep_ratio": "abc"}]}), "damaged"),

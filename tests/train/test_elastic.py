@@ -265,6 +265,8 @@ def test_matryoshka_trains_at_the_drawn_numbers_of_experts(small, tmp_path, vari
         ({"keep_ratio": [0.5, 0.25], "rule": "sandwich", "others_weight": 0}, "elastic.others_weight"),
         ({"keep_ratio": [0.5, 0.25], "rule": "sandwich", "consistency_weight": 1.0}, "goes with elastic.rule=draw"),
         ({"keep_ratio": [0.5], "rule": "sandwich"}, "at least two values"),
+        ({"keep_ratio": [0.5, 0.25, 0.125], "rule": "sandwich"}, "set elastic.between=1"),
+        ({"keep_ratio": [0.5, 0.25], "rule": "sandwich", "per": "step"}, "draws nothing in a sandwich"),
         ({"per": "step"}, "draws nothing without a list"),
         ({"start": 1.0}, "elastic.start"),
         ({"ratio": [0.5]}, "unknown setting"),

@@ -5,14 +5,12 @@ R rows, T tokens, L layers.
 
 import logging
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation import BaseStreamer
 
 from infmoe.errors import InfMoEError
 from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
@@ -21,36 +19,24 @@ from infmoe.eval.loading import open_model
 from infmoe.eval.sweep import default_grid, evaluate_points
 from infmoe.hf import model_cost
 from infmoe.hf.budget import Profile, profile_name, profile_values, upper_increase, upper_p95s
+from infmoe.hf.clock import TokenClock
 from infmoe.layers.point import Point
 from infmoe.progress import point_progress
 from infmoe.provenance import provenance, require_writable
 
 NEW_TOKENS = 16  # timed in a row, before another setting has its turn
 BUDGET_STEPS = 200  # timed under each budget
+_OTHER_TEXT = 1_000_000  # the seed of the prompts that budgets are tried on
 _PROBE_SHARE = 4  # schedules are searched on so many times fewer windows
 
 
-class TokenClock(BaseStreamer):
-    """Notes when each token comes out of `generate`."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def milliseconds(self) -> list[float]:
-        """Each token's time but the first's, which the prompt is part of."""
-        return [1e3 * (b - a) for a, b in zip(self.times[1:], self.times[2:], strict=False)]
-
-
 def token_times(
-    model: Any, settings: Sequence[dict[str, Any]], *, rows: int = 1, prompt_length: int, rounds: int
+    model: Any, settings: Sequence[dict[str, Any]], *, rows: int = 1, prompt_length: int, rounds: int, seed: int = 0
 ) -> list[list[float]]:
     """Milliseconds of every timed token of `generate`, for each setting; they take turns.
+
+    Every round has a prompt of its own and samples its tokens: the same tokens again and again would select the same
+    neurons, which the processor's cache then holds.
 
     Args:
         model: in eval mode.
@@ -58,53 +44,42 @@ def token_times(
         rows: sequences at once.
         prompt_length: tokens in the cache before the first new one.
         rounds: turns of each setting, of `NEW_TOKENS` tokens; odd ones go backwards.
+        seed: of prompts and tokens; the settings of a round share them.
     """
     device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(0)
-    prompts_RT = torch.randint(model.config.vocab_size, (rows, prompt_length), generator=draw).to(device)
     wanted = 1 + _timed_per_turn(model, prompt_length)
     if wanted < 3:
         raise InfMoEError(f"a prompt of {prompt_length} tokens leaves none to time: give a shorter --prompt-length")
 
-    def turn(setting: dict[str, Any]) -> list[float]:
+    def turn(setting: dict[str, Any], draws: int) -> list[float]:
         clock = TokenClock()
-        listener: dict[str, Any] = {"streamer": clock} if rows == 1 else {"stopping_criteria": [_Stepwise(clock)]}
+        torch.manual_seed(draws)
+        prompts_RT = torch.randint(model.config.vocab_size, (rows, prompt_length)).to(device)
         model.generate(
             prompts_RT,
             attention_mask=torch.ones_like(prompts_RT),
             max_new_tokens=wanted,
             min_new_tokens=wanted,
-            do_sample=False,
+            do_sample=True,
             pad_token_id=0,
+            stopping_criteria=[clock],
             **setting,
-            **listener,
         )
         return clock.milliseconds()
 
-    for setting in settings:
-        turn(setting)
     times: list[list[float]] = [[] for _ in settings]
-    for r in range(rounds):
-        order = range(len(settings)) if r % 2 == 0 else range(len(settings) - 1, -1, -1)
-        for i in order:
-            times[i] += turn(settings[i])
+    with torch.random.fork_rng():
+        for setting in settings:
+            turn(setting, seed)
+        for r in range(rounds):
+            order = range(len(settings)) if r % 2 == 0 else range(len(settings) - 1, -1, -1)
+            for i in order:
+                times[i] += turn(settings[i], seed + 1 + r)
     return times
 
 
 def _timed_per_turn(model: Any, prompt_length: int) -> int:
     return min(NEW_TOKENS, model.config.max_position_embeddings - prompt_length - 1)
-
-
-class _Stepwise:
-    """A stopping criterion that never stops, and notes the time: streamers take one row only."""
-
-    def __init__(self, clock: TokenClock):
-        self.clock = clock
-        clock.put(torch.empty(0))  # stands for the prompt
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.clock.put(input_ids)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def schedules(
@@ -238,6 +213,8 @@ def measure_frontier(
     probe = HeldOut.from_data(data, context, max(2, windows // _PROBE_SHARE), "train")
 
     dial, values = ("keep_ratio", ratios) if ratios else ("num_experts_per_tok", experts)
+    if ratios and keep_ratio is None:
+        values = (*ratios, min(ratios) / 2, min(ratios) / 4)  # a layer may do with less than all layers can
     searched = 0 if not values else 1 + config.num_hidden_layers * (len(set(values)) - 1)
     total = len(points) + (searched + num_schedules if num_schedules else 0)
     with point_progress(total, quiet=quiet) as progress:
@@ -314,7 +291,8 @@ def check_budgets(model: Any, profile: Profile, *, count: int, steps: int, promp
     level = log.level
     log.setLevel(logging.ERROR)  # what is picked is in the rows
     try:
-        spent = token_times(model, [*settings, *again], rows=profile.rows, prompt_length=prompt_length, rounds=rounds)
+        where = {"rows": profile.rows, "prompt_length": prompt_length, "rounds": rounds}
+        spent = token_times(model, [*settings, *again], **where, seed=_OTHER_TEXT)
     finally:
         log.setLevel(level)
     under, alone = spent[:count], spent[count:]

@@ -14,7 +14,7 @@ from infmoe.errors import InfMoEError
 from infmoe.hf.identity import fingerprint, home, measure_command, opened_with, surroundings, usual_places
 from infmoe.layers.point import Point
 
-_VERSION = 4
+_VERSION = 5
 _FIGURES = ("loss", "increase", "increase_at_most", "token_ms", "token_ms_p95")
 _LEAST_TURNS = 59  # of fewer, no token but the latest bounds the quantile
 _REACH = 2  # times the longest cache that was timed: a request that goes further is refused
@@ -57,10 +57,14 @@ class Choice:
     Attributes:
         picked: the point with its figures.
         reason: one sentence.
+        token_ms: under a latency budget, how long each token took but the first, this time; filled in by `generate`.
+        met: the share of those that the budget was met by; None where none was timed.
     """
 
     picked: Measured
     reason: str
+    token_ms: tuple[float, ...] = ()
+    met: float | None = None
 
     @property
     def point(self) -> Point:

@@ -1,17 +1,23 @@
 """Generation under the dials: given by name, for each row, or chosen by a budget."""
 
 import logging
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StoppingCriteriaList
 
 from infmoe.errors import InfMoEError
 from infmoe.hf.budget import Choice, Profile, pick
+from infmoe.hf.clock import TokenClock
 from infmoe.layers.routing import DIALS, Routing
 
 _LOG = logging.getLogger("infmoe")
+_ENOUGH = 16  # tokens, from which on it is said that they missed the budget
 _NEW_TOKENS = 20  # transformers' own default
+# Ways to generate whose steps are not of one token a row, or hold more than the model's own work
+_NOT_TIMED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "guidance_scale", "num_beams")
 
 
 class InfMoEGenerationMixin(GenerationMixin):
@@ -38,11 +44,11 @@ class InfMoEGenerationMixin(GenerationMixin):
             *args, **kwargs: as in transformers, and this model's dials or `routing`.
             latency_budget_ms: run the setting of lowest loss whose tokens take at most this, in 95 of 100 cases; each
                 token from the second on, since the first one's time is the prompt's.
-            max_loss_increase: run the quickest setting that loses at most so many nats over the model's own.
+            max_loss_increase: run the quickest setting that loses at most so many nats over the checkpoint's own dials.
             profile: what `infmoe frontier` measured (a `Profile`, its file or folder); None: beside the checkpoint.
 
         The choice and its reason stay in `self.picked`, and are logged when they change (logger "infmoe", at a level
-        that shows).
+        that shows); so is a latency budget that clearly fewer than 95 of 100 tokens met.
 
         Raises:
             InfMoEError: a budget that can't be met, a profile of other weights or another machine, a budget
@@ -69,7 +75,32 @@ class InfMoEGenerationMixin(GenerationMixin):
             kwargs.get(name) is not None for name in (*DIALS, "routing_mode", "routing")
         ):
             raise InfMoEError("paged generation passes no dials on: leave them out, or cache_implementation='paged'")
+        if latency_budget_ms is not None:
+            return self._generate_timed(latency_budget_ms, *args, **kwargs)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _generate_timed(self, budget_ms: float, *args: Any, **kwargs: Any) -> Any:
+        """`generate`, noting whether the tokens met the budget, and saying so where too few did."""
+        clock = TokenClock()
+        place = 3  # among generate's positional arguments
+        given = kwargs.pop("stopping_criteria", None) or (args[place] if len(args) > place else None) or ()
+        criteria = StoppingCriteriaList([*given, clock])
+        if len(args) > place:
+            args = (*args[:place], criteria, *args[place + 1 :])
+        else:
+            kwargs["stopping_criteria"] = criteria
+        out = super().generate(*args, **kwargs)  # type: ignore[misc]
+        spent = clock.milliseconds()
+        if spent:
+            assert self.picked is not None
+            met = sum(ms <= budget_ms for ms in spent) / len(spent)
+            self.picked = replace(self.picked, token_ms=tuple(spent), met=met)
+            if len(spent) >= _ENOUGH and met < 0.95 - 1.645 * math.sqrt(0.95 * 0.05 / len(spent)):
+                _LOG.warning(
+                    f"{met:.0%} of {len(spent)} tokens met the budget of {budget_ms:g} ms: the machine is busier or "
+                    "slower than when its profile was measured; measure it anew with `infmoe frontier`"
+                )
+        return out
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' continuous batching, which runs the model at its own dials: it passes none on.
@@ -115,12 +146,16 @@ class InfMoEGenerationMixin(GenerationMixin):
         """Sequences that a call of `generate` runs at once.
 
         Raises:
-            InfMoEError: for a latency, a way to generate whose steps are not of one token a row.
+            InfMoEError: for a latency, a way to generate that no profile times.
         """
         if timed:
-            for name in ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "guidance_scale"):
+            for name in _NOT_TIMED:
                 if self._setting_of(name, args, kwargs) not in (None, 1, 1.0):
                     raise InfMoEError(f"a latency budget is for plain generation, a token a step: leave {name} out")
+            if self._setting_of("cache_implementation", args, kwargs) not in (None, "dynamic", "paged"):
+                raise InfMoEError("a latency budget is for the usual cache: leave cache_implementation out")
+            if getattr(self, "_compiled_call_impl", None) is not None:
+                raise InfMoEError("a latency budget is for a model that is not compiled: open it once more for that")
             if self._setting_of("use_cache", args, kwargs) is False:
                 raise InfMoEError("a latency budget is for cached generation: leave use_cache=False out")
         inputs = self._inputs_of(args, kwargs)

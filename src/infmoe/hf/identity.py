@@ -18,7 +18,8 @@ from infmoe.layers.routing import DIALS
 from infmoe.ops import dispatch, native, triton
 from infmoe.provenance import machine
 
-_MACHINE = ("system", "cpu", "cpu_capability", "threads", "accelerator")  # what a latency hangs on
+# what a latency hangs on
+_MACHINE = ("system", "cpu", "cpu_kind", "cores", "cpu_capability", "threads", "accelerator")
 _SAMPLED = 64  # entries of each tensor that the fingerprint looks at, about
 _SHAPE = {
     *("ffn", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),

@@ -420,7 +420,7 @@ def _refuse_misnamed_dials(kwargs: dict) -> None:
             raise InfMoEError(f"a forward pass takes no {key!r}: {_ELSEWHERE[key]}")
         if key == "mode":
             raise InfMoEError("unknown argument 'mode'; did you mean 'routing_mode'?")
-        if difflib.get_close_matches(key, dials, n=1, cutoff=0.8):
+        if difflib.get_close_matches(key, dials, n=1, cutoff=0.7):
             raise unknown_name("argument", key, dials)
 
 

@@ -261,11 +261,12 @@ def _damping_claim(store: Store) -> Claim:
     emoe = over_k(store, "emoe-k4-w0.0001-scaled").get(8, {})
     damped = _damped(store, _PLAIN[4]).get(0.25, {}).get(8, {})
     gap = paired(damped, emoe)
+    few = gap is not None and gap.count < store.scale.side_seeds
     return Claim(
         "not in the paper: damping the ranks beyond the trained k (α = 0.25), for which nothing is trained, loses "
         "less at twice that k than Elastic MoE",
         nats(gap),
-        MISSING if gap is None else verdict_below(gap),
+        MISSING if gap is None else _few(gap.count, store) if few else verdict_below(gap),
     )
 
 

@@ -110,6 +110,15 @@ class ElasticConfig(_Strict):
             raise ValueError("elastic.rule=sandwich needs a list of at least two values: its ends are the same")
         if self.rule == "sandwich" and not self.lists:
             raise ValueError("elastic.rule='sandwich' needs a list of values, e.g. elastic.keep_ratio=[0.125,0.5]")
+        if self.rule == "sandwich" and not self.between:
+            between = [name for name, values in self.lists.items() if len(set(values)) > 2]
+            if between:
+                raise ValueError(
+                    f"a sandwich trains at the ends of elastic.{between[0]} alone: give two values, or set "
+                    "elastic.between=1 to draw one between them too"
+                )
+            if self.per == "step":
+                raise ValueError("elastic.per=step draws nothing in a sandwich: set elastic.between, or leave it out")
         if self.rule != "sandwich" and (self.between or self.distill or self.others_weight != 1):
             raise ValueError("elastic.between, distill and others_weight go with elastic.rule=sandwich")
         if self.rule == "sandwich" and self.consistency_weight:
