@@ -9,7 +9,7 @@ from helpers import make_layer, tiny_model, tokens
 
 from infmoe.errors import InfMoEError
 from infmoe.eval import adaptive
-from infmoe.eval.adaptive import calibrate_cut, calibrate_mass, calibrate_sigma_to_mu, routers_sigma_to_mu
+from infmoe.eval.adaptive import calibrate_cut, calibrate_mass, calibrate_sigma_to_mu, layer_ratios, routers_sigma_to_mu
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.layers import PerLayer, Routing
 from infmoe.ops.masked_ffn import eager, naive
@@ -161,6 +161,18 @@ def test_a_calibrated_cut_keeps_its_share(share, per_layer):
     else:
         assert sum(kept) / 2 == pytest.approx(share, rel=0.01)
         assert kept[0] + 0.01 < kept[1]  # larger scores, more units
+
+
+def test_layers_keep_what_one_cut_leaves_them():
+    model = tiny_model(num_hidden_layers=3)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.w_z.weight.mul_(4.0)  # its scores are larger, and so more of them pass the cut
+    ratios = layer_ratios(model, WINDOWS, 0.25, num_samples=2).values
+    assert sum(ratios) / 3 == pytest.approx(0.25, rel=0.02)
+    assert ratios[1] > 1.5 * max(ratios[0], ratios[2])
+    model(WINDOWS.tokens_NT[:1], keep_ratio=PerLayer(ratios))
+    with pytest.raises(InfMoEError, match="no scores to cut"):
+        layer_ratios(tiny_model("moe"), WINDOWS, 0.25)
 
 
 @pytest.mark.parametrize("per_layer", [True, False])

@@ -62,6 +62,29 @@ def calibrate_cut(
     return _calibrate("score_cut", kept, share, width, per_layer)
 
 
+def layer_ratios(
+    model: Any,
+    held_out: HeldOut,
+    mean_ratio: float,
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> PerLayer:
+    """Keep ratios that differ from layer to layer: what one cut of the scores for all layers leaves of each.
+
+    Args and raises: as `calibrate_cut`; `mean_ratio` is the layers' mean.
+
+    Returns:
+        What `Routing.keep_ratio` takes, rounded to thousandths.
+    """
+    cut = calibrate_cut(
+        model, held_out, mean_ratio, num_samples=num_samples, per_layer=False, seed=seed, batch_size=batch_size
+    )
+    kept = _kept(model, held_out, Routing(num_samples=num_samples, score_cut=cut), seed, batch_size)
+    return PerLayer([max(round(ratio, 3), 0.001) for ratio in kept])
+
+
 def calibrate_mass(
     model: Any,
     held_out: HeldOut,

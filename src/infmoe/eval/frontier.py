@@ -3,6 +3,7 @@
 R rows, T tokens, L layers.
 """
 
+import contextlib
 import logging
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from infmoe.errors import InfMoEError
+from infmoe.eval.adaptive import layer_ratios
 from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.heldout import HeldOut
 from infmoe.eval.loading import open_model
@@ -28,6 +30,7 @@ NEW_TOKENS = 16  # timed in a row, before another setting has its turn
 BUDGET_STEPS = 200  # timed under each budget
 _OTHER_TEXT = 1_000_000  # the seed of the prompts that budgets are tried on
 _PROBE_SHARE = 4  # schedules are searched on so many times fewer windows
+_CUT_SHARE = 16  # and cuts on so many: a share needs less text than a loss
 
 
 def token_times(
@@ -139,6 +142,20 @@ def schedules(
     return list(dict.fromkeys(nearest))
 
 
+def layered(
+    model: Any, start: Point, ratios: Sequence[float], held_out: HeldOut, *, seed: int, batch_size: int
+) -> list[Point]:
+    """Beside every ratio for all layers, a schedule of that mean (see `layer_ratios`), where there is one."""
+    found = []
+    samples = start.num_samples
+    assert isinstance(samples, int)
+    for ratio in ratios:
+        with contextlib.suppress(InfMoEError):  # no cut keeps that share
+            own = layer_ratios(model, held_out, ratio, num_samples=samples, seed=seed, batch_size=batch_size)
+            found.append(replace(start, keep_ratio=own.values))
+    return found
+
+
 def measure_frontier(
     model_dir: Path,
     *,
@@ -168,7 +185,8 @@ def measure_frontier(
         model_dir, data_dir, windows, batch_size, seed: what to evaluate, on what, how.
         num_samples, keep_ratio, num_experts_per_tok, mode: comma-separated values; None: a grid over every dial,
             with z = mu beside the samples.
-        num_schedules: settings with a value of their own for each layer, at most.
+        num_schedules: settings with a value of their own for each layer that are searched for, at most; unless 0,
+            there is one more of the mean of every keep ratio (see `layered`).
         rows: sequences that are generated at once.
         prompt_length: tokens in the cache before the first timed one; None: half the context, 128 at most.
         rounds: timing turns of every point, of `NEW_TOKENS` tokens each.
@@ -225,6 +243,9 @@ def measure_frontier(
         if values:
             (start,) = grid(config, num_samples=(min(samples),) if samples else None, mode=routing_mode)
             points += schedules(model, start, dial, values, num_schedules, evaluate=evaluate)
+            if ratios and num_schedules and start.num_samples is not None:
+                few = HeldOut.from_data(data, context, max(2, windows // _CUT_SHARE), "train")
+                points += layered(model, start, ratios, few, seed=seed, batch_size=batch_size)
         results = evaluate_points(model, held_out, points, seed=seed, batch_size=batch_size, progress=progress)
     times = token_times(
         model, [_setting(point) for point in points], rows=rows, prompt_length=prompt_length, rounds=rounds
