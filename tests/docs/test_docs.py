@@ -94,7 +94,7 @@ def test_settings_in_the_text_exist():
     in_tables = [
         cell.split() for cell in re.findall(r"`((?:elastic|model)\.[^`]*=[^`]*)`", ELASTIC.split("## Which")[1])
     ]
-    assert len(in_readme) == 4
+    assert len(in_readme) == 6
     assert len(in_tables) >= 3
     for settings in (in_readme, *in_tables):
         apply_overrides(recipe("tiny/infinity"), settings)
