@@ -170,7 +170,10 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
     for name in measures:
         if (own_ones := own_settings(name, spec.scale, TASK_FILES)) is not None:
             measured_with[name] = own_ones
+    base = spec.arm.init
+    init = {"arm": base, "slug": f"{base}-s{spec.seed}", "fingerprint": "f" * 64}
     return {
+        **({} if base is None else {"run": {"init": init}}),
         "config": config.to_dict(),
         "data": DATA,
         "cost": cost,

@@ -18,6 +18,7 @@ from infmoe.reproduce.plan import (
     ELASTIC_UNSCALED,
     PASSES,
     SHORTER,
+    further_tokens,
     groups,
 )
 from infmoe.reproduce.store import Store
@@ -278,6 +279,32 @@ def test_several_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini
             continue
         (half,) = fewer
         assert f"| equal FLOPs, 1/{PASSES[arm]} of the tokens | {3.9 - one_pass[rival]:+.3f} ± 0.000 |" in half
+
+
+def test_tuned_models_are_held_against_the_plainly_tuned_one_seed_by_seed(store, mini):
+    body = elastic(store, Gallery(store.folder)).body
+    assert "Tuned from a trained model" not in body
+    absent = next(line for line in body.splitlines() if line.startswith("Not measured yet"))
+    assert "`infinity-keep4-tuned`, `infinity-sandwich-tuned`, `moe16-fine-k4-scaled-tuned`, `emoe-k4" in absent
+    few = further_tokens(mini)
+    fill(store, {"moe16-fine-k4-scaled-tuned": 3.5, "infinity-keep4-tuned": 3.4}, few)
+    fill(store, {"emoe-k4-w0.0001-scaled-tuned": 3.45, "infinity-sandwich-tuned": 3.3}, few, seeds=2)
+    body = elastic(store, Gallery(store.folder)).body
+    part = body[body.index("Tuned from a trained model") :].splitlines()
+    rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:] for line in part if line.startswith("| ")}
+    ratios = rows["infinity-sandwich-tuned minus infinity-keep4-tuned"]
+    assert ratios == ["-0.100 ± 0.000"] * 4 + ["2"]
+    # the fixture's losses rise by 0.02 for each expert away from the trained k, Elastic MoE's by 0.002
+    counts = rows["emoe-k4-w0.0001-scaled-tuned minus moe16-fine-k4-scaled-tuned"]
+    gaps = [-0.05 - 0.018 * abs(k - 4) for k in (1, 2, 4, 6, 8, 12, 16)]
+    assert counts == [*(f"{gap:+.3f} ± 0.000" for gap in gaps), "2"]
+    (control,) = [cells for name, cells in rows.items() if name.startswith("moe16-fine-k4-scaled-tuned:")]
+    assert (control[2], control[-1]) == ("3.502 ± 0.002", "3")
+    heads = [line for line in part if line.startswith("| loss, nats; from ")]
+    assert [head.split("from ")[1].split(":")[0] for head in heads[:2]] == ["infinity-keep4", "moe16-fine-k4-scaled"]
+    absent = next(line for line in part if line.startswith("Not measured yet"))
+    assert absent.count("-tuned`") == 1
+    assert "`matryoshka-k4-scaled-tuned`" in absent
 
 
 def test_training_flops_count_passes_and_draws(store, mini):

@@ -7,7 +7,18 @@ from infmoe.hf import model_cost
 from infmoe.recipes import VARIANTS
 from infmoe.reproduce.arms import ARMS, arm_named, label, titled
 from infmoe.reproduce.command import all_specs, describe_plan
-from infmoe.reproduce.plan import EXPERIMENTS, SCALES, TIER1, TIER2, TUNING_SEED, RunSpec, groups, scale_named
+from infmoe.reproduce.plan import (
+    ELASTIC_TUNED,
+    EXPERIMENTS,
+    SCALES,
+    TIER1,
+    TIER2,
+    TUNING_SEED,
+    RunSpec,
+    further_tokens,
+    groups,
+    scale_named,
+)
 from infmoe.reproduce.store import Store
 from infmoe.train.config import hf_config
 
@@ -76,6 +87,35 @@ def test_everything_can_be_planned_without_data(scale, tmp_path):
     assert "to do" in lines[-1]
     assert not list(tmp_path.iterdir())
     assert {spec.arm.name for spec in specs} >= {*TIER1, *TIER2}
+
+
+@SCALE
+@pytest.mark.parametrize("name", ["elastic", "all"])
+def test_what_starts_from_a_trained_model_comes_after_that_one(scale, name, tmp_path):
+    store = Store(tmp_path, scale)
+    order = [(spec.arm.name, spec.tokens, spec.seed) for spec in all_specs(store, groups(name, scale))]
+    tuned = [(place, arm_named(run[0]).init, run) for place, run in enumerate(order) if arm_named(run[0]).init]
+    assert {arm for _, _, (arm, _, _) in tuned} == set(ELASTIC_TUNED)
+    for place, base, (_, tokens, seed) in tuned:
+        assert tokens == further_tokens(scale) == scale.tokens / 5
+        assert order.index((base, scale.tokens, seed)) < place
+
+
+def test_a_tuned_arm_is_its_namesake_at_half_the_rate_of_its_base():
+    assert set(ELASTIC_TUNED) == {arm.name for arm in ARMS.values() if arm.init}
+    for arm in map(arm_named, ELASTIC_TUNED):
+        base = arm_named(arm.init)
+        assert base.init is None
+        # so that the base's rate is known where the arm's own is
+        assert (arm.variant, arm.tuned_as, arm.lr_factor) == (base.variant, base.tuned_as, base.lr_factor / 2)
+        namesake = ARMS.get(arm.name.removesuffix("-tuned"))
+        if arm.name == "infinity-sandwich-tuned":  # taught by its own ratio, at the weight that costs that one least
+            namesake = arm_named("infinity-sandwich-quarter-w0.25-from0.8")
+            config, late = (RunSpec(SCALES["tiny"], a, 10**6, 1e-3, 1).config() for a in (arm, namesake))
+            assert config.elastic == late.elastic.model_copy(update={"start": 0.0})
+            assert config.model == late.model
+        else:
+            assert (arm.model, arm.settings) == (namesake.model, namesake.settings)
 
 
 def test_the_tuning_seed_is_not_reported(mini, tmp_path):

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from fake_results import MINI, fake_values, fill
 from infmoe.cli import main
 from infmoe.data.manifest import Manifest
 from infmoe.errors import InfMoEError
+from infmoe.hf import InfMoEForCausalLM
+from infmoe.hf.identity import fingerprint
 from infmoe.reproduce import measures, plan, work
 from infmoe.reproduce.command import Request, describe_arms, only, repeats, run_request
 from infmoe.reproduce.measures import Measure
@@ -206,6 +209,101 @@ def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
     assert trained == ["moe16"]
 
 
+BASE = "infinity-keep4-0.001024M-lr0.002-s1"
+TUNED = "infinity-sandwich-tuned-0.000204M-lr0.001-s1"
+
+
+@pytest.fixture
+def tuning(request_, monkeypatch):
+    """A model, what starts from it, and what does not; the second before the first, to be the harder."""
+    arms = ("infinity-sandwich-tuned", "infinity-keep4", "dense")
+    length = lambda s, arm: plan.further_tokens(s) if "tuned" in arm else s.tokens  # noqa: E731
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group((arm,), length(s, arm), (1, 1)) for arm in arms])
+    return request_
+
+
+def test_a_tuned_run_starts_from_its_base_and_says_so(tuning, in_process, capsys, monkeypatch):
+    commands = []
+    start = work.subprocess.Popen
+    monkeypatch.setattr(work.subprocess, "Popen", lambda words, **rest: commands.append(words) or start(words, **rest))
+    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4,infinity-sandwich-tuned")) == 0
+    assert "left out" not in capsys.readouterr().out
+    base = tuning.work / "tiny" / "models" / BASE
+    plain, tuned = commands
+    assert "--init" not in plain
+    assert tuned[tuned.index("--init") + 1] == str(base)
+    values = runs_of(tuning)
+    assert list(values) == [BASE, TUNED]
+    assert "init" not in values[BASE]["run"]
+    mark = fingerprint(InfMoEForCausalLM.from_pretrained(base))
+    assert values[TUNED]["run"]["init"] == {"arm": "infinity-keep4", "slug": BASE, "fingerprint": mark}
+    assert values[TUNED]["config"]["init"] is None
+    assert str(tuning.work.parent) not in json.dumps(values)
+    assert values[TUNED]["measures"].keys() >= {"held_out", "dials"}
+    run = Store(tuning.out, plan.SCALES["tiny"]).run("infinity-sandwich-tuned", plan.further_tokens(MINI), 1)
+    assert run.loss == values[TUNED]["measures"]["held_out"][0]["loss"]
+
+
+def test_without_its_bases_model_a_run_is_left_out_and_the_rest_goes_on(tuning, in_process, capsys):
+    only_base = dataclasses.replace(tuning, arms="infinity-keep4")
+    assert run_request(only_base) == 0
+    models = tuning.work / "tiny" / "models"
+    shutil.rmtree(models / BASE)
+    capsys.readouterr()
+    assert run_request(tuning) == 0
+    assert list(runs_of(tuning)) == ["dense-0.001024M-lr0.002-s1", BASE]
+    out, path = capsys.readouterr().out, tuning.out / "tiny" / "runs" / f"{BASE}.json"
+    line = f"left out {TUNED}: it starts from the model of {BASE}, which is not under {models}: "
+    assert out.count(line + f"move {path} away to train it again\n") == 1
+    assert f"left out, for want of a model to start from: {TUNED}\n" in out
+    assert "time is up" not in out
+    path.unlink()
+    assert run_request(tuning) == 0
+    assert TUNED in runs_of(tuning)
+
+
+def test_a_base_that_diverged_is_none(tuning, in_process, capsys):
+    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
+    path = tuning.out / "tiny" / "runs" / f"{BASE}.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"diverged": "the loss is nan at step 3", "measures": {}}))
+    assert run_request(dataclasses.replace(tuning, arms="infinity-sandwich-tuned")) == 0
+    out = capsys.readouterr().out
+    assert f"left out {TUNED}: it starts from the model of {BASE}, which diverged ({path}): there is none\n" in out
+    assert TUNED not in runs_of(tuning)
+
+
+def test_a_base_that_nobody_trains_is_asked_for(tuning, monkeypatch, capsys):
+    monkeypatch.setattr(work, "_train", lambda *rest: pytest.fail("trained"))
+    assert run_request(dataclasses.replace(tuning, arms="infinity-sandwich-tuned")) == 0
+    line = f"left out {TUNED}: it starts from the model of {BASE}, which is not trained: name infinity-keep4 in --arms"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+@pytest.mark.parametrize("arms", ["infinity-sandwich-tuned", "infinity-keep4,infinity-sandwich-tuned"])
+def test_a_base_that_another_process_trains_is_waited_for(tuning, in_process, monkeypatch, arms, capsys):
+    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
+    path, lock = tuning.out / "tiny" / "runs" / f"{BASE}.json", tuning.work / "tiny" / f"{BASE}.lock"
+    finished = path.read_text()
+    path.unlink()
+    slept = []
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def sleep(seconds):
+            slept.append(seconds)
+            if len(slept) == 2:
+                path.write_text(finished)
+                file.close()
+
+        clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+        monkeypatch.setattr(work, "time", clock)
+        assert run_request(dataclasses.replace(tuning, arms=arms)) == 0
+    assert len(slept) == 2
+    assert TUNED in runs_of(tuning)
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_when_time_is_up_it_says_so_and_goes_on_later(request_, monkeypatch, capsys):
     endless = dataclasses.replace(plan.SCALES["tiny"], tokens=256 * 100_000)
     monkeypatch.setitem(plan.SCALES, "tiny", endless)
@@ -304,6 +402,14 @@ def test_every_length_and_rate_of_an_arm_has_its_command(mini, store):
         line.split("--out runs/")[1].split()[0]: line.split("optim.lr=")[1].split()[0] for line in text.splitlines()
     }
     assert float(rates["infinity-lr2x-0.001024M"]) == 2 * float(rates["infinity-0.001024M"])
+
+
+def test_the_command_of_a_tuned_arm_names_what_it_starts_from(mini, store):
+    text = describe_arms(store, only(plan.groups("elastic", mini), ["infinity-keep4", "infinity-keep4-tuned"]))
+    base, tuned = text.splitlines()
+    assert "--init" not in base
+    (out,) = [word for word in base.split() if word.startswith("runs/")]
+    assert f"--out runs/infinity-keep4-tuned-0.000204M --init {out} " in tuned
 
 
 def test_picking_arms_changes_no_number_of_seeds(mini, store):

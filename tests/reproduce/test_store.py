@@ -91,6 +91,16 @@ def _edit(path, change):
     path.write_text(json.dumps(values))
 
 
+@pytest.mark.parametrize("run", [None, {}, {"init": {"arm": "infinity-keep4", "slug": "infinity-keep4-s1"}}])
+def test_a_tuned_run_says_which_model_it_started_from(store, run):
+    spec = spec_of(store, "infinity-keep4-tuned", lr=1e-3)
+    store.put(spec, fake_values(spec, 3.5))
+    assert store.get(spec).loss == 3.5
+    store.put(spec, fake_values(spec, 3.5, run=run))
+    with pytest.raises(InfMoEError, match=r"is damaged \(not a word of the model that it started from\)"):
+        store.get(spec)
+
+
 def test_other_data_is_refused(store):
     store.claim_data(DATA)
     with pytest.raises(InfMoEError, match="were trained on other data"):

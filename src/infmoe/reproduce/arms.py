@@ -8,8 +8,11 @@ from infmoe.errors import unknown_name
 
 # Tier 1 at the rates that it was not tuned to: at 0.002 and 0.004 there is then a run of every arm.
 RATE_FACTORS = {"infinity": 2.0, "infinity-glu": 0.5, "moe": 2.0, "dense-swiglu": 2.0, "dense-wide": 0.5}
-# Rules that begin half way through a run too, after plain training
+# Rules that begin half way through a run too, after plain training, and that a trained model is tuned by
 LATE_EXPERTS = ("emoe-k4-w0.0001-scaled", "matryoshka-k4-scaled")
+# A tuning run is short, and starts from weights that a cosine has brought to rest: at the base's peak rate much of it
+# would go into making up for what so high a rate undoes.
+_TUNING_FACTOR = 0.5
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Arm:
         tuned_as: the arm whose learning rate it takes; None: it has a grid of its own.
         settings: of the run, over the recipe's, as on the command line.
         lr_factor: on that learning rate.
+        init: the arm whose trained model of the same seed, at the scale's standard length, it starts from.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Arm:
     tuned_as: str | None = None
     settings: tuple[str, ...] = ()
     lr_factor: float = 1.0
+    init: str | None = None
 
 
 def arm_named(name: str) -> Arm:
@@ -186,7 +191,7 @@ def _experts() -> list[Arm]:
             text = f"Matryoshka, k = 1 … {2 * k}{after}"
             drawn = (f"elastic.num_experts_per_tok={upto}",)
             arms.append(Arm(f"matryoshka-k{k}{suffix}", text, "moe16-fine", own, "moe", drawn))
-    # The papers tune trained models: the second half of a run may stand for that.
+    # The papers tune trained models: the second half of a run may stand for that; `_tuned` has the thing itself.
     return arms + [
         replace(
             arm,
@@ -199,4 +204,23 @@ def _experts() -> list[Arm]:
     ]
 
 
-ARMS = {arm.name: arm for arm in [*_recipes(), *_controls(), *_elastic(), *_experts()]}
+def _tuned() -> list[Arm]:
+    """What starts from a trained model: trained on as it was, the control, and made elastic, as Elastic MoE's paper."""
+    known = {arm.name: arm for arm in [*_elastic(), *_experts()]}
+    keep, experts = "infinity-keep4", "moe16-fine-k4-scaled"
+    taught = ("elastic.keep_ratio=[0.0625,0.25]", "elastic.rule=sandwich", "elastic.distill=true")
+    sandwich = replace(
+        known[keep],
+        name="infinity-sandwich",
+        label="∞-MoE, 1/4 teaches 1/16 at a weight of 1/4",
+        settings=(*taught, "elastic.others_weight=0.25"),
+    )
+    bases = [(known[keep], keep), (sandwich, keep)]
+    bases += [(known[name], experts) for name in (experts, *LATE_EXPERTS)]
+    return [
+        replace(arm, name=f"{arm.name}-tuned", label=f"{arm.label}, tuned", lr_factor=_TUNING_FACTOR, init=base)
+        for arm, base in bases
+    ]
+
+
+ARMS = {arm.name: arm for arm in [*_recipes(), *_controls(), *_elastic(), *_experts(), *_tuned()]}

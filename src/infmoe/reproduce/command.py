@@ -230,7 +230,10 @@ def describe_arms(store: Store, wanted: list[Group]) -> str:
         if spec.seed == TUNING_SEED + 1:
             settings = [word for setting in spec.overrides() for word in ("--set", setting)]
             out = f"runs/{spec.arm.name}-{tokens_text(spec.tokens)}"
-            lines.append(shlex.join(["infmoe", "train", spec.recipe, "--data", "DIR", "--out", out, *settings]))
+            base = spec.arm.init
+            start = [] if base is None else ["--init", f"runs/{base}-{tokens_text(spec.scale.tokens)}"]
+            words = ["infmoe", "train", spec.recipe, "--data", "DIR", "--out", out, *start, *settings]
+            lines.append(shlex.join(words))
     return "\n".join(lines)
 
 
@@ -256,7 +259,10 @@ def _recipe_lr(spec: RunSpec) -> float:
 
 
 def smoke(request: Request, store: Store, wanted: list[Group], data: Path) -> None:
-    """Three steps of each arm at full width, of 1,024 tokens each and without validation; all else is the run's own."""
+    """Three steps of each arm at full width, of 1,024 tokens each and without validation; all else is the run's own.
+
+    But for the weights of those that start from a trained model: they are drawn, for there may be no model yet.
+    """
     rows: list[dict[str, Any]] = []
     arms = {spec.arm.name: spec for spec in all_specs(store, wanted) if spec.seed}
     for spec in arms.values():

@@ -50,9 +50,10 @@ def over_ratio(store: Store, arm: str, tokens: int | None = None, figure: str = 
     return curve(store, arm, tokens or store.scale.tokens, ratio_of(1), figure=figure)
 
 
-def over_k(store: Store, arm: str, figure: str = "loss") -> Curve:
+def over_k(store: Store, arm: str, figure: str = "loss", tokens: int | None = None) -> Curve:
     """Loss over the number of experts, gates renormalised."""
-    return curve(store, arm, store.scale.tokens, lambda row: row.get("num_experts_per_tok"), figure=figure)
+    length = tokens or store.scale.tokens
+    return curve(store, arm, length, lambda row: row.get("num_experts_per_tok"), figure=figure)
 
 
 def over_samples(store: Store, arm: str, figure: str = "loss") -> Curve:

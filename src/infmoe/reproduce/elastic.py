@@ -21,9 +21,20 @@ from infmoe.reproduce.dial_curves import (
 from infmoe.reproduce.elastic_adaptive import adaptive
 from infmoe.reproduce.elastic_experts import each, expert_curves, experts
 from infmoe.reproduce.elastic_samples import sampling
+from infmoe.reproduce.elastic_tuned import tuned
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.measures import SAMPLE_ARMS
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_LATE, PASSES, SANDWICH, SHORTER, shorter, tokens_text
+from infmoe.reproduce.plan import (
+    ELASTIC_EXPERTS,
+    ELASTIC_LATE,
+    ELASTIC_TUNED,
+    PASSES,
+    SANDWICH,
+    SHORTER,
+    further_tokens,
+    shorter,
+    tokens_text,
+)
 from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
@@ -61,6 +72,7 @@ def elastic(store: Store, gallery: Gallery) -> Section:
         _keep_ratios(store, gallery, section),
         experts(store, gallery, section),
         sampling(store, section),
+        tuned(store),
         _useful_ranges(store),
         _training_cost(store),
         _flops(store),
@@ -361,6 +373,7 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> None:
 
 def _unmeasured(store: Store) -> str:
     """Planned arms that no run is of."""
-    planned = (*_FIXED, *_ELASTIC, *ELASTIC_EXPERTS, *SAMPLE_ARMS)
-    absent = [f"`{arm}`" for arm in planned if not store.runs(arm, store.scale.tokens)]
+    planned = dict.fromkeys((*_FIXED, *_ELASTIC, *ELASTIC_EXPERTS, *SAMPLE_ARMS), store.scale.tokens)
+    planned |= dict.fromkeys(ELASTIC_TUNED, further_tokens(store.scale))
+    absent = [f"`{arm}`" for arm, tokens in planned.items() if not store.runs(arm, tokens)]
     return f"Not measured yet: {', '.join(absent)}." if absent else ""

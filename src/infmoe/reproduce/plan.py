@@ -209,6 +209,10 @@ ELASTIC_DRAWS = (
     *(f"{name}-from0.5" for name in LATE_EXPERTS),
 )
 ELASTIC_EXPERTS = (*ELASTIC_RULES, *ELASTIC_DRAWS)
+# Tuned from a trained model, after each control what is held against it
+TUNED_KEEP = ("infinity-keep4-tuned", "infinity-sandwich-tuned")
+TUNED_EXPERTS = ("moe16-fine-k4-scaled-tuned", *(f"{name}-tuned" for name in LATE_EXPERTS))
+ELASTIC_TUNED = (*TUNED_KEEP, *TUNED_EXPERTS)
 # The same with gates that sum to 1: one seed, that showed how much of a difference the size of the output makes. It
 # and the other rates are for the scale whose grid they answer.
 ELASTIC_UNSCALED = (
@@ -240,12 +244,18 @@ def shorter(arm: str, tokens: int) -> int:
     return int(tokens / PASSES[arm])
 
 
+def further_tokens(scale: Scale) -> int:
+    """Tokens of a run that starts from a trained model: a fifth of what that one had."""
+    return scale.tokens // 5
+
+
 def _elastic(scale: Scale) -> list[Group]:
     side = _side(scale)
     return [
         Group(ELASTIC_KEEP, scale.tokens, side),
         Group(ELASTIC_UNSCALED if scale.lr_grid else (), scale.tokens, (1, 1)),
         Group(ELASTIC_RULES, scale.tokens, side),
+        Group(ELASTIC_TUNED, further_tokens(scale), side),
         Group(ELASTIC_K, scale.tokens, side),
         Group((SANDWICH,), shorter(SANDWICH, scale.tokens), side),
         Group(("infinity-sandwich-distill",), shorter("infinity-sandwich-distill", scale.tokens), side),

@@ -149,7 +149,7 @@ class Store:
         if not path.exists():
             return None
         values = read_json(path)
-        damage = _damage(values)
+        damage = _damage(spec, values)
         if damage is not None:
             raise InfMoEError(f"{path} is damaged ({damage}): restore it, or move it away to train that run again")
         differing = differing_keys(spec.config().to_dict(), values["config"])
@@ -217,6 +217,15 @@ class Store:
                 f"every learning rate of {specs[0].arm.name} diverged ({best.path}): widen the grid downwards"
             )
         return best.spec.lr * arm.lr_factor
+
+    def base(self, spec: RunSpec) -> RunSpec | None:
+        """The run whose model a run starts from; None where the seed draws its weights."""
+        if spec.arm.init is None:
+            return None
+        arm = arm_named(spec.arm.init)
+        lr = self.lr(arm)
+        assert lr is not None  # both are tuned by the same runs
+        return RunSpec(spec.scale, arm, spec.scale.tokens, lr, spec.seed)
 
     # Comparisons
 
@@ -304,11 +313,19 @@ def _lacks_experts(spec: RunSpec, values: dict[str, Any]) -> bool:
     return not set(expert_counts(spec, model["num_experts"])) <= {row["num_experts_per_tok"] for row in points}
 
 
-def _damage(values: dict[str, Any]) -> str | None:
+def _says_start(values: dict[str, Any]) -> bool:
+    run = values.get("run")
+    init = run.get("init") if isinstance(run, dict) else None
+    return isinstance(init, dict) and all(isinstance(init.get(key), str) for key in ("arm", "slug", "fingerprint"))
+
+
+def _damage(spec: RunSpec, values: dict[str, Any]) -> str | None:
     """What is wrong with a run's file, or None."""
     for key, kind in _KEYS.items():
         if not isinstance(values.get(key), kind):
             return f"no {key!r}"
+    if spec.arm.init is not None and not _says_start(values):
+        return "not a word of the model that it started from"
     if not isinstance(values["data"].get("sha256"), str):
         return "no SHA-256 of its data"
     for name in _COST:

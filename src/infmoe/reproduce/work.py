@@ -78,8 +78,11 @@ class Workshop:
 def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
     """Train and measure until nothing is missing, or time is up.
 
+    A run that starts from another one's model waits until that is finished. Where there is no such model to come, it
+    is left out: a line says so, once.
+
     Returns:
-        Whether nothing is missing.
+        Whether it came to the end; False: time was up first. What was left out is missing at the end too.
 
     Raises:
         InfMoEError: a training run failed, or a result on disk is not what it should be.
@@ -92,9 +95,16 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
 
         shop.store.claim_tasks(file_hashes(shop.tasks))
     _sweep(shop)
+    said: set[str] = set()
     while not shop.out_of_time:
         others_at_work = False
+        lacking: list[RunSpec] = []
         for spec in _todo(shop, groups):
+            if (obstacle := _obstacle(shop, spec)) is not None:
+                lacking.append(spec)
+                if not obstacle.may_pass:
+                    _say_once(shop, spec, obstacle, said)
+                continue
             with _lock(shop.work / f"{spec.slug}.lock") as lock:
                 if lock is None:
                     others_at_work = True
@@ -105,10 +115,63 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
                     continue
                 break  # what comes next may hang on what this one found
         else:
-            if not others_at_work:
-                return True
-            time.sleep(_WAIT_SECONDS)
+            if others_at_work or any(_base_at_work(shop, spec) for spec in lacking):
+                time.sleep(_WAIT_SECONDS)
+                continue
+            left = [(spec, obstacle) for spec in lacking if (obstacle := _obstacle(shop, spec)) is not None]
+            if len(left) < len(lacking):
+                continue  # another worker has finished a base since it was looked for
+            for spec, obstacle in left:
+                _say_once(shop, spec, obstacle, said)
+            if left:
+                shop.say(f"left out, for want of a model to start from: {', '.join(spec.slug for spec, _ in left)}")
+            return True
     return False
+
+
+@dataclass(frozen=True)
+class _Obstacle:
+    """Why a run can't start from its base's model.
+
+    Attributes:
+        reason: of the base, and what to do.
+        may_pass: whether a worker may be training the base, or come to it.
+    """
+
+    reason: str
+    may_pass: bool = False
+
+
+def _obstacle(shop: Workshop, spec: RunSpec) -> _Obstacle | None:
+    """What keeps a run from being trained; None: nothing does, or it is finished."""
+    base = shop.store.base(spec) if shop.store.get(spec) is None else None
+    if base is None:
+        return None
+    run = shop.store.get(base)
+    if run is None:
+        return _Obstacle(f"which is not trained: name {base.arm.name} in --arms too", may_pass=True)
+    if run.diverged:
+        return _Obstacle(f"which diverged ({run.path}): there is none")
+    if not shop.model_dir(base).is_dir():
+        return _Obstacle(f"which is not under {shop.model_dir(base).parent}: move {run.path} away to train it again")
+    return None
+
+
+def _say_once(shop: Workshop, spec: RunSpec, obstacle: _Obstacle, said: set[str]) -> None:
+    base = shop.store.base(spec)
+    if base is not None and spec.slug not in said:
+        said.add(spec.slug)
+        shop.say(f"left out {spec.slug}: it starts from the model of {base.slug}, {obstacle.reason}")
+
+
+def _base_at_work(shop: Workshop, spec: RunSpec) -> bool:
+    """Whether another process trains a run's base: that of another command, perhaps."""
+    base = shop.store.base(spec)
+    path = None if base is None else shop.work / f"{base.slug}.lock"
+    if path is None or not path.exists():
+        return False
+    with _lock(path) as lock:
+        return lock is None
 
 
 def _todo(shop: Workshop, groups: Sequence[Group]) -> Iterator[RunSpec]:
@@ -167,6 +230,8 @@ def _train(shop: Workshop, spec: RunSpec, lock: int, data: TokenData) -> bool:
     """
     folder, log = shop.work / spec.slug, shop.work / f"{spec.slug}.log"
     command = [*shop.launch, "train", spec.recipe, "--out", str(folder), "--data", str(shop.data), "--resume"]
+    if (base := shop.store.base(spec)) is not None:
+        command += ["--init", str(shop.model_dir(base))]
     command += [word for setting in spec.overrides() for word in ("--set", setting)]
     shop.say(f"training {spec.slug} ({folder})")
     begin = time.monotonic()
@@ -250,6 +315,11 @@ def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dic
     trained = json.loads((folder / RUN_FILE).read_text())
     config = spec.config()
     curve, seconds = _curve(read_metrics(folder))
+    start: dict[str, Any] = {}
+    if (base := shop.store.base(spec)) is not None:
+        # by content: where the base's model lay is this machine's alone, so `config` has nothing of it
+        mark = trained["init"]["fingerprint"]
+        start = {"init": {"arm": base.arm.name, "slug": base.slug, "fingerprint": mark}}
     return {
         "run": {
             "scale": spec.scale.name,
@@ -258,6 +328,7 @@ def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dic
             "tokens": config.steps * config.batch_tokens,
             "lr": spec.lr,
             "seed": spec.seed,
+            **start,
         },
         "config": config.to_dict(),
         "data": describe_data(data),

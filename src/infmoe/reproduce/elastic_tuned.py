@@ -1,0 +1,58 @@
+"""Tuned from a trained model: what making it elastic brings, against training it on as it was."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from infmoe.layers.point import ratio_text
+from infmoe.reproduce.arms import arm_named, titled
+from infmoe.reproduce.dial_curves import Curve, means, over_k, over_ratio
+from infmoe.reproduce.plan import TUNED_EXPERTS, TUNED_KEEP, further_tokens, tokens_text
+from infmoe.reproduce.section import markdown_table, text_of
+from infmoe.reproduce.statistics import paired
+from infmoe.reproduce.store import Store
+
+_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+_COUNTS = (1, 2, 4, 6, 8, 12, 16)
+
+
+def tuned(store: Store) -> str:
+    """Loss over the dial of each tuned arm, and minus that of the arm that was tuned plainly."""
+    tokens = further_tokens(store.scale)
+    tables = [
+        _table(TUNED_KEEP, {arm: over_ratio(store, arm, tokens) for arm in TUNED_KEEP}, _RATIOS, ratio_text),
+        _table(
+            TUNED_EXPERTS,
+            {arm: over_k(store, arm, tokens=tokens) for arm in TUNED_EXPERTS},
+            _COUNTS,
+            lambda k: f"k′ = {k}",
+        ),
+    ]
+    measured = [table for table in tables if table]
+    if not measured:
+        return ""
+    title = (
+        f"**Tuned from a trained model**: {tokens_text(tokens)} tokens on from the model of the same seed that had "
+        f"{tokens_text(store.scale.tokens)}, the first of which these are again, at "
+        f"{arm_named(TUNED_KEEP[0]).lr_factor:g} times its learning rate (differences paired by seed)"
+    )
+    return "\n\n".join([title, *measured])
+
+
+def _table(arms: Sequence[str], lines: dict[str, Curve], places: Sequence[Any], text: Callable[[Any], str]) -> str:
+    """A row an arm, and below each but the first its difference to that; empty where nothing is measured."""
+    control = arms[0]
+    rows = []
+    for arm in arms:
+        line = lines[arm]
+        if not line:
+            continue
+        seeds = max(map(len, line.values()))
+        rows.append([titled(arm), *(text_of(means(line).get(at)) for at in places), str(seeds)])
+        gaps = [paired(line.get(at, {}), lines[control].get(at, {})) for at in places]
+        if arm != control and any(gaps):
+            both = max(gap.count for gap in gaps if gap is not None)
+            rows.append([f"{arm} minus {control}", *(text_of(gap, sign=True) for gap in gaps), str(both)])
+    if not rows:
+        return ""
+    start = titled(arm_named(control).init or control)
+    return markdown_table((f"loss, nats; from {start}", *map(text, places), "seeds"), rows)
