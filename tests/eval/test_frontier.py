@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 
@@ -125,6 +126,7 @@ def test_generate_picks_from_it(profile_dir, tiny_run, tmp_path, capsys):
     path.write_text(json.dumps(json.loads((profile_dir / path.name).read_text()) | {"cached_tokens": [2, 3]}))
     longer = ["--profile", str(tmp_path), "--latency-budget-ms", "1e6", "--prompt", "a"]
     assert main([*words[:2], "--max-new-tokens", "5", *longer]) == 0
+    assert re.search(r"\n100% of \d tokens met the budget\n", capsys.readouterr().err)  # all, to the end of the text
     assert main([*words[:2], "--max-new-tokens", "30", *longer]) == 2
     assert "says nothing of 31, which prompt and new tokens come to" in capsys.readouterr().err
     for more, named in (

@@ -65,6 +65,7 @@ def generate(
     from infmoe.eval.generation import generate_text, request
     from infmoe.eval.loading import open_model
     from infmoe.hf.budget import pick
+    from infmoe.hf.clock import TokenClock
 
     opened = open_model(model_dir, device, dtype, set_ or ())
     tokenizer = opened.tokenizer()
@@ -75,6 +76,7 @@ def generate(
         "--mode": mode,
     }
     budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
+    choice, clock = None, TokenClock()
     if any(value is not None for value in budget.values()):
         for option, value in dials.items():
             if value is not None:
@@ -106,7 +108,12 @@ def generate(
         top_k=top_k,
         seed=seed,
         stream_to=sys.stdout,
+        clock=clock,
     )
+    if choice is not None and latency_budget_ms is not None:
+        choice = choice.timed(clock.milliseconds(), latency_budget_ms)
+        met = f"{choice.met:.0%} of {len(choice.token_ms)} tokens met the budget" if choice.met is not None else ""
+        print(choice.missed(latency_budget_ms) or met, file=sys.stderr)
 
 
 @app.command()

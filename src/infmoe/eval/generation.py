@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from infmoe.errors import InfMoEError
+from infmoe.hf.clock import TokenClock
 from infmoe.layers import NoiseKey
 from infmoe.layers.point import Point
 
@@ -26,6 +27,7 @@ def generate_text(
     top_k: int = 50,
     seed: int = 0,
     stream_to: TextIO | None = None,
+    clock: TokenClock | None = None,
 ) -> str:
     """Continue `prompt`, with a key-value cache; the same seed gives the same text.
 
@@ -39,6 +41,7 @@ def generate_text(
         top_k: tokens are drawn from this many likeliest.
         seed: of the routing's noise and of the drawing of tokens.
         stream_to: where the text goes as it appears.
+        clock: is told when each token came out.
 
     Returns:
         Prompt and continuation.
@@ -64,6 +67,7 @@ def generate_text(
         pad_token_id=tokenizer.eos_token_id,
         routing=routing,
         streamer=streamer,
+        stopping_criteria=None if clock is None else [clock],
         **sampling,
     )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from infmoe.layers.point import Point
 _VERSION = 5
 _FIGURES = ("loss", "increase", "increase_at_most", "token_ms", "token_ms_p95")
 _LEAST_TURNS = 59  # of fewer, no token but the latest bounds the quantile
+_ENOUGH = 16  # tokens, from which on it is said that they missed the budget
 _REACH = 2  # times the longest cache that was timed: a request that goes further is refused
 # How a model runs, where the caller may choose it: what makes it run as the profile did.
 _MATCH = {
@@ -70,6 +71,21 @@ class Choice:
     def point(self) -> Point:
         """The dials; `choice.point.routing()` runs them."""
         return self.picked.point
+
+    def timed(self, token_ms: Sequence[float], budget_ms: float) -> "Choice":
+        """The same, with what the tokens took."""
+        met = sum(ms <= budget_ms for ms in token_ms) / len(token_ms) if token_ms else None
+        return replace(self, token_ms=tuple(token_ms), met=met)
+
+    def missed(self, budget_ms: float) -> str | None:
+        """A line for the reader where clearly fewer than 95 of 100 tokens met the budget."""
+        count = len(self.token_ms)
+        if self.met is None or count < _ENOUGH or self.met >= 0.95 - 1.645 * math.sqrt(0.95 * 0.05 / count):
+            return None
+        return (
+            f"{self.met:.0%} of {count} tokens met the budget of {budget_ms:g} ms: the machine is busier or slower "
+            "than when its profile was measured; measure it anew with `infmoe frontier`"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """Generation under the dials: given by name, for each row, or chosen by a budget."""
 
 import logging
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from infmoe.hf.clock import TokenClock
 from infmoe.layers.routing import DIALS, Routing
 
 _LOG = logging.getLogger("infmoe")
-_ENOUGH = 16  # tokens, from which on it is said that they missed the budget
 _NEW_TOKENS = 20  # transformers' own default
 # Ways to generate whose steps are not of one token a row, or hold more than the model's own work
 _NOT_TIMED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "guidance_scale", "num_beams")
@@ -90,16 +87,10 @@ class InfMoEGenerationMixin(GenerationMixin):
         else:
             kwargs["stopping_criteria"] = criteria
         out = super().generate(*args, **kwargs)  # type: ignore[misc]
-        spent = clock.milliseconds()
-        if spent:
-            assert self.picked is not None
-            met = sum(ms <= budget_ms for ms in spent) / len(spent)
-            self.picked = replace(self.picked, token_ms=tuple(spent), met=met)
-            if len(spent) >= _ENOUGH and met < 0.95 - 1.645 * math.sqrt(0.95 * 0.05 / len(spent)):
-                _LOG.warning(
-                    f"{met:.0%} of {len(spent)} tokens met the budget of {budget_ms:g} ms: the machine is busier or "
-                    "slower than when its profile was measured; measure it anew with `infmoe frontier`"
-                )
+        assert self.picked is not None
+        self.picked = self.picked.timed(clock.milliseconds(), budget_ms)
+        if (line := self.picked.missed(budget_ms)) is not None:
+            _LOG.warning(line)
         return out
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
