@@ -52,7 +52,8 @@ def machine() -> dict[str, Any]:
         pairs = (line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
         known = {name.strip(): value.strip() for name, value in pairs}
     # a virtual machine's model name may be that of a whole family of processors
-    kind = [known[name] for name in ("cpu family", "model", "stepping") if name in known]
+    names = ("cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part")  # x86's, and Arm's
+    kind = [known[name] for name in names if name in known]
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": known.get("model name") or platform.processor() or platform.machine(),

@@ -234,6 +234,16 @@ def test_schedules_may_go_below_what_all_layers_are_measured_at(tiny_run, monkey
     assert ladders == [[1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2], [1 / 8, 1 / 2]]
 
 
+def test_schedules_have_no_two_rungs_that_keep_as_many_units(tmp_path):
+    def evaluate(points):
+        return [{"loss": -sum(q.keep_ratio)} for q in points]
+
+    model = tiny_model(block_size=12)  # 8 units a layer: 1/16 keeps one, and so do 1/32 and 1/64
+    ladder = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 2)
+    found = schedules(model, Point(1, 0.5), "keep_ratio", ladder, 50, evaluate=evaluate)
+    assert {ratio for point in found for ratio in point.keep_ratio} == {1 / 8, 1 / 2}
+
+
 def test_every_round_is_timed_on_other_tokens_and_every_setting_on_the_same():
     model, seen = tiny_model(), []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True)

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 from fake_profile import MORE, POINTS, written
-from helpers import tiny_model, tokens
-from transformers import GenerationConfig, StoppingCriteriaList
+from helpers import tiny_config, tiny_model, tokens
+from transformers import GenerationConfig, StaticCache, StoppingCriteriaList
 
 from infmoe.errors import InfMoEError
 from infmoe.hf.budget import Profile, profile_name
@@ -78,6 +78,8 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(folder):
         ({"num_beams": 2}, "leave num_beams out"),
         ({"generation_config": GenerationConfig(num_beams=2)}, "leave num_beams out"),
         ({"cache_implementation": "static"}, "leave cache_implementation out"),
+        ({"past_key_values": StaticCache(tiny_config(), max_cache_len=16)}, "leave past_key_values out"),
+        ({"assistant_early_exit": 1}, "leave assistant_early_exit out"),
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "leave prompt_lookup_num_tokens out"),
         ({"routing": Routing(backend="eager")}, "leave routing.backend out"),
         ({"cache_implementation": "paged"}, "paged generation passes no dials on"),
@@ -89,9 +91,9 @@ def test_a_latency_is_refused_where_it_does_not_hold(model, folder, given, words
 
 
 def test_whether_a_budget_was_met_is_noted_and_a_miss_is_said(model, folder, caplog):
-    asked = {"profile": folder, "latency_budget_ms": 5.0, "min_new_tokens": 20, "max_new_tokens": 20}
+    asked = {"profile": folder, "min_new_tokens": 20, "max_new_tokens": 20, "pad_token_id": 0}
     seen = []
-    for slow in (0.0, 0.02):  # seconds a step; the profile says that a token takes 4 ms
+    for slow, budget in ((0.0, 1e5), (0.02, 5.0)):  # seconds a step; the profile says that a token takes 4 ms
 
         def criterion(input_ids, scores, slow=slow, **kwargs):
             seen.append(input_ids.shape[1])
@@ -99,23 +101,27 @@ def test_whether_a_budget_was_met_is_noted_and_a_miss_is_said(model, folder, cap
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
         caplog.clear()
-        model.generate(tokens(1, 4), stopping_criteria=StoppingCriteriaList([criterion]), pad_token_id=0, **asked)
-        spent = model.picked.token_ms
-        assert len(spent) == 19
-        assert model.picked.met == sum(ms <= 5.0 for ms in spent) / 19
-        assert min(spent) > 1e3 * slow
+        criteria = StoppingCriteriaList([criterion])
+        model.generate(tokens(1, 4), stopping_criteria=criteria, latency_budget_ms=budget, **asked)
+        assert len(model.picked.token_ms) == 19
+        assert model.picked.met == (slow == 0)
+        assert min(model.picked.token_ms) > 1e3 * slow
         missed = "0% of 19 tokens met the budget of 5 ms: the machine is busier or slower"
         assert (missed in caplog.text) == (slow > 0)
     assert seen == 2 * list(range(5, 25))  # the caller's own criterion is asked too
-    model.generate(tokens(1, 4), None, None, StoppingCriteriaList([criterion]), pad_token_id=0, **asked)
+    model.generate(tokens(1, 4), None, None, criteria, latency_budget_ms=5.0, **asked)
     assert (model.picked.met, len(seen)) == (0.0, 60)
     model.generate(tokens(1, 4), max_new_tokens=1, latency_budget_ms=5.0, profile=folder)
     assert (model.picked.token_ms, model.picked.met) == ((), None)
 
 
-def test_a_compiled_model_has_no_profile(folder):
+@pytest.mark.parametrize("how", ["whole", "part", "forward"])
+def test_a_compiled_model_has_no_profile(folder, how):
     compiled = tiny_model()
-    compiled.compile()
+    if how == "forward":
+        compiled.forward = torch.compile(compiled.forward)
+    else:
+        (compiled if how == "whole" else compiled.transformer).compile()
     with pytest.raises(InfMoEError, match="that is not compiled"):
         compiled.generate(tokens(1, 5), max_new_tokens=2, latency_budget_ms=5.0, profile=folder)
 

@@ -285,14 +285,14 @@ def test_tuned_models_are_held_against_the_plainly_tuned_one_seed_by_seed(store,
     body = elastic(store, Gallery(store.folder)).body
     assert "Tuned from a trained model" not in body
     absent = next(line for line in body.splitlines() if line.startswith("Not measured yet"))
-    assert "`infinity-keep4-tuned`, `infinity-sandwich-tuned`, `moe16-fine-k4-scaled-tuned`, `emoe-k4" in absent
+    assert "`infinity-keep4-tuned`, `infinity-sandwich-w0.25-tuned`, `moe16-fine-k4-scaled-tuned`, `emoe-k4" in absent
     few = further_tokens(mini)
     fill(store, {"moe16-fine-k4-scaled-tuned": 3.5, "infinity-keep4-tuned": 3.4}, few)
-    fill(store, {"emoe-k4-w0.0001-scaled-tuned": 3.45, "infinity-sandwich-tuned": 3.3}, few, seeds=2)
+    fill(store, {"emoe-k4-w0.0001-scaled-tuned": 3.45, "infinity-sandwich-w0.25-tuned": 3.3}, few, seeds=2)
     body = elastic(store, Gallery(store.folder)).body
     part = body[body.index("Tuned from a trained model") :].splitlines()
     rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:] for line in part if line.startswith("| ")}
-    ratios = rows["infinity-sandwich-tuned minus infinity-keep4-tuned"]
+    ratios = rows["infinity-sandwich-w0.25-tuned minus infinity-keep4-tuned"]
     assert ratios == ["-0.100 ± 0.000"] * 4 + ["2"]
     # the fixture's losses rise by 0.02 for each expert away from the trained k, Elastic MoE's by 0.002
     counts = rows["emoe-k4-w0.0001-scaled-tuned minus moe16-fine-k4-scaled-tuned"]
@@ -303,6 +303,12 @@ def test_tuned_models_are_held_against_the_plainly_tuned_one_seed_by_seed(store,
     heads = [line for line in part if line.startswith("| loss, nats; from ")]
     assert [head.split("from ")[1].split(":")[0] for head in heads[:2]] == ["infinity-keep4", "moe16-fine-k4-scaled"]
     absent = next(line for line in part if line.startswith("Not measured yet"))
+    (run, _) = store.runs("infinity-sandwich-w0.25-tuned", few)
+    run.values["run"]["init"]["fingerprint"] = "of another training of the base"
+    store.put(run.spec, run.values)
+    body = elastic(store, Gallery(store.folder)).body
+    (row,) = [line for line in body.splitlines() if line.startswith("| infinity-sandwich-w0.25-tuned minus ")]
+    assert row.endswith("| 1 |")  # only the seed whose two runs started alike
     assert absent.count("-tuned`") == 1
     assert "`matryoshka-k4-scaled-tuned`" in absent
 

@@ -109,7 +109,7 @@ def test_a_tuned_arm_is_its_namesake_at_half_the_rate_of_its_base():
         # so that the base's rate is known where the arm's own is
         assert (arm.variant, arm.tuned_as, arm.lr_factor) == (base.variant, base.tuned_as, base.lr_factor / 2)
         namesake = ARMS.get(arm.name.removesuffix("-tuned"))
-        if arm.name == "infinity-sandwich-tuned":  # taught by its own ratio, at the weight that costs that one least
+        if arm.name == "infinity-sandwich-w0.25-tuned":  # taught by its own ratio
             namesake = arm_named("infinity-sandwich-quarter-w0.25-from0.8")
             config, late = (RunSpec(SCALES["tiny"], a, 10**6, 1e-3, 1).config() for a in (arm, namesake))
             assert config.elastic == late.elastic.model_copy(update={"start": 0.0})

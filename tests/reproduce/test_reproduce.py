@@ -210,13 +210,13 @@ def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
 
 
 BASE = "infinity-keep4-0.001024M-lr0.002-s1"
-TUNED = "infinity-sandwich-tuned-0.000204M-lr0.001-s1"
+TUNED = "infinity-sandwich-w0.25-tuned-0.000204M-lr0.001-s1"
 
 
 @pytest.fixture
 def tuning(request_, monkeypatch):
     """A model, what starts from it, and what does not; the second before the first, to be the harder."""
-    arms = ("infinity-sandwich-tuned", "infinity-keep4", "dense")
+    arms = ("infinity-sandwich-w0.25-tuned", "infinity-keep4", "dense")
     length = lambda s, arm: plan.further_tokens(s) if "tuned" in arm else s.tokens  # noqa: E731
     monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group((arm,), length(s, arm), (1, 1)) for arm in arms])
     return request_
@@ -226,7 +226,7 @@ def test_a_tuned_run_starts_from_its_base_and_says_so(tuning, in_process, capsys
     commands = []
     start = work.subprocess.Popen
     monkeypatch.setattr(work.subprocess, "Popen", lambda words, **rest: commands.append(words) or start(words, **rest))
-    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4,infinity-sandwich-tuned")) == 0
+    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4,infinity-sandwich-w0.25-tuned")) == 0
     assert "left out" not in capsys.readouterr().out
     base = tuning.work / "tiny" / "models" / BASE
     plain, tuned = commands
@@ -240,7 +240,7 @@ def test_a_tuned_run_starts_from_its_base_and_says_so(tuning, in_process, capsys
     assert values[TUNED]["config"]["init"] is None
     assert str(tuning.work.parent) not in json.dumps(values)
     assert values[TUNED]["measures"].keys() >= {"held_out", "dials"}
-    run = Store(tuning.out, plan.SCALES["tiny"]).run("infinity-sandwich-tuned", plan.further_tokens(MINI), 1)
+    run = Store(tuning.out, plan.SCALES["tiny"]).run("infinity-sandwich-w0.25-tuned", plan.further_tokens(MINI), 1)
     assert run.loss == values[TUNED]["measures"]["held_out"][0]["loss"]
 
 
@@ -262,12 +262,22 @@ def test_without_its_bases_model_a_run_is_left_out_and_the_rest_goes_on(tuning, 
     assert TUNED in runs_of(tuning)
 
 
+def test_a_tuned_run_that_has_begun_needs_its_base_no_more(tuning, in_process, monkeypatch):
+    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
+    shutil.rmtree(tuning.work / "tiny" / "models" / BASE)
+    (tuning.work / "tiny" / TUNED / "checkpoints" / "step-000001").mkdir(parents=True)
+    trained = []
+    monkeypatch.setattr(work, "_train", lambda shop, spec, *rest: trained.append(spec.slug) or False)
+    run_request(dataclasses.replace(tuning, arms="infinity-sandwich-w0.25-tuned"))
+    assert trained == [TUNED]
+
+
 def test_a_base_that_diverged_is_none(tuning, in_process, capsys):
     assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
     path = tuning.out / "tiny" / "runs" / f"{BASE}.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"diverged": "the loss is nan at step 3", "measures": {}}))
-    assert run_request(dataclasses.replace(tuning, arms="infinity-sandwich-tuned")) == 0
+    assert run_request(dataclasses.replace(tuning, arms="infinity-sandwich-w0.25-tuned")) == 0
     out = capsys.readouterr().out
     assert f"left out {TUNED}: it starts from the model of {BASE}, which diverged ({path}): there is none\n" in out
     assert TUNED not in runs_of(tuning)
@@ -275,12 +285,12 @@ def test_a_base_that_diverged_is_none(tuning, in_process, capsys):
 
 def test_a_base_that_nobody_trains_is_asked_for(tuning, monkeypatch, capsys):
     monkeypatch.setattr(work, "_train", lambda *rest: pytest.fail("trained"))
-    assert run_request(dataclasses.replace(tuning, arms="infinity-sandwich-tuned")) == 0
+    assert run_request(dataclasses.replace(tuning, arms="infinity-sandwich-w0.25-tuned")) == 0
     line = f"left out {TUNED}: it starts from the model of {BASE}, which is not trained: name infinity-keep4 in --arms"
     assert capsys.readouterr().out.count(line) == 1
 
 
-@pytest.mark.parametrize("arms", ["infinity-sandwich-tuned", "infinity-keep4,infinity-sandwich-tuned"])
+@pytest.mark.parametrize("arms", ["infinity-sandwich-w0.25-tuned", "infinity-keep4,infinity-sandwich-w0.25-tuned"])
 def test_a_base_that_another_process_trains_is_waited_for(tuning, in_process, monkeypatch, arms, capsys):
     assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
     path, lock = tuning.out / "tiny" / "runs" / f"{BASE}.json", tuning.work / "tiny" / f"{BASE}.lock"

@@ -97,7 +97,7 @@ def test_a_tuned_run_says_which_model_it_started_from(store, run):
     store.put(spec, fake_values(spec, 3.5))
     assert store.get(spec).loss == 3.5
     store.put(spec, fake_values(spec, 3.5, run=run))
-    with pytest.raises(InfMoEError, match=r"is damaged \(not a word of the model that it started from\)"):
+    with pytest.raises(InfMoEError, match=r"is damaged \(nothing on a model of infinity-keep4 that it started from\)"):
         store.get(spec)
 
 

@@ -81,6 +81,8 @@ def generate(
         for option, value in dials.items():
             if value is not None:
                 raise InfMoEError(f"a budget chooses the dials itself: leave {option} out")
+        if latency_budget_ms is not None:
+            opened.model.refuse_untimed((), {})  # what the checkpoint's generation config may ask for
         ids, new_tokens = request(opened.model, tokenizer, prompt, max_new_tokens)
         choice = pick(opened.model, profile, rows=1, positions=len(ids) + new_tokens, **budget)
         print(choice.reason, file=sys.stderr)
@@ -112,8 +114,9 @@ def generate(
     )
     if choice is not None and latency_budget_ms is not None:
         choice = choice.timed(clock.milliseconds(), latency_budget_ms)
-        met = f"{choice.met:.0%} of {len(choice.token_ms)} tokens met the budget" if choice.met is not None else ""
-        print(choice.missed(latency_budget_ms) or met, file=sys.stderr)
+        if choice.met is not None:
+            met = f"{choice.met:.0%} of {len(choice.token_ms)} tokens met the budget"
+            print(choice.missed(latency_budget_ms) or met, file=sys.stderr)
 
 
 @app.command()
@@ -275,7 +278,12 @@ def frontier(
     num_experts_per_tok: ExpertsOption = None,
     mode: ModeOption = None,
     schedules: Annotated[
-        int, typer.Option("--schedules", min=0, help="Settings that differ from layer to layer, at most.")
+        int,
+        typer.Option(
+            "--schedules",
+            min=0,
+            help="Settings that differ from layer to layer, found by a search, at most; 0: none of any kind.",
+        ),
     ] = 4,
     windows: WindowsOption = 128,
     batch_size: BatchOption = 16,

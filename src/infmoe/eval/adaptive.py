@@ -76,13 +76,13 @@ def layer_ratios(
     Args and raises: as `calibrate_cut`; `mean_ratio` is the layers' mean.
 
     Returns:
-        What `Routing.keep_ratio` takes, rounded to thousandths.
+        What `Routing.keep_ratio` takes, rounded to ten-thousandths.
     """
     cut = calibrate_cut(
         model, held_out, mean_ratio, num_samples=num_samples, per_layer=False, seed=seed, batch_size=batch_size
     )
     kept = _kept(model, held_out, Routing(num_samples=num_samples, score_cut=cut), seed, batch_size)
-    return PerLayer([max(round(ratio, 3), 0.001) for ratio in kept])
+    return PerLayer([max(round(ratio, 4), 1e-4) for ratio in kept])
 
 
 def calibrate_mass(

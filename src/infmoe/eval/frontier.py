@@ -22,6 +22,7 @@ from infmoe.eval.sweep import default_grid, evaluate_points
 from infmoe.hf import model_cost
 from infmoe.hf.budget import Profile, profile_name, profile_values, upper_increase, upper_p95s
 from infmoe.hf.clock import TokenClock
+from infmoe.layers.dials import num_kept
 from infmoe.layers.point import Point
 from infmoe.progress import point_progress
 from infmoe.provenance import provenance, require_writable
@@ -107,7 +108,7 @@ def schedules(
         count: how many settings.
         evaluate: loss and FLOPs of points.
     """
-    ladder = sorted(set(values), reverse=True)
+    ladder = _rungs(model, dial, values)
     num_layers = model.config.num_hidden_layers
     if count < 1 or len(ladder) < 2 or num_layers < 2:
         return []
@@ -142,13 +143,26 @@ def schedules(
     return list(dict.fromkeys(nearest))
 
 
+def _rungs(model: Any, dial: str, values: Sequence[Any]) -> list[Any]:
+    """The values of a dial from the largest down, of ratios that keep as many units the first alone."""
+    ladder = sorted(set(values), reverse=True)
+    if dial != "keep_ratio":
+        return ladder
+    units = model.transformer.h[0].mlp.num_units
+    return list({num_kept((ratio,), units): ratio for ratio in reversed(ladder)}.values())[::-1]
+
+
 def layered(
     model: Any, start: Point, ratios: Sequence[float], held_out: HeldOut, *, seed: int, batch_size: int
 ) -> list[Point]:
-    """Beside every ratio for all layers, a schedule of that mean (see `layer_ratios`), where there is one."""
-    found = []
+    """Beside every ratio for all layers, a schedule of that mean (see `layer_ratios`), where there is one.
+
+    Of samples that are drawn one by one, which is how cuts are found; of more layers than one.
+    """
+    found: list[Point] = []
     samples = start.num_samples
-    assert isinstance(samples, int)
+    if not isinstance(samples, int) or start.mode not in (None, "sample") or model.config.num_hidden_layers < 2:
+        return found
     for ratio in ratios:
         with contextlib.suppress(InfMoEError):  # no cut keeps that share
             own = layer_ratios(model, held_out, ratio, num_samples=samples, seed=seed, batch_size=batch_size)
@@ -233,8 +247,8 @@ def measure_frontier(
     dial, values = ("keep_ratio", ratios) if ratios else ("num_experts_per_tok", experts)
     if ratios and keep_ratio is None:
         values = (*ratios, min(ratios) / 2, min(ratios) / 4)  # a layer may do with less than all layers can
-    searched = 0 if not values else 1 + config.num_hidden_layers * (len(set(values)) - 1)
-    total = len(points) + (searched + num_schedules if num_schedules else 0)
+    searched = 0 if not values else 1 + config.num_hidden_layers * (len(_rungs(model, dial, values)) - 1)
+    total = len(points) + (searched + num_schedules + len(ratios or ()) if num_schedules else 0)
     with point_progress(total, quiet=quiet) as progress:
 
         def evaluate(some: Sequence[Point]) -> list[dict[str, Any]]:
@@ -243,9 +257,10 @@ def measure_frontier(
         if values:
             (start,) = grid(config, num_samples=(min(samples),) if samples else None, mode=routing_mode)
             points += schedules(model, start, dial, values, num_schedules, evaluate=evaluate)
-            if ratios and num_schedules and start.num_samples is not None:
+            if ratios and num_schedules:
                 few = HeldOut.from_data(data, context, max(2, windows // _CUT_SHARE), "train")
                 points += layered(model, start, ratios, few, seed=seed, batch_size=batch_size)
+        points = list(dict.fromkeys(points))
         results = evaluate_points(model, held_out, points, seed=seed, batch_size=batch_size, progress=progress)
     times = token_times(
         model, [_setting(point) for point in points], rows=rows, prompt_length=prompt_length, rounds=rounds

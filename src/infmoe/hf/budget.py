@@ -84,7 +84,8 @@ class Choice:
             return None
         return (
             f"{self.met:.0%} of {count} tokens met the budget of {budget_ms:g} ms: the machine is busier or slower "
-            "than when its profile was measured; measure it anew with `infmoe frontier`"
+            "than when its profile was measured (measure it anew with `infmoe frontier`), or a streamer or stopping "
+            "criterion takes the time"
         )
 
 

@@ -14,6 +14,8 @@ class TokenClock:
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.is_cuda:  # or the prompt's work would still be under way, and the first token pay for it
+            torch.cuda.synchronize(input_ids.device)
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

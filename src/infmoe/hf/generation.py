@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationMixin, StoppingCriteriaList
+from transformers import DynamicCache, GenerationMixin, StoppingCriteriaList
 
 from infmoe.errors import InfMoEError
 from infmoe.hf.budget import Choice, Profile, pick
@@ -14,7 +14,8 @@ from infmoe.layers.routing import DIALS, Routing
 _LOG = logging.getLogger("infmoe")
 _NEW_TOKENS = 20  # transformers' own default
 # Ways to generate whose steps are not of one token a row, or hold more than the model's own work
-_NOT_TIMED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "guidance_scale", "num_beams")
+_NOT_TIMED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "custom_generate")
+_NOT_TIMED_BUT_AT_1 = ("guidance_scale", "num_beams")
 
 
 class InfMoEGenerationMixin(GenerationMixin):
@@ -140,19 +141,32 @@ class InfMoEGenerationMixin(GenerationMixin):
             InfMoEError: for a latency, a way to generate that no profile times.
         """
         if timed:
-            for name in _NOT_TIMED:
-                if self._setting_of(name, args, kwargs) not in (None, 1, 1.0):
-                    raise InfMoEError(f"a latency budget is for plain generation, a token a step: leave {name} out")
-            if self._setting_of("cache_implementation", args, kwargs) not in (None, "dynamic", "paged"):
-                raise InfMoEError("a latency budget is for the usual cache: leave cache_implementation out")
-            if getattr(self, "_compiled_call_impl", None) is not None:
-                raise InfMoEError("a latency budget is for a model that is not compiled: open it once more for that")
-            if self._setting_of("use_cache", args, kwargs) is False:
-                raise InfMoEError("a latency budget is for cached generation: leave use_cache=False out")
+            self.refuse_untimed(args, kwargs)
         inputs = self._inputs_of(args, kwargs)
         batch_size = 1 if inputs is None else len(inputs)
         repeats = [self._setting_of(name, args, kwargs) or 1 for name in ("num_beams", "num_return_sequences")]
         return batch_size * max(repeats)
+
+    def refuse_untimed(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise for what no profile times, in a call of `generate` or in the model's generation config.
+
+        Raises:
+            InfMoEError: such an argument, or a compiled model.
+        """
+        for name in (*_NOT_TIMED, *_NOT_TIMED_BUT_AT_1):
+            value = self._setting_of(name, args, kwargs)
+            if value is not None and not (value == 1 and name in _NOT_TIMED_BUT_AT_1):
+                raise InfMoEError(f"a latency budget is for plain generation, a token a step: leave {name} out")
+        given = kwargs.get("past_key_values")
+        if self._setting_of("cache_implementation", args, kwargs) not in (None, "dynamic", "paged") or (
+            given is not None and type(given) is not DynamicCache
+        ):
+            name = "cache_implementation" if given is None else "past_key_values"
+            raise InfMoEError(f"a latency budget is for the usual cache: leave {name} out")
+        if "forward" in vars(self) or any(getattr(m, "_compiled_call_impl", None) for m in self.modules()):  # type: ignore[attr-defined]
+            raise InfMoEError("a latency budget is for a model that is not compiled: open it once more for that")
+        if self._setting_of("use_cache", args, kwargs) is False:
+            raise InfMoEError("a latency budget is for cached generation: leave use_cache=False out")
 
     def _positions_of(self, args: tuple, kwargs: dict[str, Any]) -> int:
         """Tokens of the prompt and of what a call of `generate` may add to it."""

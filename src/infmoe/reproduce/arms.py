@@ -211,7 +211,7 @@ def _tuned() -> list[Arm]:
     taught = ("elastic.keep_ratio=[0.0625,0.25]", "elastic.rule=sandwich", "elastic.distill=true")
     sandwich = replace(
         known[keep],
-        name="infinity-sandwich",
+        name="infinity-sandwich-w0.25",
         label="∞-MoE, 1/4 teaches 1/16 at a weight of 1/4",
         settings=(*taught, "elastic.others_weight=0.25"),
     )

@@ -282,16 +282,21 @@ def _beyond_claim(store: Store) -> Claim:
     if not found:
         return Claim(text, "–", MISSING)
     shown = "; ".join(f"{name} {text_of(gap, sign=True)}" for name, gap in found.items())
-    judged = {name: gap for name, gap in gaps.items() if name.partition(",")[0] in ELASTIC_RULES}
+    enough = store.scale.side_seeds
+    judged = {
+        name: gap
+        for name, gap in gaps.items()
+        if name.partition(",")[0] in ELASTIC_RULES or (gap is not None and gap.count >= enough)
+    }
     known = [gap for gap in judged.values() if gap is not None]
     seeds = min(gap.count for gap in known) if len(known) == len(judged) else 0
-    if seeds < store.scale.side_seeds:
+    if seeds < enough:
         verdict = f"not decided: {len(known)} of {len(judged)} rules measured" if not seeds else _few(seeds, store)
     elif any(gap.high < -RANGE for gap in known):
         verdict = HOLDS
     else:
         verdict = FAILS if all(gap.low > -RANGE for gap in known) else UNDECIDED.replace("0", f"-{RANGE:g}")
-    fewer = [name for name, gap in found.items() if name not in judged and gap.count < store.scale.side_seeds]
+    fewer = [name for name in found if name not in judged]
     return Claim(text, f"{shown} nats", verdict, f"of fewer seeds, and not judged: {', '.join(fewer)}" if fewer else "")
 
 

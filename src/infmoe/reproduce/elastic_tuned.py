@@ -19,8 +19,9 @@ def tuned(store: Store) -> str:
     """Loss over the dial of each tuned arm, and minus that of the arm that was tuned plainly."""
     tokens = further_tokens(store.scale)
     tables = [
-        _table(TUNED_KEEP, {arm: over_ratio(store, arm, tokens) for arm in TUNED_KEEP}, _RATIOS, ratio_text),
+        _table(store, TUNED_KEEP, {arm: over_ratio(store, arm, tokens) for arm in TUNED_KEEP}, _RATIOS, ratio_text),
         _table(
+            store,
             TUNED_EXPERTS,
             {arm: over_k(store, arm, tokens=tokens) for arm in TUNED_EXPERTS},
             _COUNTS,
@@ -38,7 +39,21 @@ def tuned(store: Store) -> str:
     return "\n\n".join([title, *measured])
 
 
-def _table(arms: Sequence[str], lines: dict[str, Curve], places: Sequence[Any], text: Callable[[Any], str]) -> str:
+def _started_alike(store: Store, arm: str, control: str) -> set[int]:
+    """The seeds whose two runs started from the same weights: a base may have been trained again in between."""
+    marks = [
+        {
+            run.spec.seed: run.values["run"]["init"]["fingerprint"]
+            for run in store.runs(name, further_tokens(store.scale))
+        }
+        for name in (arm, control)
+    ]
+    return {seed for seed, mark in marks[0].items() if marks[1].get(seed) == mark}
+
+
+def _table(
+    store: Store, arms: Sequence[str], lines: dict[str, Curve], places: Sequence[Any], text: Callable[[Any], str]
+) -> str:
     """A row an arm, and below each but the first its difference to that; empty where nothing is measured."""
     control = arms[0]
     rows = []
@@ -48,7 +63,9 @@ def _table(arms: Sequence[str], lines: dict[str, Curve], places: Sequence[Any], 
             continue
         seeds = max(map(len, line.values()))
         rows.append([titled(arm), *(text_of(means(line).get(at)) for at in places), str(seeds)])
-        gaps = [paired(line.get(at, {}), lines[control].get(at, {})) for at in places]
+        alike = _started_alike(store, arm, control)
+        base = {at: {s: loss for s, loss in losses.items() if s in alike} for at, losses in lines[control].items()}
+        gaps = [paired(line.get(at, {}), base.get(at, {})) for at in places]
         if arm != control and any(gaps):
             both = max(gap.count for gap in gaps if gap is not None)
             rows.append([f"{arm} minus {control}", *(text_of(gap, sign=True) for gap in gaps), str(both)])

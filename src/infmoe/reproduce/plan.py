@@ -210,7 +210,7 @@ ELASTIC_DRAWS = (
 )
 ELASTIC_EXPERTS = (*ELASTIC_RULES, *ELASTIC_DRAWS)
 # Tuned from a trained model, after each control what is held against it
-TUNED_KEEP = ("infinity-keep4-tuned", "infinity-sandwich-tuned")
+TUNED_KEEP = ("infinity-keep4-tuned", "infinity-sandwich-w0.25-tuned")
 TUNED_EXPERTS = ("moe16-fine-k4-scaled-tuned", *(f"{name}-tuned" for name in LATE_EXPERTS))
 ELASTIC_TUNED = (*TUNED_KEEP, *TUNED_EXPERTS)
 # The same with gates that sum to 1: one seed, that showed how much of a difference the size of the output makes. It

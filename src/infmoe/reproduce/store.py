@@ -313,10 +313,12 @@ def _lacks_experts(spec: RunSpec, values: dict[str, Any]) -> bool:
     return not set(expert_counts(spec, model["num_experts"])) <= {row["num_experts_per_tok"] for row in points}
 
 
-def _says_start(values: dict[str, Any]) -> bool:
+def _says_start(values: dict[str, Any], base: str) -> bool:
     run = values.get("run")
     init = run.get("init") if isinstance(run, dict) else None
-    return isinstance(init, dict) and all(isinstance(init.get(key), str) for key in ("arm", "slug", "fingerprint"))
+    if not isinstance(init, dict) or not all(isinstance(init.get(key), str) for key in ("slug", "fingerprint")):
+        return False
+    return init.get("arm") == base
 
 
 def _damage(spec: RunSpec, values: dict[str, Any]) -> str | None:
@@ -324,8 +326,8 @@ def _damage(spec: RunSpec, values: dict[str, Any]) -> str | None:
     for key, kind in _KEYS.items():
         if not isinstance(values.get(key), kind):
             return f"no {key!r}"
-    if spec.arm.init is not None and not _says_start(values):
-        return "not a word of the model that it started from"
+    if spec.arm.init is not None and not _says_start(values, spec.arm.init):
+        return f"nothing on a model of {spec.arm.init} that it started from"
     if not isinstance(values["data"].get("sha256"), str):
         return "no SHA-256 of its data"
     for name in _COST:

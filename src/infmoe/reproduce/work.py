@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infmoe import checkpoint as ckpt
 from infmoe.data import TokenData
 from infmoe.errors import DivergedError, InfMoEError
 from infmoe.eval.loading import open_model
@@ -145,7 +146,7 @@ class _Obstacle:
 def _obstacle(shop: Workshop, spec: RunSpec) -> _Obstacle | None:
     """What keeps a run from being trained; None: nothing does, or it is finished."""
     base = shop.store.base(spec) if shop.store.get(spec) is None else None
-    if base is None:
+    if base is None or (shop.work / spec.slug / ckpt.FOLDER).is_dir():  # once begun it goes on by itself
         return None
     run = shop.store.get(base)
     if run is None:

@@ -72,8 +72,15 @@ def run_record(config: RunConfig, data_sha256: str) -> dict[str, Any]:
     }
 
 
+def _same_folder(old: str | None, new: str | None) -> bool:
+    """Whether two paths may be of one folder that was moved; a resumed run needs it no more."""
+    return old is not None and new is not None and Path(old).name == Path(new).name
+
+
 def _refuse_other_run(out: Path, old: dict[str, Any], new: dict[str, Any], resume: bool) -> None:
     differing = differing_keys(old["config"], new["config"])
+    if "init" in differing and _same_folder(old["config"]["init"], new["config"]["init"]):
+        differing.remove("init")
     if old["data_sha256"] != new["data_sha256"]:
         differing.append("the contents of data.dir")
     old_name, old_steps = old["config"]["name"], old["config"]["steps"]
