@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,13 +57,15 @@ def test_it_goes_on_without_what_it_started_from(small, trained, tmp_path):
     for later in checkpoints(cut)[1:]:
         shutil.rmtree(later)
     shutil.rmtree(source)
-    moved = small("init=/elsewhere/source", "checkpoint.every=2", "checkpoint.keep_last=null")  # with all around it
+    elsewhere = Path("/elsewhere", *source.parts[-3:])  # moved with what lies around it
+    moved = small(f"init={elsewhere}", "checkpoint.every=2", "checkpoint.keep_last=null")
     assert run(moved, cut, resume=True).exit_code == 0
     a, b = weights(whole), weights(cut)
     assert all(torch.equal(a[name], b[name]) for name in a)
     records = [json.loads((out / "run.json").read_text())["init"] for out in (whole, cut)]
     assert records[0] == records[1]
-    for other in (small(), small(f"init={trained}")):
+    namesake = small("init=/elsewhere/source")  # a checkpoint of another run may have the same name
+    for other in (small(), small(f"init={trained}"), namesake):
         with pytest.raises(InfMoEError, match=r"started with other values of .*init"):
             run(other, cut, resume=True)
 

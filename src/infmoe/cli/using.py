@@ -110,7 +110,7 @@ def generate(
         top_k=top_k,
         seed=seed,
         stream_to=sys.stdout,
-        clock=clock,
+        clock=clock if latency_budget_ms is not None else None,
     )
     if choice is not None and latency_budget_ms is not None:
         choice = choice.timed(clock.milliseconds(), latency_budget_ms)

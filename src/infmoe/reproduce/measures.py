@@ -43,10 +43,11 @@ TASK_SAMPLES = (1, 2, 3, 4, 8)
 TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 ZERO_SHOT = "zero_shot"
 # the arms that the page shows a measure of
-ADAPTIVE_ARMS = (*("infinity", "infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", SANDWICH),)
+ADAPTIVE_ARMS = ("infinity", "infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", SANDWICH)
 # by mass, and by the router's sureness
 BY_NEED_ARMS = (
-    *("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic", "infinity-elastic-k", "infinity-lr2x"),
+    *("infinity", "infinity-keep8", "infinity-keep16", "infinity-elastic"),
+    *("infinity-elastic-k", "infinity-lr2x"),
 )
 DAMPED_ARMS = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
 SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")

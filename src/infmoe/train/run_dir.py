@@ -73,8 +73,11 @@ def run_record(config: RunConfig, data_sha256: str) -> dict[str, Any]:
 
 
 def _same_folder(old: str | None, new: str | None) -> bool:
-    """Whether two paths may be of one folder that was moved; a resumed run needs it no more."""
-    return old is not None and new is not None and Path(old).name == Path(new).name
+    """Whether two paths may be of one folder that was moved with what lies around it.
+
+    By more than its name, for checkpoints of other runs have the same.
+    """
+    return old is not None and new is not None and Path(old).parts[-3:] == Path(new).parts[-3:]
 
 
 def _refuse_other_run(out: Path, old: dict[str, Any], new: dict[str, Any], resume: bool) -> None:
