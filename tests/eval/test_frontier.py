@@ -259,6 +259,26 @@ def test_every_round_is_timed_on_other_tokens_and_every_setting_on_the_same():
     assert len({ids[0][0] for turn in turns for ids in turn[1:]}) > 9  # greedy text would soon repeat itself
 
 
+def test_every_round_has_an_order_of_its_own(monkeypatch):
+    model, turns = tiny_model(), []
+    monkeypatch.setattr(model, "generate", lambda *args, which, **kwargs: turns.append(which))
+    settings = [{"which": i} for i in range(6)]
+
+    def rounds(seed):
+        turns.clear()
+        token_times(model, settings, prompt_length=4, rounds=8, seed=seed)
+        assert turns[:6] == list(range(6))  # to warm up
+        return [tuple(turns[i : i + 6]) for i in range(6, 54, 6)]
+
+    orders = rounds(0)
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    assert len(set(orders)) == 8
+    neighbours = {order[i + 1] for order in orders for i in range(5) if order[i] == 0}
+    assert len(neighbours) > 2  # forwards and backwards there are two
+    assert rounds(0) == orders
+    assert rounds(1_000_000) != orders
+
+
 def test_token_times_are_of_single_tokens_at_any_number_of_rows():
     model = tiny_model()
     settings = [{"routing": Routing(num_samples=k, max_stats_tokens=1)} for k in (1, 2)]

@@ -5,6 +5,7 @@ R rows, T tokens, L layers.
 
 import contextlib
 import logging
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -47,8 +48,9 @@ def token_times(
         settings: arguments of `generate`: a routing, or a budget.
         rows: sequences at once.
         prompt_length: tokens in the cache before the first new one.
-        rounds: turns of each setting, of `NEW_TOKENS` tokens; odd ones go backwards.
-        seed: of prompts and tokens; the settings of a round share them.
+        rounds: turns of each setting, of `NEW_TOKENS` tokens; each round has an order of its own, so that no setting
+            always shares its neighbour's slow moments.
+        seed: of orders, prompts and tokens; the settings of a round share the last two.
     """
     device = next(model.parameters()).device
     wanted = 1 + _timed_per_turn(model, prompt_length)
@@ -76,9 +78,9 @@ def token_times(
         for setting in settings:
             turn(setting, seed)
         for r in range(rounds):
-            order = range(len(settings)) if r % 2 == 0 else range(len(settings) - 1, -1, -1)
-            for i in order:
-                times[i] += turn(settings[i], seed + 1 + r)
+            draws = seed + 1 + r
+            for i in random.Random(draws).sample(range(len(settings)), len(settings)):
+                times[i] += turn(settings[i], draws)
     return times
 
 
