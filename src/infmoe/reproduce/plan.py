@@ -313,8 +313,8 @@ def _all(scale: Scale) -> list[Group]:
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
     tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
-    once = [rates_once, tier2, draws, *sizes, *long, longer, *rest, *tables, tier2_then]
-    then = [late, draws, tier2, *sizes, rates, *long, *tables, longer, tier2_then, *rest]
+    once = [rates_once, tier2, draws, *sizes, *long, *rest, longer, tier2_then, *tables]
+    then = [tier2, *sizes, tier2_then, *long, *tables, longer, rates, late, draws, *rest]
     return [few, keep, unscaled, *_seeds([late], 1), *elastic, *_seeds(once, 1), *then, first]
 
 
