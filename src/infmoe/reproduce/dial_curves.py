@@ -45,18 +45,17 @@ def ratio_of(run_samples: int | None) -> Callable[[Mapping[str, Any]], Any]:
     return x
 
 
-def over_ratio(store: Store, arm: str, tokens: int | None = None, figure: str = "loss") -> Curve:
+def over_ratio(store: Store, arm: str, *, tokens: int | None = None, figure: str = "loss") -> Curve:
     """Loss over the keep ratio at K = 1, which all these arms are trained with."""
     return curve(store, arm, tokens or store.scale.tokens, ratio_of(1), figure=figure)
 
 
-def over_k(store: Store, arm: str, figure: str = "loss", tokens: int | None = None) -> Curve:
+def over_k(store: Store, arm: str, *, tokens: int | None = None, figure: str = "loss") -> Curve:
     """Loss over the number of experts, gates renormalised."""
-    length = tokens or store.scale.tokens
-    return curve(store, arm, length, lambda row: row.get("num_experts_per_tok"), figure=figure)
+    return curve(store, arm, tokens or store.scale.tokens, lambda row: row.get("num_experts_per_tok"), figure=figure)
 
 
-def over_samples(store: Store, arm: str, figure: str = "loss") -> Curve:
+def over_samples(store: Store, arm: str, *, figure: str = "loss") -> Curve:
     """Loss over K at the trained keep ratio."""
     return curve(
         store,
@@ -67,7 +66,7 @@ def over_samples(store: Store, arm: str, figure: str = "loss") -> Curve:
     )
 
 
-def at_mu(store: Store, arm: str, figure: str = "loss") -> Curve:
+def at_mu(store: Store, arm: str, *, figure: str = "loss") -> Curve:
     """Loss at z = mu and the trained keep ratio: a curve of one point, under "mu"."""
     return curve(
         store,

@@ -120,7 +120,7 @@ def _claim_elastic(store: Store, section: Section) -> None:
         ("infinity-sandwich-between", tokens),
         *((arm, shorter(arm, tokens)) for arm in (SANDWICH, "infinity-sandwich-distill", "infinity-sandwich-between")),
     ):
-        ours = over_ratio(store, arm, length)
+        ours = over_ratio(store, arm, tokens=length)
         subject = f"`{arm}`" + (f" on {tokens_text(length)} tokens" if length < tokens else "")
         passes = PASSES.get(arm, 1)
         dear = f"{passes:g} passes a token: {passes:g} times the training FLOPs"
@@ -314,8 +314,8 @@ def _flops(store: Store) -> str:
     """What a token costs at each setting of a dial."""
     dials: dict[str, tuple[Callable[[str], Curve], Callable[[Any], str]]] = {
         "∞-MoE, K = 1, over the keep ratio": (lambda f: over_ratio(store, "infinity-keep4", figure=f), ratio_text),
-        "∞-MoE, keep 1/4, over K": (lambda f: over_samples(store, "infinity", f), lambda k: f"K = {k}"),
-        "16 experts, over k′": (lambda f: over_k(store, "moe16-fine-k4-scaled", f), lambda k: f"k′ = {k}"),
+        "∞-MoE, keep 1/4, over K": (lambda f: over_samples(store, "infinity", figure=f), lambda k: f"K = {k}"),
+        "16 experts, over k′": (lambda f: over_k(store, "moe16-fine-k4-scaled", figure=f), lambda k: f"k′ = {k}"),
     }
     rows = []
     for name, (of, text) in dials.items():
@@ -336,16 +336,16 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> None:
     for arm in (*_FIXED, *_ELASTIC):
         infinity[f"{arm}, run over keep ratios"] = over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal")
     for arm in SAMPLE_ARMS:
-        infinity[f"{arm}, run over K"] = over_samples(store, arm), over_samples(store, arm, "flops_ideal")
-        infinity[f"{arm}, run at z = μ"] = at_mu(store, arm), at_mu(store, arm, "flops_ideal")
+        infinity[f"{arm}, run over K"] = over_samples(store, arm), over_samples(store, arm, figure="flops_ideal")
+        infinity[f"{arm}, run at z = μ"] = at_mu(store, arm), at_mu(store, arm, figure="flops_ideal")
     for name, line in expert_curves(store).items():
         if name.endswith("α = 0.5"):  # left out for room
             continue
-        discrete[name] = line, over_k(store, name.partition(",")[0], "flops_ideal")
+        discrete[name] = line, over_k(store, name.partition(",")[0], figure="flops_ideal")
     for drawn_there in (infinity, discrete):
         drawn_there["moe"] = (
             {2: over_k(store, "moe").get(2, {})},
-            {2: over_k(store, "moe", "flops_ideal").get(2, {})},
+            {2: over_k(store, "moe", figure="flops_ideal").get(2, {})},
         )
     drawn: list[tuple[str, dict[str, dict[float, Interval]]]] = []
     for title, names in panels.items():

@@ -35,7 +35,7 @@ def sampling(store: Store, section: Section) -> str:
             gaps = [text_of(paired(line[k], base), 4, sign=True) if k in line else "–" for k in ks]
             mean = text_of(paired(at_mu(store, arm).get("mu", {}), base), 4, sign=True)
             against = "" if arm == "infinity" else text_of(paired(base, plain), sign=True)
-            shared = means(over_samples(store, arm, "overlap_ratio")).get(2)
+            shared = means(over_samples(store, arm, figure="overlap_ratio")).get(2)
             alone = text_of(means({1: base})[1]) if base else "–"
             rows.append([titled(arm), alone, against, *gaps, mean, text_of(shared, 2)])
         _claim_samples(store, section, arm)
@@ -174,7 +174,7 @@ def _samples_at(share: float) -> Callable[[Any], Any]:
 def _claim_samples(store: Store, section: Section, arm: str) -> None:
     """What K buys this arm, and whether its samples differ at all."""
     line = over_samples(store, arm)
-    overlap = over_samples(store, arm, "overlap_ratio").get(2)
+    overlap = over_samples(store, arm, figure="overlap_ratio").get(2)
     gain = paired(line.get(8, {}), line.get(1, {}))
     of = "" if arm == "infinity" else f", of `{arm}`"
     text = f"not in the paper: more samples buy a lower loss (K = 8 against 1){of}"
