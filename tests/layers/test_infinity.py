@@ -1,57 +1,16 @@
-"""∞-MoE's own claims: Eq. 4-7, the mask, the dials and the statistics."""
+"""∞-MoE's own claims: Eq. 4-7, the mask, its sizes, what it is a special case of."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from helpers import key, make_layer, record_selections, replay_selections, routing
+from helpers import key, make_layer, record_selections, routing
+from infinity_helpers import WIDTH, D, Z, draw, expert, infinity_layer, inputs, same_weights
 
 from infmoe.errors import InfMoEError
-from infmoe.layers import DenseFFN, InfinityFFN, NoiseKey, PerLayer, Routing
+from infmoe.layers import DenseFFN, InfinityFFN, NoiseKey, Routing
 from infmoe.layers.activations import ACTIVATIONS
-from infmoe.ops.noise import normal_noise
-
-D, WIDTH, Z = 16, 48, 8
-
-
-def layer_of(**options):
-    options = {"initializer_range": 0.3, "num_samples": 3} | options
-    return make_layer("infinity", D, WIDTH, **options).requires_grad_(False)
-
-
-def inputs(batch_size=3, length=5):
-    return torch.randn(batch_size, length, D, generator=torch.Generator().manual_seed(4))
-
-
-def draw(layer, x_D, noise_key, b, t, k):
-    """z of one token's k-th sample, by hand."""
-    eps = normal_noise(
-        k + 1,
-        layer.router.z_dim,
-        seed=noise_key.seed,
-        step=noise_key.step,
-        layer=layer.layer_index,
-        stream_B=noise_key.stream[b : b + 1],
-        position_BT=torch.tensor([[t]]),
-    )[0, 0, k]
-    mu = layer.router.mu(x_D)
-    return mu + torch.nn.functional.softplus(layer.router.sigma(x_D)) * eps
-
-
-def expert(layer, x_D, z_Z, keep_ratio):
-    """f(x, z) of Eq. 7 for one token, without the output's bias, and how many units it kept."""
-    scores = layer.w_z.weight @ z_Z
-    if layer.w_z.bias is not None:
-        scores = scores + layer.w_z.bias
-    num_kept = max(1, round(keep_ratio * len(scores)))
-    threshold = sorted(scores.tolist(), reverse=True)[num_kept - 1]
-    mask = torch.tensor([m if m >= threshold else 0.0 for m in scores.tolist()])
-    mask_F = mask.repeat_interleave(layer.block_size)
-    h = layer.act(layer.w1.weight @ x_D + layer.w1.bias)
-    if layer.w3 is not None:
-        h = h * (layer.w3.weight @ x_D + layer.w3.bias)
-    return layer.w2.weight @ (h * mask_F), int((mask != 0).sum())
 
 
 @pytest.mark.parametrize("K", [1, 2, 5])
@@ -66,7 +25,7 @@ def expert(layer, x_D, z_Z, keep_ratio):
     ],
 )
 def test_the_output_is_the_mean_of_k_separate_experts(K, options):
-    layer, x, noise_key = layer_of(layer_index=5, **options), inputs(), key(3)
+    layer, x, noise_key = infinity_layer(layer_index=5, **options), inputs(), key(3)
     if layer.w_z.bias is not None:
         layer.w_z.bias.normal_()
     y = layer(x, Routing(num_samples=K, key=noise_key)).y_BTD
@@ -81,7 +40,7 @@ def test_the_output_is_the_mean_of_k_separate_experts(K, options):
 
 @pytest.mark.parametrize("keep_ratio", [0.01, 1 / 32, 0.1, 0.25, 0.5, 0.77, 1.0])
 def test_each_sample_keeps_exactly_its_share(keep_ratio):
-    layer = layer_of()
+    layer = infinity_layer()
     with record_selections() as recorded:
         layer(inputs(), routing(3, keep_ratio=keep_ratio))
     (kept,) = recorded
@@ -89,7 +48,7 @@ def test_each_sample_keeps_exactly_its_share(keep_ratio):
 
 
 def test_ties_are_all_kept():
-    layer = layer_of()
+    layer = infinity_layer()
     layer.w_z.weight[:] = layer.w_z.weight[:1]  # every unit scores alike
     with record_selections() as recorded:
         layer(inputs(), routing(3))
@@ -99,7 +58,7 @@ def test_ties_are_all_kept():
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("K", [1, 4])
 def test_under_a_mask_of_ones_it_is_the_dense_layer(act, K):
-    layer = layer_of(hidden_act=act, wz_bias=True, keep_ratio=1.0)
+    layer = infinity_layer(hidden_act=act, wz_bias=True, keep_ratio=1.0)
     layer.w_z.weight.zero_()
     layer.w_z.bias.fill_(1.0)
     layer.w2.bias.normal_()
@@ -112,80 +71,16 @@ def test_under_a_mask_of_ones_it_is_the_dense_layer(act, K):
 
 
 def test_the_mean_over_samples_converges_like_one_over_root_k():
-    layer, x = layer_of(initial_sigma=1.0), inputs(64, 4)
+    layer, x = infinity_layer(initial_sigma=1.0), inputs(64, 4)
     mean = layer(x, Routing(num_samples=4096, key=NoiseKey(seed=99, stream=torch.arange(64)))).y_BTD
     errors = [float((layer(x, routing(64, num_samples=K)).y_BTD - mean).square().mean().sqrt()) for K in (1, 4, 16, 64)]
     for coarse, fine in itertools.pairwise(errors):
         assert 1.6 < coarse / fine < 2.5  # 2 but for chance
 
 
-@pytest.mark.parametrize("options", [{}, {"routing_mode": "mu"}, {"sigma_activation": "none"}])
-def test_mu_is_deterministic_and_takes_no_samples(options):
-    layer, x = layer_of(**options), inputs()
-    mode = {} if options else {"mode": "mu"}
-    first = layer.train()(x, Routing(**mode))
-    assert torch.equal(first.y_BTD, layer(x, Routing(**mode)).y_BTD)
-    assert torch.equal(first.y_BTD, layer(x, routing(3, **mode)).y_BTD)
-    part, _ = expert(layer, x[1, 2], layer.router.mu(x[1, 2]), 0.25)
-    torch.testing.assert_close(first.y_BTD[1, 2], part + layer.w2.bias, rtol=1e-4, atol=1e-5)
-    assert float(first.stats.sigma) == 0
-    assert float(first.stats.counts_U.sum()) == 15 * 12
-    if options:
-        with pytest.raises(InfMoEError, match="num_samples"):
-            layer(x, Routing(num_samples=2))
-
-
-@pytest.mark.parametrize("mode", ["sample", "antithetic"])
-def test_without_sigma_there_is_no_mode_that_draws(mode):
-    with pytest.raises(InfMoEError, match="sigma_activation='none'"):
-        layer_of(sigma_activation="none")(inputs(), Routing(mode=mode))
-
-
-def test_a_layer_that_routes_by_mu_may_be_told_to_sample():
-    layer, x = layer_of(routing_mode="mu"), inputs()
-    assert torch.equal(
-        layer(x, routing(3, mode="sample", num_samples=2)).y_BTD,
-        same_weights(layer, layer_of())(x, routing(3, num_samples=2)).y_BTD,
-    )
-
-
-def same_weights(source, target):
-    target.load_state_dict(source.state_dict())
-    return target
-
-
-def recorded_indices(layer, x, given):
-    seen = []
-    hook = layer.router.register_forward_hook(lambda module, args, out: seen.append(out))
-    layer(x, given)
-    hook.remove()
-    return seen[0]
-
-
-@pytest.mark.parametrize("K", [1, 2, 3, 6])
-def test_antithetic_samples_come_in_mirrored_pairs(K):
-    layer, x = layer_of(), inputs()
-    z, mu, _ = recorded_indices(layer, x, routing(3, mode="antithetic", num_samples=K))
-    plain, _, _ = recorded_indices(layer, x, routing(3, num_samples=K))
-    assert z.shape[2] == K
-    for k in range(0, K, 2):
-        torch.testing.assert_close(z[:, :, k], plain[:, :, k // 2])
-        if k + 1 < K:
-            torch.testing.assert_close(z[:, :, k] + z[:, :, k + 1], 2 * mu, rtol=1e-5, atol=1e-5)
-
-
-def test_more_samples_leave_the_first_ones_as_they_are():
-    layer, x = layer_of(), inputs()
-    for mode in ("sample", "antithetic"):
-        most = recorded_indices(layer, x, routing(3, mode=mode, num_samples=7)).z_BTKZ
-        for K in (1, 2, 4):
-            fewer = recorded_indices(layer, x, routing(3, mode=mode, num_samples=K)).z_BTKZ
-            assert torch.equal(fewer, most[:, :, :K])
-
-
 @pytest.mark.parametrize("block_size", [1, 2, 8, 48])
 def test_blocks_share_one_score(block_size):
-    layer, x = layer_of(block_size=block_size), inputs()
+    layer, x = infinity_layer(block_size=block_size), inputs()
     assert layer.num_units == WIDTH // block_size == layer.w_z.out_features
     out = layer(x, routing(3))
     assert out.stats.counts_U.shape == (layer.num_units,)
@@ -198,7 +93,7 @@ def same_neurons(layer):
     """The layer without blocks whose W_z repeats the blocks' rows: ties keep the whole block."""
     state = layer.state_dict()
     state["w_z.weight"] = state["w_z.weight"].repeat_interleave(layer.block_size, dim=0)
-    other = layer_of()
+    other = infinity_layer()
     other.load_state_dict(state)
     return other
 
@@ -208,10 +103,10 @@ def same_neurons(layer):
 def test_blocks_that_do_not_fit_are_refused(block_size, act):
     if act == "swiglu" and block_size > 0:
         # the gated width rounds to whole blocks instead
-        assert layer_of(block_size=block_size, hidden_act=act).width % block_size == 0
+        assert infinity_layer(block_size=block_size, hidden_act=act).width % block_size == 0
         return
     with pytest.raises(InfMoEError, match="block_size"):
-        layer_of(block_size=block_size, hidden_act=act)
+        infinity_layer(block_size=block_size, hidden_act=act)
 
 
 def test_a_frozen_wz_gets_no_gradient_and_passes_it_on():
@@ -234,8 +129,8 @@ def mask_rms(layer, x, keep_ratio, K=1):
 
 @pytest.mark.parametrize("mask_scale", ["none", "fixed", "rms"])
 def test_mask_scale_changes_nothing_at_the_trained_ratio(mask_scale):
-    layer, x = layer_of(mask_scale=mask_scale), inputs()
-    expected = same_weights(layer, layer_of())(x, routing(3)).y_BTD
+    layer, x = infinity_layer(mask_scale=mask_scale), inputs()
+    expected = same_weights(layer, infinity_layer())(x, routing(3)).y_BTD
     assert torch.equal(layer(x, routing(3)).y_BTD, expected)
     assert torch.equal(layer(x, routing(3, keep_ratio=0.25)).y_BTD, expected)
     # in one batch with rows at another ratio too
@@ -341,7 +236,11 @@ def test_the_branch_starts_as_large_as_a_dense_one(width, options):
 
 
 def test_score_dtype_is_what_it_says():
-    exact, coarse, auto = layer_of(score_dtype="float32"), layer_of(score_dtype="bfloat16"), layer_of()
+    exact, coarse, auto = (
+        infinity_layer(score_dtype="float32"),
+        infinity_layer(score_dtype="bfloat16"),
+        infinity_layer(),
+    )
     for layer in (coarse, auto):
         layer.load_state_dict(exact.state_dict())
     z = torch.randn(4, 5, 3, Z)
@@ -358,194 +257,24 @@ def test_score_dtype_is_what_it_says():
 
 
 def test_bfloat16_scores_and_weights_make_no_ties():
-    for layer in (layer_of(score_dtype="bfloat16"), layer_of().bfloat16()):
+    for layer in (infinity_layer(score_dtype="bfloat16"), infinity_layer().bfloat16()):
         out = layer(inputs().to(layer.w1.weight.dtype), routing(3, num_samples=1, keep_ratio=0.25))
         assert out.stats.counts_U.sum() == out.stats.tokens * round(0.25 * layer.num_units)
 
 
 def test_mu_and_sigma_are_float32_under_autocast():
-    layer, x = layer_of(), inputs()
+    layer, x = infinity_layer(), inputs()
     expected = layer.router(x, None).mu_BTZ
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.router(x, None).mu_BTZ, expected)
 
 
 def test_autocast_leaves_the_scores_of_equal_indices_alone():
-    layer, z = layer_of(score_dtype="float32"), torch.randn(2, 3, 2, Z)
+    layer, z = infinity_layer(score_dtype="float32"), torch.randn(2, 3, 2, Z)
     expected = layer._scores(z)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer._scores(z), expected)
     assert expected.dtype == torch.float32
-
-
-@pytest.mark.parametrize("mask_scale", ["none", "fixed", "rms"])
-@pytest.mark.parametrize("mode", ["sample", "antithetic"])
-def test_rows_with_their_own_dials_equal_each_alone(mask_scale, mode):
-    layer, x, noise_key = layer_of(mask_scale=mask_scale), inputs(4), key(4)
-    samples, ratios = (1, 4, 2, 4), (0.25, 0.5, 1.0, 0.1)
-    together = layer(x, Routing(num_samples=samples, keep_ratio=ratios, key=noise_key, mode=mode))
-    stats = []
-    for b in range(4):
-        alone = layer(
-            x[b : b + 1],
-            Routing(
-                num_samples=samples[b],
-                keep_ratio=ratios[b],
-                mode=mode,
-                key=NoiseKey(seed=noise_key.seed, step=noise_key.step, stream=noise_key.stream[b : b + 1]),
-            ),
-        )
-        torch.testing.assert_close(together.y_BTD[b : b + 1], alone.y_BTD, rtol=1e-5, atol=1e-5)
-        stats.append(alone.stats)
-    for name, value in sum(stats[1:], stats[0])._asdict().items():
-        torch.testing.assert_close(getattr(together.stats, name), value, rtol=1e-5, atol=1e-5)
-
-
-def test_per_layer_dials_reach_their_layer():
-    x = inputs()
-    for index in (0, 1):
-        layer = layer_of(layer_index=index)
-        given = routing(3, num_samples=PerLayer([1, 5]), keep_ratio=PerLayer([(0.5, 0.25, 1.0), 0.1]))
-        plain = routing(3, num_samples=(1, 5)[index], keep_ratio=((0.5, 0.25, 1.0), 0.1)[index])
-        assert torch.equal(layer(x, given).y_BTD, layer(x, plain).y_BTD)
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        (Routing(num_samples=(1, 2)), "num_samples has 2 values for a batch of 3 rows"),
-        (Routing(keep_ratio=(0.1, 0.2, 0.3, 0.4)), "keep_ratio has 4 values"),
-        (Routing(key=NoiseKey(stream=torch.arange(2))), "2 streams"),
-        (Routing(key=NoiseKey(position=torch.arange(4))), "positions"),
-        (Routing(key=NoiseKey(position=torch.zeros(2, 5, dtype=torch.int64))), "positions"),
-    ],
-)
-def test_dials_and_keys_that_do_not_fit_the_batch_are_refused(given, named):
-    with pytest.raises(InfMoEError, match=named):
-        layer_of()(inputs(), given)
-
-
-def test_layers_steps_streams_and_positions_draw_their_own():
-    x = inputs(1, 5)[:, :1].expand(3, 5, D)  # one token, fifteen times over
-    layer, noise_key = layer_of(), key(3)
-    base = recorded_indices(layer, x, routing(3)).z_BTKZ
-    assert len(base.flatten(0, 2).unique(dim=0)) == 3 * 5 * 3
-    for other in (
-        recorded_indices(same_weights(layer, layer_of(layer_index=1)), x, routing(3)),
-        recorded_indices(layer, x, Routing(key=NoiseKey(seed=8, step=3, stream=noise_key.stream))),
-        recorded_indices(layer, x, Routing(key=NoiseKey(seed=7, step=4, stream=noise_key.stream))),
-        recorded_indices(layer, x, Routing(key=NoiseKey(seed=7, step=3, stream=noise_key.stream + 50))),
-        recorded_indices(
-            layer,
-            x,
-            Routing(key=NoiseKey(seed=7, step=3, stream=noise_key.stream, position=torch.arange(5) + 9)),
-        ),
-    ):
-        assert not torch.isclose(other.z_BTKZ, base).all(-1).any()
-
-
-def test_training_draws_anew_and_evaluation_repeats():
-    layer, x = layer_of().train(), inputs()
-    first = layer(x).y_BTD
-    assert not torch.equal(first, layer(x).y_BTD)
-    torch.manual_seed(5)
-    repeated = layer(x).y_BTD
-    torch.manual_seed(5)
-    assert torch.equal(layer(x).y_BTD, repeated)
-    layer.eval()
-    state = torch.get_rng_state()
-    assert torch.equal(layer(x).y_BTD, layer(x).y_BTD)
-    assert torch.equal(torch.get_rng_state(), state)
-    # without a key the rows of a batch differ in training and share their noise in evaluation
-    same = x[:1].expand(3, 5, D)
-    assert not torch.equal(layer.train()(same).y_BTD[0], layer(same).y_BTD[1])
-    torch.testing.assert_close(layer.eval()(same).y_BTD[0], layer(same).y_BTD[1], rtol=1e-6, atol=1e-6)
-
-
-def test_the_noise_seed_is_the_evaluations():
-    x = inputs()
-    by_option = layer_of(noise_seed=5)
-    by_key = same_weights(by_option, layer_of())(x, Routing(key=NoiseKey(seed=5))).y_BTD
-    assert torch.equal(by_option(x).y_BTD, by_key)
-
-
-def test_a_batch_and_its_rows_agree_up_to_counted_flips():
-    layer, x, noise_key = layer_of(), inputs(6, 7), key(6)
-    with record_selections() as recorded:
-        together = layer(x, Routing(key=noise_key)).y_BTD
-    with replay_selections(recorded, lambda b: recorded[0][b : b + 1]) as flips:
-        for b in range(6):
-            alone = NoiseKey(seed=noise_key.seed, step=noise_key.step, stream=noise_key.stream[b : b + 1])
-            torch.testing.assert_close(
-                layer(x[b : b + 1], Routing(key=alone)).y_BTD[0], together[b], rtol=1e-5, atol=1e-5
-            )
-    flips.check()
-
-
-def brute_force_stats(kept_BTKU, samples):
-    """Counts, union and overlap by loops over the tokens."""
-    B, T, _, U = kept_BTKU.shape
-    counts, union, overlap = [0.0] * U, 0.0, 0.0
-    for b, t in itertools.product(range(B), range(T)):
-        sets = [{u for u in range(U) if kept_BTKU[b, t, k, u] == 1} for k in range(samples[b])]
-        for chosen in sets:
-            for u in chosen:
-                counts[u] += 1
-        union += len(set().union(*sets)) / U
-        pairs = [(p, q) for i, p in enumerate(sets) for q in sets[i + 1 :]]
-        overlap += sum(len(p & q) / len(p) for p, q in pairs) / len(pairs) if pairs else 1.0
-    return torch.tensor(counts), union, overlap
-
-
-@pytest.mark.parametrize("samples", [(2, 2, 2), (1, 1, 1), (1, 4, 3)])
-@pytest.mark.parametrize("keep_ratio", [0.25, (0.1, 0.5, 1.0)])
-def test_statistics_equal_a_brute_force_count(samples, keep_ratio):
-    layer, x = layer_of(), inputs()
-    with record_selections() as recorded:
-        stats = layer(x, routing(3, num_samples=samples, keep_ratio=keep_ratio)).stats
-    counts, union, overlap = brute_force_stats(recorded[0], samples)
-    assert torch.equal(stats.counts_U, counts)
-    assert float(stats.union) == pytest.approx(union, rel=1e-5)
-    assert float(stats.overlap) == pytest.approx(overlap, rel=1e-5)
-    q = [c / float(counts.sum()) for c in counts.tolist() if c]
-    entropy = -sum(p * math.log(p) for p in q)
-    summary = stats.summary()
-    assert summary["entropy"] == pytest.approx(entropy / math.log(layer.num_units), rel=1e-6)
-    assert summary["effective_units"] == pytest.approx(math.exp(entropy), rel=1e-6)
-    assert summary["dead_ratio"] == pytest.approx(float((counts == 0).float().mean()))
-    assert summary["max_load"] == pytest.approx(float(counts.max() / counts.mean()), rel=1e-6)
-
-
-def test_sigma_statistics_are_those_of_the_router():
-    layer, x = layer_of(), inputs()
-    _, mu, sigma = recorded_indices(layer, x, routing(3))
-    stats = layer(x, routing(3)).stats
-    assert stats.summary()["sigma"] == pytest.approx(float(sigma.mean()), rel=1e-5)
-    ratio = (sigma.square().mean(-1) / mu.square().mean(-1)).sqrt().mean()
-    assert stats.summary()["sigma_to_mu"] == pytest.approx(float(ratio), rel=1e-5)
-
-
-def test_statistics_look_at_evenly_spaced_tokens():
-    layer, x = layer_of(), inputs(3, 7)
-    with record_selections() as recorded:
-        stats = layer(x, routing(3, max_stats_tokens=6)).stats  # 21 tokens: every fourth
-    assert float(stats.tokens) == 6
-    assert torch.equal(stats.counts_U, recorded[0].flatten(0, 1)[::4].sum((0, 1)))
-
-
-def test_statistics_add_up():
-    layer, x = layer_of(), inputs(4)
-    noise_key = key(4)
-    whole = layer(x, Routing(key=noise_key)).stats
-    halves = [
-        layer(
-            x[rows],
-            Routing(key=NoiseKey(seed=noise_key.seed, step=noise_key.step, stream=noise_key.stream[rows])),
-        ).stats
-        for rows in (slice(0, 2), slice(2, 4))
-    ]
-    for name, value in (halves[0] + halves[1])._asdict().items():
-        torch.testing.assert_close(value, getattr(whole, name), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
