@@ -308,7 +308,7 @@ def _all(scale: Scale) -> list[Group]:
     """
     first, rates, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
     keep, unscaled, *elastic, late, draws, between, between_fewer, more, more_fewer = EXPERIMENTS["elastic"](scale)
-    rest = [between, between_fewer, more, more_fewer]
+    rest = [more, more_fewer, between, between_fewer]
     few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come last
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
