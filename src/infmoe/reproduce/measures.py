@@ -52,10 +52,10 @@ BY_NEED_ARMS = (
 DAMPED_ARMS = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
 SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
 GATE_NORM_ARMS = (
-    *("moe", "moe16", "moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled"),
-    *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled"),
+    *("moe", "moe16", "moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "matryoshka-k4-scaled"),
+    *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled", "matryoshka-k8-scaled"),
 )
-GRID_ARMS = (*SAMPLE_ARMS, "infinity-lr2x", "infinity-keep8", "infinity-keep16")
+GRID_ARMS = (*SAMPLE_ARMS, "infinity-lr2x", "infinity-keep4", "infinity-keep8", "infinity-keep16", SANDWICH)
 _SCORING = 2  # which zero-shot items are chosen, and what their figures mean; raised whenever that changes
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 
