@@ -127,9 +127,12 @@ def is_png(path) -> bool:
 
 def test_arms_take_turns():
     calls = []
-    seconds = interleave([lambda: calls.append("a"), lambda: calls.append("b")], rounds=3, warmup=1)
-    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
-    assert [len(s) for s in seconds] == [3, 3]
+    seconds = interleave([lambda c=c: calls.append(c) for c in "abcd"], rounds=6, warmup=1)
+    rounds = ["".join(calls[i : i + 4]) for i in range(0, 28, 4)]
+    assert rounds[0] == "abcd"  # to warm up
+    assert all(sorted(turn) == list("abcd") for turn in rounds)
+    assert len(set(rounds[1:])) > 3  # back and forth there are two orders
+    assert [len(s) for s in seconds] == [6] * 4
     assert Timing.of([0.001, 0.002, 0.003]) == Timing(2.0, 1.0, 3.0)
 
 

@@ -143,7 +143,7 @@ def variant_speed(*, quick: bool = False) -> Measured:
     from infmoe.reproduce.measures import KEEP_RATIOS
     from infmoe.reproduce.plan import SCALES, TIER1, TIER2, RunSpec
 
-    rounds = 3 if quick else 5
+    rounds = 3 if quick else 15
     scale = SCALES["tiny"]
     names = TIER1 if quick else (*TIER1, *TIER2)
     arms, labels, models = [], [], []

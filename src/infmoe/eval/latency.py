@@ -5,6 +5,7 @@ B rows, T tokens.
 
 import dataclasses
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ def interleave(
 ) -> list[list[float]]:
     """Time the arms in turn, round after round, so that the machine's moods fall on all of them alike.
 
-    Odd rounds go backwards.
+    Every round has an order of its own, the same in every call: no arm always follows the same other one.
 
     Args:
         arms: what to time.
@@ -58,8 +59,7 @@ def interleave(
     for r in range(rounds):
         if limit_sec is not None and r >= 2 and time.perf_counter() - start > limit_sec:
             break
-        order = range(len(arms)) if r % 2 == 0 else reversed(range(len(arms)))
-        for i in order:
+        for i in random.Random(r).sample(range(len(arms)), len(arms)):
             begin = time.perf_counter()
             arms[i]()
             if torch.cuda.is_available():

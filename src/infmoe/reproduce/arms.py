@@ -6,8 +6,16 @@ from typing import Any
 
 from infmoe.errors import unknown_name
 
-# Tier 1 at the rates that it was not tuned to: at 0.002 and 0.004 there is then a run of every arm.
-RATE_FACTORS = {"infinity": 2.0, "infinity-glu": 0.5, "moe": 2.0, "dense-swiglu": 2.0, "dense-wide": 0.5}
+# Tiers and Table 1 at the rates that they were not tuned to: at 0.002 and 0.004 there is then a run of every arm.
+RATE_FACTORS = {
+    "infinity": 2.0,
+    "infinity-glu": 0.5,
+    "moe": 2.0,
+    "dense-swiglu": 2.0,
+    "dense-wide": 0.5,
+    "dense": 2.0,
+    "switch": 2.0,
+}
 # Rules that begin half way through a run too, after plain training, and that a trained model is tuned by
 LATE_EXPERTS = ("emoe-k4-w0.0001-scaled", "matryoshka-k4-scaled")
 # A tuning run is short, and starts from weights that a cosine has brought to rest: at the base's peak rate much of it

@@ -2,28 +2,34 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from infmoe.layers.point import ratio_text
-from infmoe.reproduce.arms import arm_named, label, titled
+from infmoe.reproduce.arms import RATE_FACTORS, arm_named, label, titled
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import OTHER_RATES, TIER1, TIER2, tokens_text
 from infmoe.reproduce.section import (
+    FAILS,
+    HOLDS,
     MISSING,
     NOT_RUN,
-    ONE_SEED,
     SHARED,
+    UNDECIDED,
     Claim,
     Section,
     at_dials,
     better,
+    lies_above,
     markdown_table,
     mean_loss,
     nats,
+    of_seeds,
     relative,
     seeds_text,
     text_of,
 )
-from infmoe.reproduce.speeds import speeds
+from infmoe.reproduce.speeds import Time, speeds
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 
@@ -49,6 +55,7 @@ _EQUAL = 0.1
 _CLAIMED_PARTS = 8  # of what the gain is made of, in the opening table
 _GATE_AT_OURS = "infinity-glu-lr0.5x"  # the dense gate at the rate that was chosen for ∞-MoE
 _ALIVE, _SHRUNK = 0.05, 2.0
+_SAME_WORK = ("infinity", "infinity-wz-decay0", "infinity-wz-lr-half", "infinity-wz-lr-double")
 # ∞-MoE as the paper has it, and what may stand for it where a budget is smaller: fewer samples, fewer units
 _STAND_INS = {
     OURS: "K = 2, 1/4",
@@ -70,7 +77,7 @@ def controls(store: Store, gallery: Gallery) -> Section:
         _rates(store),
         _longer(store),
         _equal_budgets(store, section),
-        _equal_training(store),
+        _equal_training(store, section),
         _answers(store, section),
         _keep_ratios(store, gallery, section),
         _mask_scales(store),
@@ -111,8 +118,8 @@ def _all_arms(store: Store) -> str:
                 f"{cost['total_with_wz'] / 1e6:.2f}",
                 f"{cost['flops_executed'] / 1e6:.2f}",
                 f"{measured(runs[0], 'flops_ideal') / 1e6:.2f}",
-                f"{_number(speed.get('train_us'), 0)} / {_number(speed.get('train_us_fp32'), 0)}",
-                _number(speed.get("decode_ms"), 2),
+                f"{_quartiles(speed.get('train_us'), 0)} / {_quartiles(speed.get('train_us_fp32'), 0)}",
+                _quartiles(speed.get("decode_ms"), 2),
                 f"{lr:g}",
                 text_of(mean_loss(store, name, scale.tokens)),
                 "" if name == OURS else text_of(store.difference(OURS, name, scale.tokens), sign=True),
@@ -126,10 +133,20 @@ def _all_arms(store: Store) -> str:
     )
     return markdown_table(head, rows) + (
         "\n\nFLOPs: forward, whole model, router counted; ideal: only the measured union of a token's masks. "
-        "Times: `infmoe bench variants --out results/variants.json`, two threads, on the machine named there. Learning "
-        f"rates: the best of the grid on a seed of its own at {tokens_text(scale.tune_tokens)} tokens, or that of the "
-        "arm it is a variation of (below); the same at every length."
+        "Times: median and quartiles of `infmoe bench variants --out results/variants.json`, two threads, on the "
+        f"machine named there{_equal_work(times)}. Learning rates: the best of the grid on a seed of its own at "
+        f"{tokens_text(scale.tune_tokens)} tokens, or that of the arm it is a variation of (below); the same at every "
+        "length."
     )
+
+
+def _equal_work(times: Mapping[str, Mapping[str, Any]]) -> str:
+    """How far apart the times of arms lie that do the same work: what a difference must exceed to be one."""
+    same = [times[name]["train_us"].median for name in _SAME_WORK if "train_us" in times.get(name, {})]
+    if len(same) < 2:
+        return ""
+    apart = max(same) / min(same) - 1
+    return f"; {len(same)} arms that do the same work ({', '.join(_SAME_WORK)}) lie up to {apart:.0%} apart in training"
 
 
 def _seeds_line(store: Store) -> str:
@@ -147,10 +164,10 @@ def _seeds_line(store: Store) -> str:
 
 
 def _rates(store: Store) -> str:
-    """Tier 1 at equal learning rates: the grid's best of two arms need not be the same."""
+    """Arms at equal learning rates: the grid's best of two need not be the same."""
     scale = store.scale
     found: dict[str, dict[float, tuple[str, Interval]]] = {}
-    for name in TIER1:
+    for name in RATE_FACTORS:
         for arm in (name, *(other for other in OTHER_RATES if other.startswith(f"{name}-lr"))):
             loss, lr = mean_loss(store, arm, scale.tokens), store.lr(arm_named(arm))
             if loss is not None and lr is not None:
@@ -168,7 +185,28 @@ def _rates(store: Store) -> str:
             cells += [own, "" if name == OURS else text_of(gap, sign=True)]
         rows.append([name, *cells])
     head = ("arm", *(text for lr in rates for text in (f"loss at learning rate {lr:g}, nats", "∞-MoE minus it")))
-    return "**At equal learning rates** (seeds in brackets)\n\n" + markdown_table(head, rows)
+    return "**At equal learning rates** (seeds in brackets)\n\n" + markdown_table(head, rows) + _missed_rates(store)
+
+
+def _missed_rates(store: Store) -> str:
+    """The arms that do better at a rate that their grid did not choose."""
+    scale = store.scale
+    pairs = {name: f"{name}-lr{factor:g}x" for name, factor in RATE_FACTORS.items()}
+    gaps = {name: gap for name, arm in pairs.items() if (gap := store.difference(arm, name, scale.tokens)) is not None}
+    missed = [
+        f"{name} {text_of(gap, sign=True)} ({store.lr(arm_named(pairs[name])):g})"
+        for name, gap in gaps.items()
+        if gap.mean < 0
+    ]
+    if not gaps:
+        return ""
+    return (
+        f"\n\nThe grids are of {tokens_text(scale.tune_tokens)} tokens. At {tokens_text(scale.tokens)}, {len(missed)} "
+        f"of {len(gaps)} arms do better at the other rate than at the grid's choice"
+        + (f" (by, at the rate in brackets: {'; '.join(missed)})" if missed else "")
+        + f"; arms that were run at the choice alone may too, and every run of {tokens_text(scale.long_tokens)} tokens "
+        "takes the same choice."
+    )
 
 
 def _longer(store: Store) -> str:
@@ -244,24 +282,24 @@ _BUDGETS_CLAIMED = {
 
 def _budget_claim(store: Store, first: Mapping[str, Finished], rival: str, title: str, budget: str) -> Claim:
     """∞-MoE against the arm of this kind whose budget comes nearest to one of ∞-MoE's."""
-    text = f"not in the paper: ∞-MoE against {title} at {_BUDGETS_CLAIMED[budget]}"
+    text = f"∞-MoE against {title} at {_BUDGETS_CLAIMED[budget]}"
     kin = [name for name in _KIN[rival] if name in first]
     if OURS not in first or rival not in first:
-        return Claim(text, "–", MISSING)
+        return Claim(text, "–", MISSING, ours=True)
     of = BUDGETS[budget]
     pairs = {name: nearest for name in kin if (nearest := _nearest(first, name, of)) is not None}
     if not pairs:
-        shares = [of(first[name]) / of(first[rival]) for name in _STAND_INS if name in first]
-        over = ", ".join(f"{share:.2f}" for share in shares)
-        return Claim(text, "–", NOT_RUN, f"no arm within a tenth: {over} of the rival's")
+        shares = {_STAND_INS[name]: of(first[name]) / of(first[rival]) for name in _STAND_INS if name in first}
+        over = "; ".join(f"{share:.2f} ({dials})" for dials, share in shares.items())
+        return Claim(text, "–", NOT_RUN, f"no arm within a tenth; ∞-MoE takes, of the rival's: {over}", ours=True)
     name = min(pairs, key=lambda name: (round(abs(math.log(pairs[name][1])), 2), kin.index(name)))
     ours = pairs[name][0]
     difference = store.difference(ours, name, store.scale.tokens)
     note = f"∞-MoE with {_STAND_INS[ours]}" + ("" if name == rival else f", against `{name}`")
-    return Claim(text, nats(difference), better(difference), note)
+    return Claim(text, nats(difference), better(difference), note, ours=True)
 
 
-def _equal_training(store: Store) -> str:
+def _equal_training(store: Store, section: Section) -> str:
     """Rivals trained for as long as ∞-MoE, in FLOPs or seconds: on more tokens, between two lengths that were run."""
     scale = store.scale
     times = speeds(store)
@@ -270,29 +308,55 @@ def _equal_training(store: Store) -> str:
         runs, ours = store.runs(name, scale.tokens), store.runs(OURS, scale.tokens)
         if name == OURS or not runs or not ours or not store.runs(name, scale.long_tokens):
             continue
-        ratios = {"executed training FLOPs": ours[0].cost["flops_executed"] / runs[0].cost["flops_executed"]}
+        flops = ours[0].cost["flops_executed"] / runs[0].cost["flops_executed"]
+        ratios = {"executed training FLOPs": (flops, flops)}
         mine, its = (_quickest(times.get(n, {})) for n in (OURS, name))
         if mine and its:
-            ratios["measured training time, each in its quicker precision"] = mine / its
-        for budget, ratio in ratios.items():
-            inside = 1.0 <= ratio <= scale.long_tokens / scale.tokens
-            between = _at_tokens(store, name, scale.tokens * ratio) if inside else {}
-            difference = paired(store.losses(OURS, scale.tokens), between)
-            rows.append(
-                [budget, name, f"{ratio:.2f}", text_of(difference, sign=True) if inside else "not run that short"]
-            )
+            ratios["measured training time, each in its quicker precision"] = mine[0] / its[1], mine[1] / its[0]
+        for budget, ends in ratios.items():
+            found = [_at_ratio(store, name, ratio) for ratio in dict.fromkeys(ends)]
+            over = " … ".join(f"{ratio:.2f}" for ratio in dict.fromkeys(ends))
+            known = [difference for difference in found if difference is not None]
+            count = str(known[0].count) if known else "0"
+            shown = " … ".join("not run at that length" if d is None else text_of(d, sign=True) for d in found)
+            rows.append([budget, name, over, shown, count])
+            if name in _CLAIMED_RIVALS:
+                text = f"∞-MoE against {_CLAIMED_RIVALS[name]} at equal {budget}"
+                note = f"the rival on {over} times the tokens, between two lengths that were run"
+                seeds = f" nats ({of_seeds(known[0])})" if known else ""
+                section.claims.append(Claim(text, shown + seeds, _verdict_of_ends(found), note, ours=True))
     if not rows:
         return ""
-    head = ("budget", "rival", "its tokens over ∞-MoE's", "loss of ∞-MoE minus it, nats")
+    head = ("budget", "rival", "its tokens over ∞-MoE's", "loss of ∞-MoE minus it, nats", "seeds")
     return (
-        "**At equal training cost** (the rival's loss between its two lengths, linear in the logarithm of the tokens)"
-        "\n\n" + markdown_table(head, rows)
+        "**At equal training cost** (the rival's loss between its two lengths, linear in the logarithm of the tokens; "
+        "of a measured time, from the most that its quartiles give the one to the most that they give the other)\n\n"
+        + markdown_table(head, rows)
     )
 
 
-def _quickest(speed: Mapping[str, float]) -> float | None:
+def _verdict_of_ends(differences: Sequence[Interval | None]) -> str:
+    """The verdict on a difference that lies between two, each better below 0."""
+    verdicts = {NOT_RUN if difference is None else better(difference) for difference in differences}
+    signs = {math.copysign(1.0, difference.mean) for difference in differences if difference is not None}
+    if len(signs) > 1:
+        return "not decided: the sign hangs on the time"
+    return verdicts.pop() if len(verdicts) == 1 else UNDECIDED
+
+
+def _quickest(speed: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The quartiles of the time of a token's training, in the precision of the lower median; None: not measured."""
     found = [speed[key] for key in ("train_us", "train_us_fp32") if key in speed]
-    return min(found, default=None)
+    best = min(found, key=lambda time: time.median, default=None)
+    return None if best is None else (best.q1, best.q3)
+
+
+def _at_ratio(store: Store, name: str, ratio: float) -> Interval | None:
+    """∞-MoE minus a rival that is trained on so many times its tokens; None beyond the lengths that were run."""
+    scale = store.scale
+    if not 1.0 <= ratio <= scale.long_tokens / scale.tokens:
+        return None
+    return paired(store.losses(OURS, scale.tokens), _at_tokens(store, name, scale.tokens * ratio))
 
 
 def _at_tokens(store: Store, name: str, tokens: float) -> dict[int, float]:
@@ -345,7 +409,7 @@ def _answers(store: Store, section: Section) -> str:
     for text, (arm, base) in list(parts.items())[:_CLAIMED_PARTS]:
         difference = store.difference(arm, base, scale.tokens)
         note = "" if difference is None else _unequal(store, arm, base)
-        section.claims.append(Claim(f"not in the paper: {text}", nats(difference), better(difference), note))
+        section.claims.append(Claim(text, nats(difference), better(difference), note, ours=True))
     head = ("what is worth how much", "change of the loss, nats", "learning rate", "seeds")
     return (
         "**What the gain is made of** (below 0: the first is better)\n\n"
@@ -382,36 +446,75 @@ def _gate_note(store: Store) -> str:
 
 
 def _sigma(store: Store, section: Section) -> str:
-    """Whether the learned spread stays alive."""
+    """Whether the learned spread stays alive, at each length of training."""
+    scale = store.scale
+    spreads = [found for tokens in (scale.tokens, scale.long_tokens) if (found := _spread(store, tokens)) is not None]
+    text = f"whether the learned σ stays alive (rms σ over rms μ above {_ALIVE} at the end)"
+    if not spreads:
+        section.claims.append(Claim(text, "–", MISSING, ours=True))
+        return f"Does the learned σ stay alive? {MISSING.capitalize()}."
     rows = [
-        row
-        for run in store.runs(OURS, store.scale.tokens)
+        [
+            tokens_text(spread.tokens),
+            *(text_of(value, 3) for value in (spread.first, spread.last, spread.shared, spread.union)),
+            str(spread.last.count),
+        ]
+        for spread in spreads
+    ]
+    longest = spreads[-1]
+    verdict = {HOLDS: "shrinks, and lives" if longest.shrinks > _SHRUNK else "alive", FAILS: "dies"}
+    judged = lies_above(longest.last, _ALIVE)
+    ends = "; ".join(
+        f"at {tokens_text(s.tokens)} tokens from {s.first.text(2)} to {s.last.text(2)} ({of_seeds(s.last)})"
+        for s in spreads
+    )
+    void = longest.shared.mean > SHARED
+    share = f"two samples then share {longest.shared.text(3)} of their units"
+    section.claims.append(
+        Claim(
+            text,
+            f"{ends}; {share}",
+            verdict.get(judged, judged),
+            "judged at the longest training; more than 90 % shared: the K dial is void there" if void else "",
+            ours=True,
+        )
+    )
+    head = ("training tokens", "rms σ / rms μ at the start", "at the end", "two samples share", "their union", "seeds")
+    return (
+        "**Does the learned σ stay alive?** (K = 2, keep ratio 1/4; two independent masks would share 0.25 and have a "
+        "union of 0.4375)\n\n" + markdown_table(head, rows)
+    )
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """What training leaves of the router's spread: at the start, at the end, and what two samples share."""
+
+    tokens: int
+    first: Interval
+    last: Interval
+    shared: Interval
+    union: Interval
+
+    @property
+    def shrinks(self) -> float:
+        return self.first.mean / self.last.mean
+
+
+def _spread(store: Store, tokens: int) -> _Spread | None:
+    """None: no run of that length that says."""
+    found = [
+        (run.values["curve"]["sigma_to_mu"][0], row)
+        for run in store.runs(OURS, tokens)
         for row in run.measure("dials") or ()
         if at_dials(row, keep_ratio=0.25, num_samples=2)
     ]
-    if not rows:
-        return f"Does the learned σ stay alive? {MISSING.capitalize()}."
-    ratio = interval([row["sigma_to_mu"] for row in rows])
-    overlap = interval([row["overlap_ratio"] for row in rows])
-    union = interval([row["union_ratio"] for row in rows])
-    void = overlap.mean > SHARED
-    first = [run.values["curve"]["sigma_to_mu"][0] for run in store.runs(OURS, store.scale.tokens) if not run.diverged]
-    shrinks = interval(first).mean / ratio.mean
-    alive = "alive" if shrinks < _SHRUNK else f"shrinks {shrinks:.1f}-fold, and lives" if ratio.low > _ALIVE else "dies"
-    section.claims.append(
-        Claim(
-            f"not in the paper: whether the learned σ stays alive (rms σ over rms μ above {_ALIVE} at the end)",
-            f"from {interval(first).text(2)} at the start to {ratio.text(2)}; two samples share {overlap.text(2)} of "
-            "their units",
-            ONE_SEED if ratio.half_width is None else alive,
-            "two samples share more than 90 % of their units: the K dial is void" if void else "",
-        )
+    if not found:
+        return None
+    last, shared, union = (
+        interval([row[key] for _, row in found]) for key in ("sigma_to_mu", "overlap_ratio", "union_ratio")
     )
-    return (
-        f"Does the learned σ stay alive? rms σ over rms μ is {ratio.text(3)} at the end of training, two samples share "
-        f"{overlap.text(3)} of their units, and their union is {union.text(3)} of all (independent masks: 0.4375)."
-        + (" So the K dial is void." if void else "")
-    )
+    return _Spread(tokens, interval([first for first, _ in found]), last, shared, union)
 
 
 def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
@@ -473,5 +576,5 @@ def _mask_scales(store: Store) -> str:
     )
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _quartiles(time: Time | None, digits: int) -> str:
+    return "–" if time is None else f"{time.median:.{digits}f} ({time.q1:.{digits}f} … {time.q3:.{digits}f})"

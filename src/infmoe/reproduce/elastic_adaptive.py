@@ -108,7 +108,7 @@ def _units(
             rows.append([f"{arm}; {text}", *cells, str(seeds)])
             if rule == "cut" and judged is None:
                 judged = _Judged(f"`{arm}`", gaps, max(off["ratio"], off[rule]))
-    text = f"not in the paper: {claim} beat a fixed share at the same mean share"
+    text = f"{claim} beat a fixed share at the same mean share"
     if not _claimed(section, text, judged, CUT_SHARES, "shares"):
         return ""
     columns = (f"mean share {ratio_text(s)}" for s in CUT_SHARES)
@@ -135,10 +135,7 @@ def _samples(store: Store, section: Section) -> str:
             cells = [text_of(g, 4, sign=True) for g in gaps]
             rows.append([f"{arm}; {k} samples for the least sure {share}, one for the others", *cells, str(seeds)])
             judged = judged or _Judged(f"`{arm}`, {k} or 1", gaps, 0.0)
-    text = (
-        f"not in the paper: samples where the router's σ asks for them beat {MEAN_SAMPLES} for every token, at the "
-        "same mean number"
-    )
+    text = f"samples where the router's σ asks for them beat {MEAN_SAMPLES} for every token, at the same mean number"
     if not _claimed(section, text, judged, UNSURE_RATIOS, "mean samples"):
         return ""
     columns = (f"{ratio_text(r)} kept" for r in UNSURE_RATIOS)

@@ -202,7 +202,7 @@ def _emoe_claim(store: Store, arm: str, k: int) -> Claim:
     """Elastic MoE's range against the plain one's and direct training's, by the seeds that all three have."""
     alone = arm == "emoe-k4-w0-scaled"
     text = (
-        ("not in the paper: the draws of Elastic MoE alone" if alone else f"Elastic MoE (`{arm}`)")
+        ("the draws of Elastic MoE alone" if alone else f"Elastic MoE (`{arm}`)")
         + f", trained with k = {k}, {'are' if alone else 'is'} useful up to 2 to 3 times that k"
         + ("" if alone else " (arXiv 2509.21892)")
         + f", over more than plain top-k, and than training at {2 * k}"
@@ -263,7 +263,7 @@ def _damping_claim(store: Store) -> Claim:
     gap = paired(damped, emoe)
     few = gap is not None and gap.count < store.scale.side_seeds
     return Claim(
-        "not in the paper: damping the ranks beyond the trained k (α = 0.25), for which nothing is trained, loses "
+        "damping the ranks beyond the trained k (α = 0.25), for which nothing is trained, loses "
         "less at twice that k than Elastic MoE",
         nats(gap),
         MISSING if gap is None else _few(gap.count, store) if few else verdict_below(gap),
@@ -272,9 +272,7 @@ def _damping_claim(store: Store) -> Claim:
 
 def _beyond_claim(store: Store) -> Claim:
     """Whether more experts than were trained lower the loss at all."""
-    text = (
-        f"not in the paper: 8 experts, by some rule trained with 4, are {RANGE:g} nats better than plain top-4 at its 4"
-    )
+    text = f"8 experts, by some rule trained with 4, are {RANGE:g} nats better than plain top-4 at its 4"
     lines = expert_curves(store)
     own = lines[_PLAIN[4]].get(4, {})
     gaps = {name: paired(line.get(8, {}), own) for name, line in lines.items() if name.startswith(_TRAINED_FOR[4])}
@@ -309,7 +307,7 @@ def _size_claim(store: Store) -> Claim:
     gap = store.difference("moe-scaled", "moe", store.scale.tokens)
     ours = store.difference("infinity", "moe-scaled", store.scale.tokens)
     return Claim(
-        "not in the paper: MoE (4 experts, top-2) gains from gates that sum to 2, which start it as large as ∞-MoE",
+        "MoE (4 experts, top-2) gains from gates that sum to 2, which start it as large as ∞-MoE",
         "–" if gap is None else f"{nats(gap)}; ∞-MoE minus it: {nats(ours)}",
         better(gap),
     )

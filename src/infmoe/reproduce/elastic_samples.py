@@ -108,7 +108,7 @@ def _claim_second_sample(store: Store, section: Section) -> None:
     """What a second sample buys at the smallest share that both numbers were measured at."""
     share = min(CUT_SHARES)
     gap = paired(curve(store, "infinity", store.scale.tokens, ratio_of(2)).get(share, {}), _one_sample(store, share))
-    text = f"not in the paper: a second sample buys a lower loss at keep ratio {ratio_text(share)}"
+    text = f"a second sample buys a lower loss at keep ratio {ratio_text(share)}"
     if gap is None:
         section.claims.append(Claim(text, "–", MISSING))
         return
@@ -151,7 +151,7 @@ def _claim_where_samples_differ(store: Store, arm: str) -> Claim | None:
             continue
         times = interval(list(ideal[8].values())).mean / interval(list(ideal[1].values())).mean
         return Claim(
-            "not in the paper: where two samples share less than 90 % of their units, more of them buy a lower loss "
+            "where two samples share less than 90 % of their units, more of them buy a lower loss "
             f"(K = 8 against 1), of `{arm}`",
             f"{nats(gap, 4)} at keep ratio {ratio_text(share)}, for {times:.2f} times the ideal FLOPs",
             verdict_below(gap),
@@ -177,7 +177,7 @@ def _claim_samples(store: Store, section: Section, arm: str) -> None:
     overlap = over_samples(store, arm, figure="overlap_ratio").get(2)
     gain = paired(line.get(8, {}), line.get(1, {}))
     of = "" if arm == "infinity" else f", of `{arm}`"
-    text = f"not in the paper: more samples buy a lower loss (K = 8 against 1){of}"
+    text = f"more samples buy a lower loss (K = 8 against 1){of}"
     if gain is None or not overlap:
         if line:
             section.claims.append(Claim(text, "–", MISSING))

@@ -186,6 +186,8 @@ _TIER2_THEN = (
     *("infinity-wz-decay0", "infinity-wz-lr-half", "infinity-wz-lr-double"),
 )
 TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
+# What ∞-MoE is compared with at equal budgets beside these: itself with one sample, and mixtures of narrow experts
+FURTHER_RIVALS = ("infinity-keep4", "moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
 
 
 # Elastic compute: over the keep ratio, over the number of experts, over K, and what is left
@@ -265,6 +267,7 @@ def _elastic(scale: Scale) -> list[Group]:
         Group(("infinity-sandwich-between",), shorter("infinity-sandwich-between", scale.tokens), side),
         Group(ELASTIC_MORE, scale.tokens, side),
         Group(("infinity-sandwich", "infinity-consistency"), shorter("infinity-sandwich", scale.tokens), side),
+        Group(("infinity", "moe", "moe-scaled", *(("infinity-lr2x",) if scale.lr_grid else ())), scale.tokens, side),
     ]
 
 
@@ -284,7 +287,7 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
     "table2": _table2,
     "table3": lambda s: [Group(("infinity",), s.entropy_tokens, _side(s))],
     "table5": lambda s: [Group(("infinity", "moe"), s.long_tokens, _side(s))],
-    "table6": lambda s: [Group(("infinity", "moe16"), s.tokens, _side(s))],
+    "table6": lambda s: [Group(("infinity", "moe16", "moe16-fine"), s.tokens, _side(s))],
     "figure2": lambda s: [Group(("infinity", "moe"), s.tokens, _side(s))],
     "figure3": lambda s: [Group(("infinity", "moe"), tokens, _side(s)) for tokens in s.data_sizes],
     "figure4": lambda s: [],
@@ -294,6 +297,7 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
         Group(("infinity", *_TIER2_FIRST), s.tokens, _side(s)),
         Group(TIER1, s.long_tokens, _side(s)),
         Group(("infinity", *_TIER2_THEN), s.tokens, _side(s)),
+        Group(FURTHER_RIVALS, s.tokens, _side(s)),
     ],
     "elastic": _elastic,
 }
@@ -306,15 +310,17 @@ def _all(scale: Scale) -> list[Group]:
     Tier 1 and what elastic compute is compared by with all their seeds, then every other comparison once, then its
     seeds.
     """
-    first, rates, tier2, longer, tier2_then = EXPERIMENTS["controls"](scale)
-    keep, unscaled, *elastic, late, draws, between, between_fewer, more, more_fewer = EXPERIMENTS["elastic"](scale)
+    first, rates, tier2, longer, tier2_then, further = EXPERIMENTS["controls"](scale)
+    keep, unscaled, *elastic, late, draws, between, between_fewer, more, more_fewer, beside = EXPERIMENTS["elastic"](
+        scale
+    )
     rest = [more, more_fewer, between, between_fewer]
     few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come last
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
     tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
     once = [rates_once, tier2, draws, *sizes, *long, *rest, longer, tier2_then, *tables]
-    then = [tier2, *sizes, tier2_then, *long, *tables, longer, rates, late, draws, *rest]
+    then = [tier2, *sizes, tier2_then, *long, *tables, longer, rates, late, draws, *rest, further, beside]
     return [few, keep, unscaled, *_seeds([late], 1), *elastic, *_seeds(once, 1), *then, first]
 
 

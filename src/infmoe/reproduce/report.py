@@ -11,7 +11,7 @@ from infmoe.reproduce.controls import controls
 from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import SCALES, TUNING_SEED, RunSpec, Scale, groups
-from infmoe.reproduce.section import Section, command, markdown_table
+from infmoe.reproduce.section import Section, claims_table, command, markdown_table
 from infmoe.reproduce.store import MAX_SEEDS, Store, read_json
 
 SECTIONS: dict[str, Callable[[Store, Gallery], Section]] = {
@@ -26,14 +26,19 @@ SECTIONS: dict[str, Callable[[Store, Gallery], Section]] = {
     "controls": controls,
     "elastic": elastic,
 }
+_OWN_TABLE = "elastic"  # whose claims, of other papers and our own, stand in the section
 _TITLE = "# Evidence"
+_CLAIMS = "**What the paper claims**"
+_QUESTIONS = "**What the paper leaves out**"
 _INTRODUCTION = """\
 What the paper claims, and what comes out when it is trained anew. This page is written by `infmoe report` from the
 files under `results/`; each run's file names its configuration, seed, data, versions, machine and commit. Losses are
 in nats per token on held-out documents, of which each scale says how much is read; “±” is a 95 % interval over
-training seeds (Student's t), which says nothing of other documents, and differences are paired by seed. NOVELS stands
-for text files of one's own; the data's hash is below. Every arm sees the same tokens in the same order. Tier 1 adds
-seeds until its intervals are narrow, which makes them hold the mean a little less often than 95 %."""
+training seeds (Student's t), which says nothing of other documents. Differences are paired by seed, over the seeds
+that both have: they need not be those of the means beside them, which may rest on more. Every verdict stands for
+itself at 95 %: of twenty that are decided so, one is expected to be chance. NOVELS stands for text files of one's own;
+the data's hash is below. Every arm sees the same tokens in the same order. Tier 1 adds seeds until its intervals are
+narrow, which makes them hold the mean a little less often than 95 %."""
 
 
 def render_section(name: str, store: Store, *, draw: bool = True) -> Section:
@@ -77,18 +82,20 @@ def render_page(results: Path, *, draw: bool = True) -> str:
 def _scale_parts(results: Path, scale: Scale, draw: bool) -> list[str]:
     store = Store(results / "reproduce", scale)
     made = {name: render_section(name, store, draw=draw) for name in SECTIONS}
-    claims = [
-        [claim.text, claim.measured, claim.verdict, claim.reason]
-        for section in made.values()
-        for claim in section.claims
-    ]
+    claims = [claim for name, section in made.items() if name != _OWN_TABLE for claim in section.claims]
     parts = [
         f"## Scale `{scale.name}`",
         _setting(store),
-        markdown_table(("claim", "measured", "verdict", "note"), claims).replace("---:", "---"),
+        _CLAIMS,
+        claims_table([claim for claim in claims if not claim.ours]),
+        _QUESTIONS,
+        claims_table([claim for claim in claims if claim.ours]),
     ]
-    for section in made.values():
-        parts += [f"### {section.title}", section.body]
+    for name, section in made.items():
+        parts.append(f"### {section.title}")
+        if name == _OWN_TABLE and section.claims:
+            parts.append(claims_table(section.claims))
+        parts.append(section.body)
         for title, picture in section.pictures:
             if not draw and not picture.is_file():
                 raise InfMoEError(f"{picture} is missing: run `infmoe report`")

@@ -22,19 +22,21 @@ SHARED = 0.9  # of their units: two samples that have more in common are one, an
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper, and what was found.
+    """A claim of the paper, or a question that it leaves out, and what was found.
 
     Attributes:
-        text: the paper's.
-        measured: ours.
+        text: what is claimed.
+        measured: what was found.
         verdict: one of the above.
         reason: where it needs one.
+        ours: a question that the paper leaves out.
     """
 
     text: str
     measured: str
     verdict: str
     reason: str = ""
+    ours: bool = False
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Section:
         title: its heading.
         command: what makes the results.
         body: Markdown.
-        claims: rows of the opening table.
+        claims: rows of the table that they belong to.
         pictures: PNGs, each with what it shows.
     """
 
@@ -54,6 +56,12 @@ class Section:
     body: str = ""
     claims: list[Claim] = field(default_factory=list)
     pictures: list[tuple[str, Path]] = field(default_factory=list)
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    """Claims and verdicts; nothing where there are none."""
+    rows = [[claim.text, claim.measured, claim.verdict, claim.reason] for claim in claims]
+    return markdown_table(("claim", "measured", "verdict", "note"), rows).replace("---:", "---") if rows else ""
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -109,6 +117,17 @@ def nats(difference: Interval | None, digits: int = 3) -> str:
     if difference is None:
         return "–"
     return f"{text_of(difference, digits, sign=True)} nats ({of_seeds(difference)})"
+
+
+def lies_above(value: Interval | None, level: float) -> str:
+    """Whether a figure lies above a level."""
+    if value is None:
+        return MISSING
+    if value.half_width is None:
+        return ONE_SEED
+    if value.low > level:
+        return HOLDS
+    return FAILS if value.high < level else f"not decided: the interval contains {level:g}"
 
 
 def of_seeds(difference: Interval) -> str:

@@ -1,5 +1,6 @@
 """Measured times of the tiny arms, from `infmoe bench variants`."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from infmoe.reproduce.store import Store, read_json
@@ -14,18 +15,30 @@ def _rows(store: Store) -> list[dict[str, Any]]:
     return list(read_json(path).get("rows", []))
 
 
-def speeds(store: Store) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Time:
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+def speeds(store: Store) -> dict[str, dict[str, Time]]:
     """Arm -> µs per token of training in bfloat16 (`train_us`) and float32 (`train_us_fp32`), ms per token of decoding.
 
     Empty where nothing was measured.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Time]] = {}
     for row in _rows(store):
         if row["unit"] == "tokens/s":
             key = "train_us" if row.get("precision") == "bf16" else "train_us_fp32"
-            found.setdefault(row["arm"], {})[key] = 1e6 / row["median"]
+            time = Time(*(1e6 / row[of] for of in ("median", "q3", "q1")))
         elif row["unit"] == "ms" and row.get("keep_ratio") is None:
-            found.setdefault(row["arm"], {})["decode_ms"] = row["median"]
+            key, time = "decode_ms", Time(row["median"], row["q1"], row["q3"])
+        else:
+            continue
+        found.setdefault(row["arm"], {})[key] = time
     return found
 
 
