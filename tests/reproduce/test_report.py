@@ -10,7 +10,6 @@ from fake_results import DATA, fake_values, fill, spec_of
 
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
-from infmoe.reproduce import figures
 from infmoe.reproduce.arms import arm_named, titled
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import (
@@ -28,7 +27,6 @@ from infmoe.reproduce.plan import (
     groups,
 )
 from infmoe.reproduce.report import SECTIONS, _setting, render_page, render_section, write_report
-from infmoe.reproduce.statistics import Interval
 from infmoe.reproduce.tables import table1
 
 ROOT = Path(__file__).parent.parent.parent
@@ -324,20 +322,3 @@ def test_the_committed_page_is_what_the_committed_results_say(tmp_path):
 
 def test_the_data_is_described(store):
     assert f"{DATA['splits']['train']['tokens']:,} training tokens" in render_page(store.folder.parent.parent)
-
-
-@pytest.mark.parametrize("panels", [1, 2])
-@pytest.mark.parametrize("length", [10, 25, 40, 56])
-def test_a_legend_below_the_panels_lies_within_the_picture(tmp_path, monkeypatch, panels, length):
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append(fig) or path)
-    words = "Elastic MoE, k = 4, ideal 8, λ = 0.0001, from half way on"
-    lines = {f"{i} {words[: length - 2]}": {1.0: Interval(3.0, None, 1)} for i in range(8)}
-    Gallery(tmp_path).lines("p.png", [("", lines)] * panels, x_label="x", y_label="y", title="t")
-    (fig,) = drawn
-    fig.draw_without_rendering()
-    (legend,) = fig.legends
-    box, whole = legend.get_window_extent(), fig.bbox
-    assert whole.x0 <= box.x0
-    assert box.x1 <= whole.x1
-    assert box.y0 >= whole.y0
