@@ -96,11 +96,12 @@ def test_markers_of_bars_lie_within_the_frame(drawn, count):
 
 def test_each_panel_may_have_a_legend_of_its_own_and_references_stand_in_all(drawn):
     names_of = [[f"a line of panel {i}, {j}" for j in range(2 + i)] for i in range(3)]
-    panels = [(f"{i}", {name: {1.0: THREE, 2.0: THREE} for name in own}) for i, own in enumerate(names_of)]
+    longest = "∞-MoE over the keep ratio: elastic from the first step"
+    panels = [(longest, {name: {1.0: THREE, 2.0: THREE} for name in own}) for own in names_of]
     references = {"a line": {0.5: ONE, 8.0: ONE}, "a point": {1.5: THREE}}
     options = {"own_legends": True, "references": references, "rows": 2, "one_scale": True}
     fig = drawn("lines", panels, title="t", **LABELS, **options)
-    assert [ax.get_title() for ax in fig.axes] == ["0", "1", "2"]
+    assert [ax.get_title() for ax in fig.axes] == [longest] * 3
     assert [names(ax.get_legend()) for ax in fig.axes] == names_of
     assert [names(legend) for legend in fig.legends] == [["a line (one seed)", "a point"]]
     for ax, lines in zip(fig.axes, names_of, strict=True):
@@ -111,6 +112,9 @@ def test_each_panel_may_have_a_legend_of_its_own_and_references_stand_in_all(dra
         assert ax.get_xlim() == fig.axes[0].get_xlim()
         assert ax.get_xlim()[1] > 8
         assert ax.get_ylim() == fig.axes[0].get_ylim()
+        title = ax.title.get_window_extent()
+        assert fig.bbox.x0 <= title.x0
+        assert title.x1 <= fig.bbox.x1
         box = ax.get_legend().get_window_extent()
         assert box.y1 < ax.xaxis.label.get_window_extent().y0
         assert fig.bbox.x0 <= box.x0

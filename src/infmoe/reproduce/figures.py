@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SHOWN = 0.4  # nats above the best that pictures of dials show: their ends lie far above
 _LEGEND_INSIDE = 4  # lines of a panel; the names of more would lie over them
 _FEW = {1: " (one seed)", 2: " (two seeds)"}  # drawn hollow, without an interval: it would fill the picture
 _ONE_OR_TWO = " (one or two seeds)"
@@ -22,6 +23,9 @@ _HOLLOW = "hollow: one or two seeds"
 # what titles and labels say of intervals, the longer ways first
 _ON_INTERVALS = (" (95 % over seeds)", "95 % over seeds; ", "95 %, ")
 _GREY = "#777777"
+# references: a line lies behind the others, a point before them
+_BACKGROUND = {"color": "#999999", "marker": "<", "linewidth": 1.0, "zorder": 1}
+_POINT = {"color": "#555555", "marker": "*", "zorder": 4}
 _PANEL = 4.6  # inches
 _COLUMNS = 2  # of a legend below the panels, where they fit: inches of a name are
 _KEY, _CHARACTER = 0.6, 0.058  # for its line, and for each character
@@ -93,7 +97,8 @@ def lines(
 
     Args:
         path: of the PNG.
-        panels: a panel's title, and its lines: name -> x -> interval.
+        panels: a panel's title, and its lines: name -> x -> interval. One without points keeps its place, and is not
+            shown.
         x_label, y_label: axes, with units; one for all panels, or one each.
         title: of the whole picture.
         few_ticks: an axis with its own ticks, for many points; else a logarithmic one with a tick at each. It is
@@ -129,7 +134,8 @@ def lines(
         _set_ticks(ax, sorted({x for line in compared for x in line}), linear, few_ticks, within is not None)
         if chance is not None:
             ax.axhline(chance, color=_GREY, linestyle=":", linewidth=1.5, label="chance", zorder=0)
-        ax.set(xlabel=x_text, ylabel=y_text, title=panel)
+        ax.set(xlabel=x_text, ylabel=y_text)
+        ax.set_title(panel, fontsize=10 if own_legends else None)
         if within is not None and compared:
             lowest = min(_middle(value) for line in compared for value in line.values())
             ax.set_ylim(lowest - within / 4, lowest + within)
@@ -180,17 +186,18 @@ def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str
 def _draw_all(ax: "Axes", drawn: Mapping[str, Line], references: Mapping[str, Line], names: Sequence[str]) -> None:
     """A panel's lines, each with the look of its place among the names, before the references."""
     for name, line in references.items():
-        _draw(ax, name, line, {"color": _GREY, "marker": "*" if len(line) == 1 else "<", "zorder": 1})
+        _draw(ax, name, line, _POINT if len(line) == 1 else _BACKGROUND)
     for name, line in drawn.items():
         i = names.index(name)
-        _draw(ax, name, line, look(i) | {"linestyle": ("-", "--", "-.", ":")[i % 4]})
+        if line:
+            _draw(ax, name, line, look(i) | {"linestyle": ("-", "--", "-.", ":")[i % 4]})
 
 
 def _draw(ax: "Axes", name: str, line: Line, style: Mapping[str, Any]) -> None:
     """One line with its intervals; hollow where few seeds stand behind a point."""
     xs = sorted(line)
     hollow = [x for x in xs if _few(line[x])]
-    size = 9 if style["marker"] == "*" else 5
+    size = 11 if style["marker"] == "*" else 5
     ax.errorbar(
         xs,
         [_middle(line[x]) for x in xs],
