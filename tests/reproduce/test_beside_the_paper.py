@@ -8,6 +8,7 @@ import pytest
 from fake_results import fill
 
 from infmoe import paper
+from infmoe.reproduce import figures
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import SCALES
 from infmoe.reproduce.report import SECTIONS, render_section
@@ -68,7 +69,7 @@ def test_table_5_shows_every_task_beside_the_papers(store, mini):
     assert row(section.body, "moe: MoE, 4 experts, top-2")[0] == "0.407"
 
 
-@pytest.mark.parametrize("name", ["table1", "table5"])
+@pytest.mark.parametrize("name", ["table1", "table5", "figure3"])
 def test_what_makes_scores_is_said_where_there_are_none(store, mini, name):
     for tokens in (mini.tokens, *mini.data_sizes):
         fill(store, {"infinity": 3.1, "moe": 3.2}, tokens, tasks=False)
@@ -87,6 +88,7 @@ def test_what_makes_scores_is_said_where_there_are_none(store, mini, name):
         ("table3", "Table 3", ["0.966", "6144", "10,000"]),
         ("table5", "Table 5", ["0.407", "0.412", "59.2", "average to"]),
         ("table6", "Table 6", ["3.294", "3.238"]),
+        ("figure3", "Figure 3", ["29.5", "33.4", "Tables 1 and 5"]),
     ],
 )
 def test_what_is_of_the_small_model_alone_stands_beside_no_other(store, mini, name, part, printed):
@@ -106,3 +108,53 @@ def test_the_papers_units_are_those_of_its_entropy(store):
     body = render_section("table3", store).body
     assert row(body, "20,000")[:2] == ["0.893", "2,416 of 6144"]
     assert "The paper's last row is 39% of its units" in body
+
+
+def test_figure_3_is_drawn_in_what_the_paper_draws(store, mini, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append(fig) or path)
+    for tokens in mini.data_sizes[1:]:
+        fill(store, {"infinity": 3.5, "moe": 3.7}, tokens)
+    fill(store, {"infinity": 3.5, "moe": 3.7}, mini.data_sizes[0], tasks=False)
+    body = render_section("figure3", store).body
+    assert row(body, "paper, small, 10B") == ["29.5", "29.8", "+0.3"]
+    assert row(body, "paper, small, 100B") == ["33.4", "33.5", "+0.1"]
+    # the fixture's: 0.5 - 0.05 loss + 0.01, and 0.045 for ∞-MoE's dials
+    assert row(body, "ours, 0.001024M") == ["32.5 ± 0.0", "38.0 ± 0.0", "+5.5 ± 0.0"]
+    assert row(body, "ours, 0.000512M") == ["–", "–", "–"]
+    assert "9 items of each task, chosen by a hash, each model at its own dials; guessing gives 25." in body
+    (fig,) = drawn
+    panel = fig.axes[2]
+    assert (panel.get_title(), panel.get_ylabel()) == ("HellaSwag, zero-shot", "accuracy (%)")
+    lines = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    assert set(lines) == {"MoE", "∞-MoE", "chance"}
+    assert list(lines["MoE"][0].get_xdata()) == list(mini.data_sizes[1:])
+    assert lines["chance"].get_ydata()[0] == 25.0
+
+
+def test_figure_3_without_scores_has_no_third_panel(store, mini, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append(fig) or path)
+    fill(store, {"infinity": 3.5, "moe": 3.7}, mini.tokens, tasks=False)
+    render_section("figure3", store)
+    assert [ax.get_title() for ax in drawn[0].axes] == ["held-out loss", "∞-MoE minus MoE"]
+
+
+@pytest.mark.parametrize(
+    ("last", "tasks", "verdict"),
+    [(3.5, True, "holds"), (5.5, True, "does not hold"), (3.5, False, "not measured yet")],
+)
+def test_figure_3s_accuracy_is_judged_where_models_are_large_enough(store, mini, last, tasks, verdict):
+    for tokens in mini.data_sizes[:-1]:
+        fill(store, {"infinity": 3.5, "moe": 3.7}, tokens)
+    fill(store, {"infinity": last, "moe": 3.7}, mini.data_sizes[-1], tasks=tasks)
+
+    def claim(section):
+        (found,) = [claim for claim in section.claims if "HellaSwag accuracy as data grows" in claim.text]
+        return found
+
+    assert claim(render_section("figure3", store)).verdict == "not testable at this scale"
+    found = claim(at_scale(store, "small", "figure3"))
+    assert found.verdict == verdict
+    assert "29.8 against 29.5 at 10B, 33.5 against 33.4 at 100B tokens" in found.text
+    assert found.measured.startswith("HellaSwag, points: +5.5 ± 0.0 at 0.000512M, +5.5 ± 0.0 at 0.001024M")

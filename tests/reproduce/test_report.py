@@ -127,10 +127,10 @@ def test_accuracy_is_judged_where_models_are_large_enough(store, mini, loss, ver
 def test_figure_3_claims_what_its_lengths_say(store, mini, at_16, verdict):
     for tokens in mini.data_sizes[:-1]:
         fill(store, {"infinity": 3.5, "moe": 3.7}, tokens)
-    (claim,) = render_section("figure3", store).claims
+    (claim,) = [claim for claim in render_section("figure3", store).claims if "held-out loss" in claim.text]
     assert claim.verdict == "not measured yet"
     fill(store, {"infinity": at_16, "moe": 3.7}, mini.data_sizes[-1])
-    (claim,) = render_section("figure3", store).claims
+    (claim,) = [claim for claim in render_section("figure3", store).claims if "held-out loss" in claim.text]
     assert verdict in claim.verdict
 
 

@@ -5,7 +5,19 @@ from collections.abc import Mapping
 
 from infmoe import paper
 from infmoe.errors import InfMoEError
-from infmoe.reproduce.accuracy import accuracy_claim, dial_scores, few_samples, points_text
+from infmoe.reproduce.accuracy import (
+    accuracy_claim,
+    chance,
+    dial_scores,
+    few_samples,
+    items_text,
+    mean_difference,
+    means,
+    not_scored,
+    over_seeds,
+    points_text,
+    scores,
+)
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import tokens_text
 from infmoe.reproduce.section import (
@@ -30,6 +42,8 @@ from infmoe.reproduce.section import (
 )
 from infmoe.reproduce.statistics import Interval
 from infmoe.reproduce.store import Store, read_json
+
+_TASK = "HellaSwag"  # what Figure 3 draws
 
 
 def figure2(store: Store, gallery: Gallery) -> Section:
@@ -163,21 +177,84 @@ def figure3(store: Store, gallery: Gallery) -> Section:
         if difference is not None:
             gaps[float(tokens)] = difference
     head = ("tokens", "MoE, nats", "∞-MoE, nats", "∞-MoE minus MoE", "seeds of each")
-    section.body = markdown_table(head, rows) + (
-        "\n\nEvery size is a run of its own, its learning rate's cosine as long as the run. The paper draws HellaSwag "
-        f"accuracy{', which is at chance here' if scale.name == 'tiny' else ''}."
-    )
+    accuracies = {name: _accuracy_over_data(store, arm) for name, arm in (("MoE", "moe"), ("∞-MoE", "infinity"))}
+    parts = [
+        markdown_table(head, rows),
+        "Every size is a run of its own, its learning rate's cosine as long as the run. The paper draws "
+        f"{_TASK} accuracy{'; at this scale models score at chance there' if scale.name == 'tiny' else ''}.",
+        _accuracy_table(store, accuracies),
+    ]
+    section.body = "\n\n".join(parts)
     if gaps:
+        panels: list[tuple[str, dict[str, dict[float, Interval]]]] = [
+            ("held-out loss", drawn),
+            ("∞-MoE minus MoE", {"paired by seed": gaps}),
+        ]
+        scored = {name: line for name, line in accuracies.items() if line}
+        panels += [(f"{_TASK}, zero-shot", scored)] if scored else []
         picture = gallery.lines(
             "figure3.png",
-            [("held-out loss", drawn), ("∞-MoE minus MoE", {"paired by seed": gaps})],
+            panels,
             x_label="training tokens",
-            y_label="nats per token",
+            y_label=["nats per token", "nats per token", "accuracy (%)"][: len(panels)],
             title="Figure 3: more data (95 % over seeds)",
+            levels=[None, None, chance(_TASK)][: len(panels)],
         )
         section.pictures.append((section.title, picture))
-    section.claims.append(_ahead_everywhere(gaps, len(scale.data_sizes)))
+    section.claims += [_more_accurate_everywhere(store), _ahead_everywhere(gaps, len(scale.data_sizes))]
     return section
+
+
+def _accuracy_over_data(store: Store, arm: str) -> dict[float, Interval]:
+    """Tokens -> accuracy on the figure's task, in percent, where it was measured."""
+    found = {float(t): over_seeds(means(scores(store, arm, t, "acc"), (_TASK,))) for t in store.scale.data_sizes}
+    return {tokens: value for tokens, value in found.items() if value is not None}
+
+
+def _accuracy_gaps(store: Store) -> dict[int, Interval | None]:
+    """Tokens -> ∞-MoE's accuracy on the figure's task minus MoE's, paired by seed, in points."""
+    return {
+        tokens: mean_difference(store, "infinity", "moe", tokens, tasks=(_TASK,)) for tokens in store.scale.data_sizes
+    }
+
+
+def _accuracy_table(store: Store, accuracies: Mapping[str, Mapping[float, Interval]]) -> str:
+    """The figure itself: accuracy over data, below what the paper prints of it."""
+    scale = store.scale
+    if not any(accuracies.values()):
+        return not_scored(store, "figure3", f"{_TASK} accuracy over data")
+    rows = []
+    for tokens, printed in paper.FIGURE3.items() if paper.of_small(scale.name) else ():
+        cells = [f"{printed[arm]:.1f}" for arm in ("moe", "infinity")]
+        rows.append([f"paper, small, {tokens_text(tokens)}", *cells, f"{printed['infinity'] - printed['moe']:+.1f}"])
+    for tokens, gap in _accuracy_gaps(store).items():
+        cells = [text_of(accuracies[name].get(float(tokens)), 1) for name in ("MoE", "∞-MoE")]
+        rows.append([f"ours, {tokens_text(tokens)}", *cells, text_of(gap, 1, sign=True)])
+    notes = [
+        f"{items_text(scale)}, each model at its own dials; guessing gives {chance(_TASK):.0f}.",
+        paper.none_at_this_size(scale.name, "Figure 3")
+        or "Of its Figure 3 the paper prints the ends alone, in Tables 1 and 5, of one run each.",
+    ]
+    return f"{markdown_table((f'{_TASK}, %', 'MoE', '∞-MoE', '∞-MoE minus MoE'), rows)}\n\n{' '.join(notes)}"
+
+
+def _more_accurate_everywhere(store: Store) -> Claim:
+    """Whether ∞-MoE is ahead at every length in what the paper draws."""
+    ends = ", ".join(
+        f"{printed['infinity']} against {printed['moe']} at {tokens_text(tokens)}"
+        for tokens, printed in paper.FIGURE3.items()
+    )
+    gaps = _accuracy_gaps(store)
+    shown = ", ".join(
+        f"{text_of(gap, 1, sign=True)} at {tokens_text(tokens)}" for tokens, gap in gaps.items() if gap is not None
+    )
+    of_small = "" if paper.of_small(store.scale.name) else " of the small model"
+    return accuracy_claim(
+        store,
+        f"∞-MoE stays ahead of MoE in {_TASK} accuracy as data grows (Figure 3{of_small}: {ends} tokens)",
+        f"{_TASK}, points: {shown}" if shown else "–",
+        list(gaps.values()),
+    )
 
 
 def _ahead_everywhere(gaps: Mapping[float, Interval], sizes: int) -> Claim:
