@@ -1,13 +1,17 @@
 """What the paper prints, beside ours: at the size that it is of, and nowhere else."""
 
 import dataclasses
+import json
 import shlex
 import statistics
+from pathlib import Path
 
 import pytest
-from fake_results import fill
+from fake_results import ffn_result, fill
 
 from infmoe import paper
+from infmoe.cli import main
+from infmoe.errors import InfMoEError
 from infmoe.reproduce import figures
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import SCALES
@@ -158,3 +162,57 @@ def test_figure_3s_accuracy_is_judged_where_models_are_large_enough(store, mini,
     assert found.verdict == verdict
     assert "29.8 against 29.5 at 10B, 33.5 against 33.4 at 100B tokens" in found.text
     assert found.measured.startswith("HellaSwag, points: +5.5 ± 0.0 at 0.000512M, +5.5 ± 0.0 at 0.001024M")
+
+
+def test_figure_4_names_the_command_that_makes_its_file_where_it_looks(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "figure4", "--out", "my results/x"]) == 0
+    command = capsys.readouterr().out.split("`")[1]
+    words = shlex.split(command)
+    assert words[:3] == ["infmoe", "bench", "ffn"]
+    made = Path(words[words.index("--out") + 1])
+    assert made == Path("my results/ffn.json")
+    made.write_text(json.dumps(ffn_result()))
+    assert main(["reproduce", "figure4", "--out", "my results/x"]) == 0
+    assert "not measured yet" not in capsys.readouterr().out
+    assert Path("my results/x/tiny/figure4.png").stat().st_size > 10_000
+    section = render_section("figure4", store)
+    assert [claim.verdict for claim in section.claims] == ["not measured yet"] * 2
+
+
+def test_figure_4_is_drawn_from_the_measurement(store, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append(fig) or path)
+    (store.folder.parent.parent / "ffn.json").write_text(json.dumps(ffn_result()))
+    section = render_section("figure4", store)
+    (ax,) = drawn[0].axes
+    handles, names = ax.get_legend_handles_labels()
+    assert names == ["∞-MoE's layer", "reference: products, topk, scatter, mean", "its bare matrix products"]
+    assert list(handles[0][0].get_xdata()) == [0.25, 0.5, 1.0]
+    assert list(handles[0][0].get_ydata()) == [10.0, 12.0, 13.0]
+    assert handles[0][0].get_markerfacecolor() != "white"
+    (bars,) = handles[0][2]
+    assert bars.get_segments()[0].tolist() == [[0.25, 9.0], [0.25, 13.0]]  # its quartiles
+    assert ax.get_ylim()[0] == 0
+    assert row(section.body, "forward") == ["1.25×", "3.50×", "1.10×"]
+    assert row(section.body, "forward and backward") == ["–", "2.50×", "–"]
+    assert row(section.body, "∞-MoE's layer") == ["10.0", "12.0", "13.0", "1.30×"]
+    assert section.command == "infmoe bench ffn --out a.json"
+    faster, flat = section.claims
+    assert faster.measured == "on a CPU: at least 3.50 times"
+    assert flat.measured == "on a CPU, forward: the slowest keep ratio takes 1.30× the fastest"
+    assert flat.reason.endswith("the bare products, which no keep ratio changes: 1.05×")
+    assert {faster.verdict, flat.verdict} == {"not testable at this scale"}
+
+
+def test_figure_4_of_a_damaged_row_or_of_none(store):
+    path = store.folder.parent.parent / "ffn.json"
+    result = ffn_result()
+    path.write_text(json.dumps(result | {"rows": []}))
+    section = render_section("figure4", store)
+    assert not section.pictures
+    assert [claim.verdict for claim in section.claims] == ["not testable at this scale", "not measured yet"]
+    del result["rows"][0]["median"]
+    path.write_text(json.dumps(result))
+    with pytest.raises(InfMoEError, match=r"ffn\.json is damaged: make it again with `infmoe bench ffn --out "):
+        render_section("figure4", store)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fake_results import DATA, fake_values, fill, spec_of
+from fake_results import DATA, fake_values, ffn_result, fill, spec_of
 
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
@@ -53,8 +53,7 @@ def filled(store, mini):
 
 
 def test_the_page_says_what_the_results_say(filled, mini):
-    summary = {"forward_speedup_min": 3.5, "forward_over_gemms_max": 1.1}
-    (filled.folder.parent.parent / "ffn.json").write_text(json.dumps({"summary": summary}))
+    (filled.folder.parent.parent / "ffn.json").write_text(json.dumps(ffn_result()))
     page = render_page(filled.folder.parent.parent)
     assert "on a CPU: at least 3.50 times | not testable at this scale" in page
     row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats MoE, in held-out loss"))
