@@ -8,7 +8,7 @@ from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.statistics import Interval
 
 LABELS = {"x_label": "x", "y_label": "y"}
-MARKS = (*MARKERS, "*", "<")  # of points; the ends of intervals have others
+MARKS = (*MARKERS, "*", "x")  # of points; the ends of intervals have others
 ONE, TWO, THREE = Interval(3.0, None, 1), Interval(3.1, 0.4, 2), Interval(3.2, 0.1, 3)
 
 
@@ -107,7 +107,7 @@ def test_each_panel_may_have_a_legend_of_its_own_and_references_stand_in_all(dra
     for ax, lines in zip(fig.axes, names_of, strict=True):
         own = [(line.get_color(), line.get_marker()) for line in ax.lines if line.get_marker() in MARKERS]
         assert own == list(zip(COLOURS, MARKERS, strict=True))[: len(lines)]
-        greys = [line for line in ax.lines if line.get_marker() in ("*", "<")]
+        greys = [line for line in ax.lines if line.get_marker() in ("*", "x")]
         assert [len(line.get_xdata()) for line in greys] == [2, 1]
         assert ax.get_xlim() == fig.axes[0].get_xlim()
         assert ax.get_xlim()[1] > 8

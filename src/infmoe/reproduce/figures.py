@@ -24,7 +24,7 @@ _HOLLOW = "hollow: one or two seeds"
 _ON_INTERVALS = (" (95 % over seeds)", "95 % over seeds; ", "95 %, ")
 _GREY = "#777777"
 # references: a line lies behind the others, a point before them
-_BACKGROUND = {"color": "#999999", "marker": "<", "linewidth": 1.0, "zorder": 1}
+_BACKGROUND = {"color": "#999999", "marker": "x", "linewidth": 1.0, "zorder": 1}
 _POINT = {"color": "#555555", "marker": "*", "zorder": 4}
 _PANEL = 4.6  # inches
 _COLUMNS = 2  # of a legend below the panels, where they fit: inches of a name are
