@@ -89,9 +89,8 @@ def test_markers_of_bars_lie_within_the_frame(drawn, count):
     assert len(markers) == count
     for line in markers:
         _, y = ax.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))
-        half = line.get_markersize() / 72 * ax.figure.dpi / 2
-        assert frame.y0 < y - half
-        assert y + half < frame.y1
+        whole = (line.get_markersize() + line.get_markeredgewidth()) / 72 * ax.figure.dpi
+        assert frame.y0 + whole < y < frame.y1 - whole  # half of it reaches up and down
 
 
 def test_each_panel_may_have_a_legend_of_its_own_and_references_stand_in_all(drawn):
