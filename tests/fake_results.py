@@ -195,3 +195,22 @@ def fill(store: Store, losses: dict[str, float], tokens: int, seeds: int = 3, *,
             spec = spec_of(store, arm_name, seed, tokens=tokens, lr=2e-3 * arm.lr_factor)
             own = loss + 0.001 * seed + 0.0005 * (seed == 2) * (arm_name == "moe")
             store.put(spec, fake_values(spec, own, tasks=tasks))
+
+
+def ffn_result() -> dict[str, Any]:
+    """What `infmoe bench ffn` writes: at three keep ratios, beside what Figure 4 does not show."""
+    medians = {"infinity": (10.0, 12.0, 13.0), "reference": (40.0, 44.0, 42.0), "gemms": (10.0, 10.5, 10.2)}
+    rows = [
+        {"dtype": "bf16", "z_dim": 256, "pass": "forward", "arm": arm, "keep_ratio": ratio, "median": median}
+        | {"q1": median - 1.0, "q3": median + 3.0, "rounds": 2}
+        for arm, line in medians.items()
+        for ratio, median in zip((0.25, 0.5, 1.0), line, strict=True)
+    ]
+    others = [{"pass": "train"}, {"dtype": "fp32"}, {"z_dim": 64}, {"arm": "eager"}]
+    rows += [row | other | {"median": 99.0} for other in others for row in rows[:3]]
+    memory = {"dtype": "bf16", "z_dim": 256, "arm": "infinity memory", "unit": "MB"}
+    return {
+        "rows": [*rows, memory],
+        "summary": {"forward_speedup_min": 3.5, "forward_over_gemms_max": 1.1, "train_speedup_min": 2.5},
+        "provenance": {"command": "infmoe bench ffn --out a.json"},
+    }

@@ -1,5 +1,7 @@
 """What the paper reports (arXiv 2601.17680): its tables, to stand beside ours."""
 
+# our scale -> the paper's model that it is set beside; all but Table 1 the paper has of the small one alone
+SIZES = {"tiny": "small", "small": "small", "medium": "medium"}
 TABLE1_TASKS = ("BoolQ", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA", "RACE-high")
 # scale -> arm -> (active / total parameters, accuracies in percent, their mean)
 TABLE1: dict[str, dict[str, tuple[str, tuple[float, ...], float]]] = {
@@ -20,9 +22,30 @@ TABLE1: dict[str, dict[str, tuple[str, tuple[float, ...], float]]] = {
 TABLE2 = {32: 3.244, 64: 3.220, 128: 3.213, 256: 3.219}
 # training step -> normalised routing entropy
 TABLE3 = {5_000: 0.966, 10_000: 0.902, 15_000: 0.893, 20_000: 0.893}
-# arm -> mean accuracy of the seven tasks after 100B tokens
-TABLE5 = {"moe": 0.407, "infinity": 0.412}
+# arm -> (accuracies in percent after 100B tokens, their mean); the tasks are Table 1's
+TABLE5: dict[str, tuple[tuple[float, ...], float]] = {
+    "moe": ((59.2, 33.4, 51.1, 48.5, 19.8, 19.0, 53.4), 40.7),
+    "infinity": ((60.5, 33.5, 51.0, 49.0, 20.6, 17.0, 56.7), 41.2),
+}
 # arm -> "PPL", which is a cross-entropy in nats
 TABLE6 = {"moe16": 3.294, "infinity": 3.238}
 FIGURE2_K = (1, 2, 3, 4, 8)
+# tokens -> arm -> HellaSwag accuracy in percent: Figure 3 draws it, Tables 1 and 5 print its ends
+FIGURE3 = {
+    tokens: {arm: accuracies[arm][TABLE1_TASKS.index("HellaSwag")] for arm in ("moe", "infinity")}
+    for tokens, accuracies in (
+        (10**10, {arm: row[1] for arm, row in TABLE1["small"].items()}),
+        (10**11, {arm: row[0] for arm, row in TABLE5.items()}),
+    )
+}
 FIGURE4_SPEEDUP = 1.25
+
+
+def of_small(scale: str) -> bool:
+    """Whether what the paper has of its small model alone may stand beside a scale."""
+    return SIZES[scale] == "small"
+
+
+def none_at_this_size(scale: str, part: str) -> str:
+    """Says that a table or figure is of the small model alone, where that is not what a scale is set beside."""
+    return "" if of_small(scale) else f"The paper has none at this size: its {part} is of the small model alone."

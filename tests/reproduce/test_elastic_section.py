@@ -7,6 +7,7 @@ import pytest
 from fake_results import fill
 
 from infmoe.provenance import write_json
+from infmoe.reproduce import figures
 from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.dial_curves import curve, means, useful_range, useful_ranges
 from infmoe.reproduce.elastic import elastic
@@ -389,6 +390,72 @@ def test_samples_by_sureness_are_judged_at_the_same_mean(store, mini):
         store.put(run.spec, run.values)
     (claim,) = claims(store, name)
     assert claim.measured == "`infinity-elastic-k`, 4 or 1: -0.0010 ± 0.0000 at 1/16, -0.0020 ± 0.0000 at 1/4"
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Every picture that is asked for: its file -> its panels that have lines, and its options."""
+    found = {}
+
+    def lines(gallery, name, panels, **options):
+        named = [(title, [line for line, points in drawn.items() if points]) for title, drawn in panels]
+        found[name] = [(title, drawn) for title, drawn in named if drawn], options
+        return gallery.folder / name
+
+    monkeypatch.setattr(Gallery, "lines", lines)
+    return found
+
+
+def test_every_method_is_in_a_readable_panel_or_named_as_left_out(store, mini, pictures):
+    keep = [*ELASTIC_KEEP, *PASSES, "infinity-elastic-step", "infinity-elastic-scaled"]
+    keep.remove("infinity-consistency")
+    samples = ("infinity", "infinity-elastic-k", "infinity-consistency")
+    fill(store, dict.fromkeys((*keep, *samples, "moe", *ELASTIC_EXPERTS), 3.5), mini.tokens, seeds=1)
+    body = elastic(store, Gallery(store.folder)).body
+    labels = {arm_named(name).label.removeprefix("∞-MoE, ") for name in keep}
+    damped = {f"{arm_named(name).label}, α = 0.25" for name in ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")}
+    plain = {arm_named(name).label for name in ELASTIC_RULES} | damped
+    draws = [name for name in ELASTIC_EXPERTS if name not in ELASTIC_RULES]
+    over_k = {f"{arm_named(name).label.removeprefix('∞-MoE, ')}{rest}" for name in samples for rest in ("", ", z = μ")}
+    shown = {
+        "elastic_keep.png": labels,
+        "elastic_experts.png": plain | {arm_named(name).label for name in draws},
+        "elastic.png": labels | plain | over_k,
+    }
+    for name, wanted in shown.items():
+        panels, options = pictures[name]
+        assert max(len(drawn) for _, drawn in panels) <= 6, name
+        assert {line.removeprefix("direct: ") for _, drawn in panels for line in drawn} == wanted, name
+        assert options["one_scale"], name
+        assert options["own_legends"], name
+        assert options["rows"] == -(-len(panels) // 2), name
+    half = "`moe16-fine-k4-scaled, α = 0.5`, `moe16-fine-k8-scaled, α = 0.5`"
+    also = ", ".join(f"`{name}`" for name in draws)
+    assert f"over the number of experts for legibility, and in the tables: {half}.\n" in body
+    assert f"of loss against ideal FLOPs for legibility, and in the tables: {half}, {also}.\n" in body
+    assert set(pictures["elastic.png"][1]["references"]) == {"∞-MoE, K = 1, 1/4 kept", "MoE, 4 experts, top-2"}
+
+
+def test_what_is_not_measured_is_not_said_to_be_left_out(store, mini, pictures):
+    fill(store, {"emoe-k4-w0.0001-scaled": 3.5, "infinity-keep8": 3.5}, mini.tokens)
+    body = elastic(store, Gallery(store.folder)).body
+    assert "Left out" not in body
+    panels, options = pictures["elastic.png"]
+    assert [len(drawn) for _, drawn in panels] == [1, 1]
+    assert options["references"] == {}
+
+
+def test_a_line_looks_the_same_whatever_is_measured_beside_it(store, mini, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append(fig) or path)
+    looks = []
+    for arms in (("matryoshka-k4-scaled",), ("moe16-fine-k4-scaled", "emoe-k4-w0-scaled")):
+        fill(store, dict.fromkeys(arms, 3.5), mini.tokens)
+        elastic(store, Gallery(store.folder))
+        named = zip(*drawn[0].axes[0].get_legend_handles_labels(), strict=True)
+        looks += [handle[0].get_marker() for handle, name in named if name.startswith("Matryoshka")]
+        drawn.clear()
+    assert looks == ["D", "D"]
 
 
 def test_curves_keep_seeds_apart(store, mini):

@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from fake_results import DATA, fake_values, fill, spec_of
+from fake_results import DATA, fake_values, ffn_result, fill, spec_of
 
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
-from infmoe.reproduce import figures
 from infmoe.reproduce.arms import arm_named, titled
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import (
@@ -28,7 +27,6 @@ from infmoe.reproduce.plan import (
     groups,
 )
 from infmoe.reproduce.report import SECTIONS, _setting, render_page, render_section, write_report
-from infmoe.reproduce.statistics import Interval
 from infmoe.reproduce.tables import table1
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,8 +53,7 @@ def filled(store, mini):
 
 
 def test_the_page_says_what_the_results_say(filled, mini):
-    summary = {"forward_speedup_min": 3.5, "forward_over_gemms_max": 1.1}
-    (filled.folder.parent.parent / "ffn.json").write_text(json.dumps({"summary": summary}))
+    (filled.folder.parent.parent / "ffn.json").write_text(json.dumps(ffn_result()))
     page = render_page(filled.folder.parent.parent)
     assert "on a CPU: at least 3.50 times | not testable at this scale" in page
     row = next(line for line in page.splitlines() if line.startswith("| ∞-MoE beats MoE, in held-out loss"))
@@ -131,10 +128,10 @@ def test_accuracy_is_judged_where_models_are_large_enough(store, mini, loss, ver
 def test_figure_3_claims_what_its_lengths_say(store, mini, at_16, verdict):
     for tokens in mini.data_sizes[:-1]:
         fill(store, {"infinity": 3.5, "moe": 3.7}, tokens)
-    (claim,) = render_section("figure3", store).claims
+    (claim,) = [claim for claim in render_section("figure3", store).claims if "held-out loss" in claim.text]
     assert claim.verdict == "not measured yet"
     fill(store, {"infinity": at_16, "moe": 3.7}, mini.data_sizes[-1])
-    (claim,) = render_section("figure3", store).claims
+    (claim,) = [claim for claim in render_section("figure3", store).claims if "held-out loss" in claim.text]
     assert verdict in claim.verdict
 
 
@@ -451,20 +448,3 @@ def test_the_committed_page_is_what_the_committed_results_say(tmp_path):
 
 def test_the_data_is_described(store):
     assert f"{DATA['splits']['train']['tokens']:,} training tokens" in render_page(store.folder.parent.parent)
-
-
-@pytest.mark.parametrize("panels", [1, 2])
-@pytest.mark.parametrize("length", [10, 25, 40, 56])
-def test_a_legend_below_the_panels_lies_within_the_picture(tmp_path, monkeypatch, panels, length):
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append(fig) or path)
-    words = "Elastic MoE, k = 4, ideal 8, λ = 0.0001, from half way on"
-    lines = {f"{i} {words[: length - 2]}": {1.0: Interval(3.0, None, 1)} for i in range(8)}
-    Gallery(tmp_path).lines("p.png", [("", lines)] * panels, x_label="x", y_label="y", title="t")
-    (fig,) = drawn
-    fig.draw_without_rendering()
-    (legend,) = fig.legends
-    box, whole = legend.get_window_extent(), fig.bbox
-    assert whole.x0 <= box.x0
-    assert box.x1 <= whole.x1
-    assert box.y0 >= whole.y0

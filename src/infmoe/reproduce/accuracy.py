@@ -22,6 +22,7 @@ from infmoe.reproduce.section import (
     OPEN,
     UNDECIDED,
     Claim,
+    command,
     markdown_table,
     minus,
     text_of,
@@ -39,6 +40,11 @@ _UNIT = {"acc": 100.0, "margin": 1.0}
 _DIGITS = {"acc": 1, "margin": 3}
 
 Scores = dict[int, dict[str, float]]  # seed -> task -> accuracy in percent, or margin in nats
+
+
+def chance(task: str) -> float:
+    """What guessing gives, in percent."""
+    return 100 * _CHANCE[task]
 
 
 def own_point(run: Finished) -> Point:
@@ -82,9 +88,11 @@ def over_seeds(values: Mapping[int, float]) -> Interval | None:
     return interval(list(values.values())) if values else None
 
 
-def mean_difference(store: Store, arm: str, other: str, tokens: int, value: str = "acc") -> Interval | None:
+def mean_difference(
+    store: Store, arm: str, other: str, tokens: int, value: str = "acc", tasks: Sequence[str] | None = None
+) -> Interval | None:
     """An arm's mean over tasks minus another's, paired by seed; accuracy over the tasks that the paper has too."""
-    tasks = SHARED if value == "acc" else TASKS
+    tasks = tasks or (SHARED if value == "acc" else TASKS)
     return paired(*(means(scores(store, name, tokens, value), tasks) for name in (arm, other)))
 
 
@@ -109,20 +117,39 @@ def accuracy_claim(store: Store, text: str, measured: str, differences: Sequence
     return Claim(text, measured, decided or (verdicts.pop() if len(verdicts) == 1 else UNDECIDED))
 
 
-def table1_accuracy(store: Store, arms: Sequence[str]) -> str:
-    """Accuracies beside the paper's, and margins; says so where nothing is measured."""
-    tokens = store.scale.tokens
+def not_scored(store: Store, name: str, what: str) -> str:
+    """Says that scores are missing, and what makes them.
+
+    Args:
+        store: the results.
+        name: of the table or figure.
+        what: is missing.
+    """
+    return f"{what}: {MISSING} (`{command(name, store.scale)} --tasks-dir DIR` scores the models)."
+
+
+def accuracy_table(
+    store: Store, name: str, arms: Sequence[str], tokens: int, printed: Mapping[str, Sequence[float]]
+) -> str:
+    """Accuracies beside the paper's, and margins; says so where nothing is measured.
+
+    Args:
+        store: the results.
+        name: of the table, for the command that makes it.
+        arms: its rows.
+        tokens: of the runs.
+        printed: what the paper has at this size, in percent: arm -> the tasks of its Table 1; empty: nothing.
+    """
     accuracy = {arm: scores(store, arm, tokens, "acc") for arm in arms}
-    margin = {arm: scores(store, arm, tokens, "margin") for arm in arms}
     if not any(accuracy.values()):
-        return (
-            f"Zero-shot accuracy and margins: {MISSING} (`infmoe reproduce table1 --tasks-dir DIR` scores the models)."
-        )
+        return not_scored(store, name, "Zero-shot accuracy and margins")
+    size = paper.SIZES[store.scale.name]
     rows = []
     for arm in arms:
-        printed = dict(zip(paper.TABLE1_TASKS, paper.TABLE1["small"][arm][1], strict=True))
-        mean = statistics.fmean(printed[task] for task in SHARED)
-        rows.append([f"{arm}, paper, small", *(f"{v:.1f}" for v in printed.values()), "–", f"{mean:.1f}", ""])
+        if arm in printed:
+            theirs = dict(zip(paper.TABLE1_TASKS, printed[arm], strict=True))
+            mean = statistics.fmean(theirs[task] for task in SHARED)
+            rows.append([f"{arm}, paper, {size}", *(f"{v:.1f}" for v in theirs.values()), "–", f"{mean:.1f}", ""])
         ours = {task: over_seeds({seed: v[task] for seed, v in accuracy[arm].items()}) for task in TASKS}
         cells = [text_of(ours.get(task), 1) for task in (*paper.TABLE1_TASKS, SAT.name)]
         difference = mean_difference(store, "infinity", arm, tokens) if arm != "infinity" else None
@@ -132,32 +159,38 @@ def table1_accuracy(store: Store, arms: Sequence[str]) -> str:
                 "" if arm == "infinity" else text_of(difference, 1, sign=True),
             ]
         )
-    chance = [f"{100 * _CHANCE[task]:.0f}" for task in (*paper.TABLE1_TASKS, SAT.name)]
-    rows.append(["chance", *chance, f"{100 * statistics.fmean(_CHANCE[task] for task in SHARED):.1f}", ""])
+    guessing = [f"{chance(task):.0f}" for task in (*paper.TABLE1_TASKS, SAT.name)]
+    rows.append(["chance", *guessing, f"{statistics.fmean(chance(task) for task in SHARED):.1f}", ""])
     head = ("zero-shot accuracy, %", *paper.TABLE1_TASKS, SAT.name, "mean of the first six", "∞-MoE minus it")
-    parts = [markdown_table(head, rows)]
-    rows = []
-    for arm in arms:
-        cells = [text_of(over_seeds({seed: v[task] for seed, v in margin[arm].items()})) for task in TASKS]
-        difference = mean_difference(store, "infinity", arm, tokens, "margin")
-        rows.append(
-            [
-                *(arm, *cells, text_of(over_seeds(means(margin[arm])))),
-                "" if arm == "infinity" else text_of(difference, sign=True),
-            ]
-        )
-    parts.append(markdown_table(("margin of the right answer, nats", *TASKS, "mean", "∞-MoE minus it"), rows))
-    parts.append(
-        f"{_items(store.scale)}, seed 0 of the noise, each model at its own dials. The margin is the right answer's "
-        "log-likelihood minus the mean of the others', over each right answer alike where all items have the same "
-        "answers (BoolQ, SAT-en). “±” is over training seeds; the "
-        f"items add a standard error of {_item_error(store, arms):.1f} points to each accuracy. {SAT.name} is no task "
-        "of the paper's; RACE has no local file."
-    )
+    parts = [
+        markdown_table(head, rows),
+        _margin_table(store, arms, tokens),
+        f"{items_text(store.scale)}, seed 0 of the noise, each model at its own dials. The margin is the right "
+        "answer's log-likelihood minus the mean of the others', over each right answer alike where all items have the "
+        "same answers (BoolQ, SAT-en). “±” is over training seeds; the "
+        f"items add a standard error of {_item_error(store, arms, tokens):.1f} points to each accuracy. {SAT.name} is "
+        "no task of the paper's; RACE has no local file.",
+    ]
     return "\n\n".join(parts)
 
 
-def _items(scale: Scale) -> str:
+def _margin_table(store: Store, arms: Sequence[str], tokens: int) -> str:
+    rows = []
+    for arm in arms:
+        margin = scores(store, arm, tokens, "margin")
+        cells = [text_of(over_seeds({seed: v[task] for seed, v in margin.items()})) for task in TASKS]
+        difference = mean_difference(store, "infinity", arm, tokens, "margin")
+        rows.append(
+            [
+                *(arm, *cells, text_of(over_seeds(means(margin)))),
+                "" if arm == "infinity" else text_of(difference, sign=True),
+            ]
+        )
+    return markdown_table(("margin of the right answer, nats", *TASKS, "mean", "∞-MoE minus it"), rows)
+
+
+def items_text(scale: Scale) -> str:
+    """Which items the scores are of."""
     return (
         "All items of each task"
         if scale.task_items is None
@@ -165,9 +198,9 @@ def _items(scale: Scale) -> str:
     )
 
 
-def _item_error(store: Store, arms: Sequence[str]) -> float:
+def _item_error(store: Store, arms: Sequence[str], tokens: int) -> float:
     """The mean standard error of an accuracy over items, in points."""
-    rows = [row for arm in arms for run in store.runs(arm, store.scale.tokens) for row in run.measure(ZERO_SHOT) or ()]
+    rows = [row for arm in arms for run in store.runs(arm, tokens) for row in run.measure(ZERO_SHOT) or ()]
     return 100 * statistics.fmean(row["acc_se"] for row in rows)
 
 
@@ -202,7 +235,7 @@ def dial_scores(store: Store, gallery: Gallery) -> tuple[str, list[tuple[str, An
         name = "∞-MoE" if arm == "infinity" else "MoE"
         parts.append(markdown_table((f"{name}, zero-shot", *points[arm]), rows))
     parts.append(
-        f"{_items(store.scale)}; the other dial as trained (K = {trained_k}, keep {ratio_text(keep)}). "
+        f"{items_text(store.scale)}; the other dial as trained (K = {trained_k}, keep {ratio_text(keep)}). "
         "“±” is over training seeds. The picture shows the means over the seven tasks."
     )
     title = f"Zero-shot tasks over the dials at {tokens_text(tokens)} tokens (95 % over seeds)"
@@ -213,7 +246,7 @@ def dial_scores(store: Store, gallery: Gallery) -> tuple[str, list[tuple[str, An
         y_label=["mean accuracy (%)"] * 2 + ["mean margin (nats)"] * 2,
         title=title,
         rows=2,
-        levels=[100 * statistics.fmean(_CHANCE[task] for task in TASKS)] * 2 + [None] * 2,
+        levels=[statistics.fmean(chance(task) for task in TASKS)] * 2 + [None] * 2,
     )
     return "\n\n".join(parts), [(title, picture)]
 

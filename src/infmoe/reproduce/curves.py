@@ -1,12 +1,27 @@
 """The paper's figures, one function each."""
 
+import shlex
 import statistics
 from collections.abc import Mapping
+from typing import Any
 
 from infmoe import paper
 from infmoe.errors import InfMoEError
-from infmoe.reproduce.accuracy import accuracy_claim, dial_scores, few_samples, points_text
-from infmoe.reproduce.figures import Gallery
+from infmoe.layers.point import ratio_text
+from infmoe.reproduce.accuracy import (
+    accuracy_claim,
+    chance,
+    dial_scores,
+    few_samples,
+    items_text,
+    mean_difference,
+    means,
+    not_scored,
+    over_seeds,
+    points_text,
+    scores,
+)
+from infmoe.reproduce.figures import Gallery, Quartiles
 from infmoe.reproduce.plan import tokens_text
 from infmoe.reproduce.section import (
     HOLDS,
@@ -30,6 +45,14 @@ from infmoe.reproduce.section import (
 )
 from infmoe.reproduce.statistics import Interval
 from infmoe.reproduce.store import Store, read_json
+
+_TASK = "HellaSwag"  # what Figure 3 draws
+# Figure 4's lines, by the arms of `infmoe bench ffn`
+_PATHS = {
+    "infinity": "∞-MoE's layer",
+    "reference": "reference: products, topk, scatter, mean",
+    "gemms": "its bare matrix products",
+}
 
 
 def figure2(store: Store, gallery: Gallery) -> Section:
@@ -163,21 +186,84 @@ def figure3(store: Store, gallery: Gallery) -> Section:
         if difference is not None:
             gaps[float(tokens)] = difference
     head = ("tokens", "MoE, nats", "∞-MoE, nats", "∞-MoE minus MoE", "seeds of each")
-    section.body = markdown_table(head, rows) + (
-        "\n\nEvery size is a run of its own, its learning rate's cosine as long as the run. The paper draws HellaSwag "
-        f"accuracy{', which is at chance here' if scale.name == 'tiny' else ''}."
-    )
+    accuracies = {name: _accuracy_over_data(store, arm) for name, arm in (("MoE", "moe"), ("∞-MoE", "infinity"))}
+    parts = [
+        markdown_table(head, rows),
+        "Every size is a run of its own, its learning rate's cosine as long as the run. The paper draws "
+        f"{_TASK} accuracy{'; at this scale models score at chance there' if scale.name == 'tiny' else ''}.",
+        _accuracy_table(store, accuracies),
+    ]
+    section.body = "\n\n".join(parts)
     if gaps:
+        panels: list[tuple[str, dict[str, dict[float, Interval]]]] = [
+            ("held-out loss", drawn),
+            ("∞-MoE minus MoE", {"paired by seed": gaps}),
+        ]
+        scored = {name: line for name, line in accuracies.items() if line}
+        panels += [(f"{_TASK}, zero-shot", scored)] if scored else []
         picture = gallery.lines(
             "figure3.png",
-            [("held-out loss", drawn), ("∞-MoE minus MoE", {"paired by seed": gaps})],
+            panels,
             x_label="training tokens",
-            y_label="nats per token",
+            y_label=["nats per token", "nats per token", "accuracy (%)"][: len(panels)],
             title="Figure 3: more data (95 % over seeds)",
+            levels=[None, None, chance(_TASK)][: len(panels)],
         )
         section.pictures.append((section.title, picture))
-    section.claims.append(_ahead_everywhere(gaps, len(scale.data_sizes)))
+    section.claims += [_more_accurate_everywhere(store), _ahead_everywhere(gaps, len(scale.data_sizes))]
     return section
+
+
+def _accuracy_over_data(store: Store, arm: str) -> dict[float, Interval]:
+    """Tokens -> accuracy on the figure's task, in percent, where it was measured."""
+    found = {float(t): over_seeds(means(scores(store, arm, t, "acc"), (_TASK,))) for t in store.scale.data_sizes}
+    return {tokens: value for tokens, value in found.items() if value is not None}
+
+
+def _accuracy_gaps(store: Store) -> dict[int, Interval | None]:
+    """Tokens -> ∞-MoE's accuracy on the figure's task minus MoE's, paired by seed, in points."""
+    return {
+        tokens: mean_difference(store, "infinity", "moe", tokens, tasks=(_TASK,)) for tokens in store.scale.data_sizes
+    }
+
+
+def _accuracy_table(store: Store, accuracies: Mapping[str, Mapping[float, Interval]]) -> str:
+    """The figure itself: accuracy over data, below what the paper prints of it."""
+    scale = store.scale
+    if not any(accuracies.values()):
+        return not_scored(store, "figure3", f"{_TASK} accuracy over data")
+    rows = []
+    for tokens, printed in paper.FIGURE3.items() if paper.of_small(scale.name) else ():
+        cells = [f"{printed[arm]:.1f}" for arm in ("moe", "infinity")]
+        rows.append([f"paper, small, {tokens_text(tokens)}", *cells, f"{printed['infinity'] - printed['moe']:+.1f}"])
+    for tokens, gap in _accuracy_gaps(store).items():
+        cells = [text_of(accuracies[name].get(float(tokens)), 1) for name in ("MoE", "∞-MoE")]
+        rows.append([f"ours, {tokens_text(tokens)}", *cells, text_of(gap, 1, sign=True)])
+    notes = [
+        f"{items_text(scale)}, each model at its own dials; guessing gives {chance(_TASK):.0f}.",
+        paper.none_at_this_size(scale.name, "Figure 3")
+        or "Of its Figure 3 the paper prints the ends alone, in Tables 1 and 5, of one run each.",
+    ]
+    return f"{markdown_table((f'{_TASK}, %', 'MoE', '∞-MoE', '∞-MoE minus MoE'), rows)}\n\n{' '.join(notes)}"
+
+
+def _more_accurate_everywhere(store: Store) -> Claim:
+    """Whether ∞-MoE is ahead at every length in what the paper draws."""
+    ends = ", ".join(
+        f"{printed['infinity']} against {printed['moe']} at {tokens_text(tokens)}"
+        for tokens, printed in paper.FIGURE3.items()
+    )
+    gaps = _accuracy_gaps(store)
+    shown = ", ".join(
+        f"{text_of(gap, 1, sign=True)} at {tokens_text(tokens)}" for tokens, gap in gaps.items() if gap is not None
+    )
+    of_small = "" if paper.of_small(store.scale.name) else " of the small model"
+    return accuracy_claim(
+        store,
+        f"∞-MoE stays ahead of MoE in {_TASK} accuracy as data grows (Figure 3{of_small}: {ends} tokens)",
+        f"{_TASK}, points: {shown}" if shown else "–",
+        list(gaps.values()),
+    )
 
 
 def _ahead_everywhere(gaps: Mapping[float, Interval], sizes: int) -> Claim:
@@ -194,36 +280,107 @@ def _ahead_everywhere(gaps: Mapping[float, Interval], sizes: int) -> Claim:
 
 def figure4(store: Store, gallery: Gallery) -> Section:
     """The fused kernel, from `infmoe bench ffn`."""
-    section = Section("Figure 4: the fused kernel", "infmoe bench ffn --out results/ffn.json")
     path = store.folder.parent.parent / "ffn.json"
+    making = f"infmoe bench ffn --out {shlex.quote(str(path))}"
+    section = Section("Figure 4: the fused kernel", making)
     if not path.is_file():
-        section.body = MISSING
-        section.claims.append(
-            Claim(f"a fused kernel is {paper.FIGURE4_SPEEDUP} times as fast (Figure 4)", "–", MISSING)
-        )
+        section.body = f"The layer's latency: {MISSING}. `{making}` makes the file that it is read from."
+        section.claims += _kernel_claims({}, {})
         return section
-    summary = read_json(path).get("summary") or {}
-    if not isinstance(summary.get("forward_speedup_min"), float):
-        raise InfMoEError(f"{path} is damaged: make it again with `infmoe bench ffn --out {path}`")
-    wanted = {
-        "forward_speedup_min": "forward over the reference, at least",
-        "forward_over_gemms_max": "forward over its bare products, at most",
-        "train_speedup_min": "forward and backward over the reference, at least",
-        "train_over_gemms_max": "forward and backward over their products, at most",
-    }
-    rows = [[text, "–", f"{summary[key]:.2f}×"] for key, text in wanted.items() if key in summary]
-    rows.insert(0, ["its kernel over plain PyTorch, on a GPU", f"{paper.FIGURE4_SPEEDUP}×", "not measured"])
-    head = ("one layer, D = 768, F = 6144, d_z = 256, K = 2, bfloat16; ours on a CPU", "paper", "ours")
-    section.body = markdown_table(head, rows) + (
-        "\n\nThe paper's figure is for a GPU; on one, ours is not measured. The picture is "
-        "[`results/ffn.png`](../results/ffn.png)."
-    )
-    section.claims.append(
-        Claim(
-            f"a fused CUDA kernel is {paper.FIGURE4_SPEEDUP} times as fast as plain PyTorch (Figure 4)",
-            f"on a CPU: at least {summary['forward_speedup_min']:.2f} times",
-            OPEN,
-            "a GPU was not at hand",
+    result = read_json(path)
+    summary, lines = result.get("summary") or {}, _latencies(result)
+    if not isinstance(summary.get("forward_speedup_min"), float) or lines is None:
+        raise InfMoEError(f"{path} is damaged: make it again with `{making}`")
+    section.command = (result.get("provenance") or {}).get("command") or making
+    parts = [
+        _speedups(summary),
+        "The reference is those products with `torch.topk`, a scatter and a mean; the paper's figure is for a GPU, and "
+        "on one, ours is not measured.",
+        _latency_table(lines),
+    ]
+    section.body = "\n\n".join(part for part in parts if part)
+    if lines:
+        picture = gallery.lines(
+            "figure4.png",
+            [("", lines)],
+            x_label="active rate: share of the neurons that a sample keeps",
+            y_label="forward pass of one layer (ms)",
+            title="Figure 4 on a CPU (medians and quartiles)",
+            from_zero=True,
         )
-    )
+        section.pictures.append((section.title, picture))
+    section.claims += _kernel_claims(summary, lines)
     return section
+
+
+def _latencies(result: Mapping[str, Any]) -> dict[str, dict[float, Quartiles]] | None:
+    """Path -> keep ratio -> ms of a forward pass at the paper's d_z in bfloat16; None: the file is damaged."""
+    found: dict[str, dict[float, Quartiles]] = {}
+    try:
+        for row in result.get("rows") or ():
+            if (row["dtype"], row["z_dim"], row.get("pass")) == ("bf16", 256, "forward") and row["arm"] in _PATHS:
+                timed = Quartiles(row["median"], row["q1"], row["q3"])
+                found.setdefault(_PATHS[row["arm"]], {})[row["keep_ratio"]] = timed
+    except (KeyError, TypeError):
+        return None
+    return {name: found[name] for name in _PATHS.values() if name in found}
+
+
+def _speedups(summary: Mapping[str, float]) -> str:
+    """The worst ratios over all keep ratios; what should be high apart from what should be low."""
+    rows = []
+    for name, key, printed in (
+        ("forward", "forward", f"{paper.FIGURE4_SPEEDUP}×"),
+        ("forward and backward", "train", "–"),
+    ):
+        faster, dearer = (summary.get(f"{key}_{what}") for what in ("speedup_min", "over_gemms_max"))
+        rows.append([name, printed, *("–" if ratio is None else f"{ratio:.2f}×" for ratio in (faster, dearer))])
+    head = (
+        "one layer, D = 768, F = 6144, d_z = 256, K = 2, bfloat16",
+        "speed-up, the paper's on a GPU over plain PyTorch (higher is better)",
+        "speed-up, ours on a CPU over the reference, at least (higher is better)",
+        "cost, ours over its bare matrix products, at most (lower is better)",
+    )
+    return markdown_table(head, rows)
+
+
+def _latency_table(lines: Mapping[str, Mapping[float, Quartiles]]) -> str:
+    """The picture's medians."""
+    ratios = sorted({ratio for line in lines.values() for ratio in line})
+    rows = [
+        [name, *(f"{line[ratio].median:.1f}" if ratio in line else "–" for ratio in ratios), _slowest_text(line)]
+        for name, line in lines.items()
+    ]
+    head = ("forward, ms, at a keep ratio of", *map(ratio_text, ratios), "slowest over fastest")
+    return markdown_table(head, rows) if lines else ""
+
+
+def _slowest_over_fastest(line: Mapping[float, Quartiles]) -> float | None:
+    """How far from flat a path's medians are; None where there are not two of them."""
+    medians = [timed.median for timed in line.values()]
+    return max(medians) / min(medians) if len(medians) > 1 else None
+
+
+def _slowest_text(line: Mapping[float, Quartiles]) -> str:
+    ratio = _slowest_over_fastest(line)
+    return "–" if ratio is None else f"{ratio:.2f}×"
+
+
+def _kernel_claims(summary: Mapping[str, float], lines: Mapping[str, Mapping[float, Quartiles]]) -> tuple[Claim, Claim]:
+    """The paper's two statements, both of a GPU."""
+    faster = f"a fused CUDA kernel is {paper.FIGURE4_SPEEDUP} times as fast as plain PyTorch (Figure 4)"
+    flat = "the fused CUDA kernel's latency is nearly flat over the active rate (§5.5, Figure 4)"
+    no_gpu = "a GPU was not at hand"
+    ours, products = (lines.get(_PATHS[arm], {}) for arm in ("infinity", "gemms"))
+    spread = _slowest_over_fastest(ours)
+    noise = f"; the bare products, which no keep ratio changes: {_slowest_text(products)}" if products else ""
+    return (
+        Claim(faster, f"on a CPU: at least {summary['forward_speedup_min']:.2f} times", OPEN, no_gpu)
+        if summary
+        else Claim(faster, "–", MISSING),
+        Claim(flat, "–", MISSING)
+        if spread is None
+        else Claim(
+            flat, f"on a CPU, forward: the slowest keep ratio takes {spread:.2f}× the fastest", OPEN, no_gpu + noise
+        ),
+    )

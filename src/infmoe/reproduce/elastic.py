@@ -19,10 +19,10 @@ from infmoe.reproduce.dial_curves import (
     useful_ranges,
 )
 from infmoe.reproduce.elastic_adaptive import adaptive
-from infmoe.reproduce.elastic_experts import each, expert_curves, experts
+from infmoe.reproduce.elastic_experts import OF_K, each, expert_curves, experts, labelled, left_out
 from infmoe.reproduce.elastic_samples import sampling
 from infmoe.reproduce.elastic_tuned import tuned
-from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.figures import SHOWN, Gallery, Line
 from infmoe.reproduce.measures import SAMPLE_ARMS
 from infmoe.reproduce.plan import (
     ELASTIC_EXPERTS,
@@ -55,7 +55,6 @@ from infmoe.reproduce.speeds import decode_over_dials, speeds
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 
-_SHOWN = 0.4  # nats above the best that pictures show: the ends of the dials lie far above
 _RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _FIXED = {"infinity-keep4": 1 / 4, "infinity-keep8": 1 / 8, "infinity-keep16": 1 / 16}
 _ONE_PASS = ("infinity-keep4", "infinity-elastic")  # what rules of several passes are held against
@@ -63,6 +62,14 @@ _ELASTIC = (
     *("infinity-elastic", "infinity-elastic-step", "infinity-elastic-scaled"),
     *("infinity-sandwich", "infinity-sandwich-distill", SANDWICH, *ELASTIC_LATE, "infinity-sandwich-between"),
 )
+_LATER = (SANDWICH, *ELASTIC_LATE)
+# the pictures' panels over the keep ratio; the one that the others are held against stands in all of them
+_KEEP_PANELS = {
+    "trained at one ratio": tuple(_FIXED),
+    "elastic from the first step": tuple(arm for arm in _ELASTIC if arm not in _LATER),
+    "elastic from later on": _LATER,
+}
+_AGAINST = "infinity-keep4"
 
 
 def elastic(store: Store, gallery: Gallery) -> Section:
@@ -78,10 +85,10 @@ def elastic(store: Store, gallery: Gallery) -> Section:
         _flops(store),
         _no_worse_than_moe(store),
         adaptive(store, section),
+        _everything(store, gallery, section),
         _unmeasured(store),
     ]
     section.body = "\n\n".join(part for part in parts if part)
-    _everything(store, gallery, section)
     return section
 
 
@@ -97,13 +104,21 @@ def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
         line = means(found)
         seeds = seeds_text(store.runs(arm, tokens))
         rows.append([titled(arm), *(text_of(line.get(r)) for r in ratios), seeds])
+    panels = [
+        (title, {_short(arm): means(curves.get(arm, {})) for arm in arms}) for title, arms in _KEEP_PANELS.items()
+    ]
+    shown = [panel for panel in panels if any(panel[1].values())]
     picture = gallery.lines(
         "elastic_keep.png",
-        [("", {label(arm): means(found) for arm, found in curves.items()})],
+        shown,
         x_label="share of the neurons that the sample keeps",
         y_label="held-out loss (nats per token)",
-        title=f"One checkpoint over the keep ratio, K = 1\n(95 % over seeds; up to {_SHOWN} nats above the best)",
-        within=_SHOWN,
+        title=f"One ∞-MoE over the keep ratio, K = 1\n(95 % over seeds; up to {SHOWN} nats above the best)",
+        rows=-(-len(shown) // 2),
+        within=SHOWN,
+        one_scale=True,
+        own_legends=True,
+        references={label(_AGAINST): means(curves[_AGAINST])} if _AGAINST in curves else {},
     )
     section.pictures.append(("Loss over the keep ratio, by training", picture))
     head = ("loss, nats", *(ratio_text(r) for r in ratios), "seeds")
@@ -327,46 +342,65 @@ def _flops(store: Store) -> str:
     return title + "\n\n" + "\n".join(rows)
 
 
-def _everything(store: Store, gallery: Gallery, section: Section) -> None:
-    """Loss against ideal FLOPs for every method."""
-    panels: dict[str, dict[str, tuple[Curve, Curve]]] = {"∞-MoE": {}, "16 experts, k′ = 1 … 16": {}}
-    infinity, discrete = panels.values()
-    for arm in (*_FIXED, *_ELASTIC):
-        infinity[f"{arm}, run over keep ratios"] = over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal")
+def _everything(store: Store, gallery: Gallery, section: Section) -> str:
+    """Loss against ideal FLOPs for every method; the text says what the picture leaves out."""
+    moe = {2: over_k(store, "moe").get(2, {})}
+    references = {
+        label(_AGAINST): _over_flops(over_ratio(store, _AGAINST), over_ratio(store, _AGAINST, figure="flops_ideal")),
+        label("moe"): _over_flops(moe, over_k(store, "moe", figure="flops_ideal")),
+    }
+    panels = [(title, lines) for title, lines in _methods(store).items() if any(lines.values())]
+    if not panels:
+        return ""
+    picture = gallery.lines(
+        "elastic.png",
+        panels,
+        x_label="ideal MFLOPs per token, forward, router counted",
+        y_label="held-out loss (nats per token)",
+        title=f"One checkpoint a line: loss against compute\n(95 % over seeds; up to {SHOWN} nats above the best)",
+        few_ticks=True,
+        rows=-(-len(panels) // 2),
+        within=SHOWN,
+        one_scale=True,
+        own_legends=True,
+        references={name: line for name, line in references.items() if line},
+    )
+    section.pictures.append(("Loss against ideal FLOPs", picture))
+    return left_out(store, "of loss against ideal FLOPs", list(OF_K.values()))
+
+
+def _methods(store: Store) -> dict[str, dict[str, Line]]:
+    """Panel -> method -> loss over ideal MFLOPs per token."""
+    panels: dict[str, dict[str, Line]] = {
+        f"∞-MoE over the keep ratio: {title}": {
+            _short(arm): _over_flops(over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal"))
+            for arm in arms
+        }
+        for title, arms in _KEEP_PANELS.items()
+    }
+    over: dict[str, Line] = {}
     for arm in SAMPLE_ARMS:
-        infinity[f"{arm}, run over K"] = over_samples(store, arm), over_samples(store, arm, figure="flops_ideal")
-        infinity[f"{arm}, run at z = μ"] = at_mu(store, arm), at_mu(store, arm, figure="flops_ideal")
-    for name, line in expert_curves(store).items():
-        if name.endswith("α = 0.5"):  # left out for room
-            continue
-        discrete[name] = line, over_k(store, name.partition(",")[0], figure="flops_ideal")
-    for drawn_there in (infinity, discrete):
-        drawn_there["moe"] = (
-            {2: over_k(store, "moe").get(2, {})},
-            {2: over_k(store, "moe", figure="flops_ideal").get(2, {})},
-        )
-    drawn: list[tuple[str, dict[str, dict[float, Interval]]]] = []
-    for title, names in panels.items():
-        lines: dict[str, dict[float, Interval]] = {}
-        for name, (losses, flops) in names.items():
-            places = {at: interval(list(values.values())).mean / 1e6 for at, values in flops.items() if values}
-            by_flops = {places[at]: value for at, value in means(losses).items() if at in places}
-            if by_flops:
-                lines[label(name)] = by_flops
-        if lines:
-            drawn.append((title, lines))
-    if drawn:
-        picture = gallery.lines(
-            "elastic.png",
-            drawn,
-            x_label="ideal MFLOPs per token, forward, router counted",
-            y_label="held-out loss (nats per token)",
-            title=f"One checkpoint a line: loss against compute\n(95 % over seeds; up to {_SHOWN} nats above the best)",
-            few_ticks=True,
-            within=_SHOWN,
-            one_scale=True,
-        )
-        section.pictures.append(("Loss against ideal FLOPs", picture))
+        over[_short(arm)] = _over_flops(over_samples(store, arm), over_samples(store, arm, figure="flops_ideal"))
+        over[_short(f"{arm}, z = μ")] = _over_flops(at_mu(store, arm), at_mu(store, arm, figure="flops_ideal"))
+    panels["∞-MoE over the number of samples K"] = over
+    lines = expert_curves(store)
+    for k in OF_K:
+        panels[f"16 experts, trained for k = {k} (direct: {2 * k})"] = {
+            title: _over_flops(lines.get(name, {}), over_k(store, name.partition(",")[0], figure="flops_ideal"))
+            for title, name in labelled(k).items()
+        }
+    return panels
+
+
+def _over_flops(losses: Curve, flops: Curve) -> dict[float, Interval]:
+    """Loss over millions of FLOPs; points without a measurement of these are left."""
+    places = {at: interval(list(values.values())).mean / 1e6 for at, values in flops.items() if values}
+    return {places[at]: value for at, value in means(losses).items() if at in places}
+
+
+def _short(line: str) -> str:
+    """The label of one of ∞-MoE's, where the panel says that it is one."""
+    return label(line).removeprefix("∞-MoE, ")
 
 
 def _unmeasured(store: Store) -> str:

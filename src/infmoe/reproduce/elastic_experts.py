@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from infmoe.reproduce.arms import arm_named, label, titled
 from infmoe.reproduce.dial_curves import RANGE, Curve, Stretch, curve, means, over_k, useful_ranges
-from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.figures import SHOWN, Gallery, Line
 from infmoe.reproduce.measures import DAMPED_ARMS, GATE_NORM_ARMS
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, ELASTIC_RULES, ELASTIC_UNSCALED
+from infmoe.reproduce.plan import ELASTIC_DRAWS, ELASTIC_EXPERTS, ELASTIC_RULES, ELASTIC_UNSCALED
 from infmoe.reproduce.section import (
     FAILS,
     HOLDS,
@@ -28,6 +28,11 @@ from infmoe.reproduce.store import Store
 _PLAIN = {4: "moe16-fine-k4-scaled", 8: "moe16-fine-k8-scaled"}
 _DIRECT = {4: "moe16-fine-k8-scaled", 8: "moe16-fine-k16-scaled"}
 _TRAINED_FOR = {k: (f"moe16-fine-k{k}-", f"emoe-k{k}-", f"matryoshka-k{k}-") for k in (4, 8)}
+# the pictures' lines for each k: plain, damped, Elastic MoE, Matryoshka, and directly trained at twice that k
+OF_K = {
+    k: (plain, f"{plain}, α = 0.25", f"emoe-k{k}-w0.0001-scaled", f"matryoshka-k{k}-scaled", _DIRECT[k])
+    for k, plain in _PLAIN.items()
+}
 _CLAIMED = {
     "emoe-k4-w0.0001-scaled": 4,
     "emoe-k4-w0.0001-scaled-from0.5": 4,
@@ -51,18 +56,21 @@ def experts(store: Store, gallery: Gallery, section: Section) -> str:
     _claims(store, section)
     if not lines:
         return f"**Loss over the number of experts, 16 experts of d_ff/8**: {MISSING}."
-    panels = [
-        (f"trained for k = {k}", {label(n): means(line) for n, line in lines.items() if n.startswith(arms)})
-        for k, arms in _TRAINED_FOR.items()
+    panels: list[tuple[str, dict[str, Line]]] = [
+        (title, {text: means(lines.get(name, {})) for text, name in named.items()}) for title, named in _panels()
     ]
+    shown = [panel for panel in panels if any(panel[1].values())]
     picture = gallery.lines(
         "elastic_experts.png",
-        [(title, drawn) for title, drawn in panels if drawn],
+        shown,
         x_label="experts run per token, k′ of 16",
         y_label="held-out loss (nats per token)",
-        title="One checkpoint over the number of experts (95 % over seeds)",
+        title=f"One checkpoint over the number of experts\n(95 % over seeds; up to {SHOWN} nats above the best)",
+        rows=-(-len(shown) // 2),
+        within=SHOWN,
         linear=True,
         one_scale=True,
+        own_legends=True,
     )
     section.pictures.append(("Loss over the number of experts, by training", picture))
     parts = [
@@ -72,6 +80,7 @@ def experts(store: Store, gallery: Gallery, section: Section) -> str:
         "α: the weights of ranks beyond the trained k are multiplied by it before they are renormalised; nothing is "
         "trained for it. λ: the weight of Elastic MoE's router loss; its paper names neither that nor the probability "
         "of its draws, which is a half here where nothing else is said.",
+        left_out(store, "over the number of experts", [*OF_K.values(), ELASTIC_DRAWS]),
         _against_plain(lines),
         _gate_rules(store),
         _output_sizes(store),
@@ -87,6 +96,32 @@ def expert_curves(store: Store) -> dict[str, Curve]:
         if arm in DAMPED_ARMS:
             lines |= {f"{arm}, α = {alpha:g}": line for alpha, line in _damped(store, arm).items()}
     return lines
+
+
+def labelled(k: int) -> dict[str, str]:
+    """The lines of a k by their labels; what was trained at twice that k is the direct rival."""
+    return {f"direct: {label(name)}" if name == _DIRECT[k] else label(name): name for name in OF_K[k]}
+
+
+def _panels() -> list[tuple[str, dict[str, str]]]:
+    """The picture's panels: a title, and lines by their labels; what two of them share has one place in both."""
+    first, then = ELASTIC_DRAWS[:2], ELASTIC_DRAWS[2:]
+    others = {label(name): name for name in (*first, *OF_K[4][2:4], *then)}
+    of_k = [(f"trained for k = {k} (direct: {2 * k})", labelled(k)) for k in OF_K]
+    return [*of_k, ("trained for k = 4, by other draws too", others)]
+
+
+def left_out(store: Store, picture: str, shown: Sequence[Sequence[str]]) -> str:
+    """Says which lines over the number of experts a picture leaves out, if it does.
+
+    Args:
+        store: the results.
+        picture: which one, after "the picture".
+        shown: the names in its panels.
+    """
+    absent = [name for name, line in expert_curves(store).items() if line and not any(name in p for p in shown)]
+    listed = ", ".join(f"`{name}`" for name in absent)
+    return f"Left out of the picture {picture} for legibility, and in the tables: {listed}." if absent else ""
 
 
 def _damped(store: Store, arm: str) -> dict[float, Curve]:

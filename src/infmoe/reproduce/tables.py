@@ -1,11 +1,12 @@
 """The paper's tables, one function each."""
 
+import statistics
 from collections.abc import Sequence
 
 from infmoe import paper
 from infmoe.hf import model_cost
 from infmoe.recipes import recipe
-from infmoe.reproduce.accuracy import accuracy_claim, mean_difference, points_text, table1_accuracy
+from infmoe.reproduce.accuracy import accuracy_claim, accuracy_table, mean_difference, points_text
 from infmoe.reproduce.arms import ARMS, RATE_FACTORS, arm_named, titled
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import Scale, tokens_text
@@ -67,7 +68,8 @@ def table1(store: Store, gallery: Gallery) -> Section:
         "Its RACE-high figures near 51 % are not the usual metric: models of this size score 28 to 29 % on RACE in "
         "others' tables. Its standard error over the seven tasks is about 0.5 points, its runs one each."
     )
-    section.body += "\n\n" + table1_accuracy(store, arms)
+    printed = {arm: row[1] for arm, row in paper.TABLE1[paper.SIZES[scale.name]].items()}
+    section.body += "\n\n" + accuracy_table(store, "table1", arms, scale.tokens, printed)
     section.claims.append(
         accuracy_claim(
             store,
@@ -127,8 +129,7 @@ def table2(store: Store, gallery: Gallery) -> Section:
         difference = store.difference(arm, last, scale.tokens) if arm != last else None
         rows.append(
             [
-                str(paper_z),
-                f"{printed:.3f}",
+                *((str(paper_z), f"{printed:.3f}") if paper.of_small(scale.name) else ("–", "–")),
                 str(z_dim),
                 text_of(loss),
                 text_of(difference, sign=True) if difference else "",
@@ -140,8 +141,9 @@ def table2(store: Store, gallery: Gallery) -> Section:
         *("paper: d_z", "paper: “PPL”", "ours: d_z", "held-out loss, nats", f"minus d_z = {scale.z_dims[-1]}"),
         *("parameters with W_z, M", "MFLOPs per token, executed", "seeds"),
     )
-    section.body = markdown_table(head, rows) + (
-        "\n\nThe paper's “PPL” is a cross-entropy in nats: exp of it, 25, is what a GPT-2 small reaches on FineWeb. "
+    section.body = f"{markdown_table(head, rows)}\n\n" + (
+        paper.none_at_this_size(scale.name, "Table 2")
+        or "The paper's “PPL” is a cross-entropy in nats: exp of it, 25, is what a GPT-2 small reaches on FineWeb. "
         f"Of the model with d_z = 256 it prints {paper.TABLE2[256]:.3f} here and {paper.TABLE6['infinity']:.3f} in "
         "Table 6, and does not say why they differ, by more than most of this table's rows do."
     )
@@ -159,17 +161,23 @@ def table2(store: Store, gallery: Gallery) -> Section:
     small, large = behind[scale.z_dims[0]], behind[scale.z_dims[-2]]
     section.claims += [
         Claim(
-            "a larger d_z helps up to a point: the smallest is 0.025 nats behind the largest (Table 2)",
+            "a larger d_z helps up to a point: the smallest is 0.025 nats behind the largest "
+            f"(Table 2{_of_small(scale)})",
             nats(small) + (f"; best at d_z = {min(known, key=known.__getitem__)}" if len(known) > 1 else ""),
             MISSING if small is None else verdict_below(minus(small)),
         ),
         Claim(
-            "beyond a moderate d_z there is no further gain (§5.3: 256 is 0.006 nats behind 128)",
+            f"beyond a moderate d_z there is no further gain (§5.3: 256 is 0.006 nats behind 128{_of_small(scale)})",
             "–" if large is None else f"{nats(minus(large))}: d_z = {scale.z_dims[-1]} against {scale.z_dims[-2]}",
             MISSING if large is None else verdict_below(large),
         ),
     ]
     return section
+
+
+def _of_small(scale: Scale) -> str:
+    """Says behind a table's number that it is of another size, where it is."""
+    return "" if paper.of_small(scale.name) else ", of the small model"
 
 
 def _z_arms(scale: Scale) -> dict[int, str]:
@@ -182,18 +190,18 @@ def table3(store: Store, gallery: Gallery) -> Section:
     tokens = scale.entropy_tokens
     section = Section("Table 3: routing entropy over training", command("table3", scale))
     runs = [run for run in store.runs("infinity", tokens) if not run.diverged]
+    width = recipe("small/infinity").model["intermediate_size"]  # of the model that the paper's table is of
     rows = []
     for i, (step, printed) in enumerate(paper.TABLE3.items(), start=1):
         share = i / len(paper.TABLE3)
+        units = f"{width**printed:,.0f} of {width}"
         found = {
             name: interval([_at(run, name, share * tokens) for run in runs]) if runs else None
             for name in ("entropy", "effective_units", "dead_ratio")
         }
         rows.append(
             [
-                f"{step:,}",
-                f"{printed:.3f}",
-                f"{6144**printed:,.0f} of 6144",
+                *((f"{step:,}", f"{printed:.3f}", units) if paper.of_small(scale.name) else ("–", "–", "–")),
                 tokens_text(round(share * tokens)),
                 text_of(found["entropy"]),
                 text_of(found["effective_units"], 0),
@@ -204,10 +212,12 @@ def table3(store: Store, gallery: Gallery) -> Section:
         *("paper: step", "paper: entropy", "paper: effective units", "ours: tokens", "entropy"),
         *("effective units of " + (str(_width(runs)) if runs else "–"), "never selected"),
     )
+    theirs = paper.none_at_this_size(scale.name, "Table 3") or (
+        f"The paper's last row is {width ** (printed - 1):.0%} of its units: stable, and far from balanced."
+    )
     section.body = markdown_table(head, rows) + (
-        "\n\nEffective units: exp of the entropy; the paper's last row is 39 % of its units: stable, and far from "
-        f"balanced. Ours is taken over {_stats_tokens(runs)} tokens of one training step, averaged over layers, so a "
-        "unit that is rare counts as never selected there."
+        f"\n\nEffective units: exp of the entropy. {theirs} Ours is taken over {_stats_tokens(runs)} tokens of one "
+        "training step, averaged over layers, so a unit that is rare counts as never selected there."
     )
     if runs:
         picture = gallery.lines(
@@ -226,7 +236,8 @@ def table3(store: Store, gallery: Gallery) -> Section:
     last = interval([_at(run, "entropy", tokens) for run in runs]) if runs else None
     section.claims.append(
         Claim(
-            f"routing entropy stays high (Table 3: 0.893 at the end; counted as high: above {_HIGH_ENTROPY})",
+            f"routing entropy stays high (Table 3{_of_small(scale)}: 0.893 at the end; counted as high: above "
+            f"{_HIGH_ENTROPY})",
             text_of(last),
             lies_above(last, _HIGH_ENTROPY),
             "" if last is None else f"{_at(runs[0], 'effective_units', tokens):.0f} of {_width(runs)} units effective",
@@ -263,7 +274,7 @@ def table5(store: Store, gallery: Gallery) -> Section:
     rows = [
         [
             titled(arm),
-            f"{paper.TABLE5[arm]:.3f}",
+            f"{paper.TABLE5[arm][1] / 100:.3f}" if paper.of_small(scale.name) else "–",
             text_of(mean_loss(store, arm, tokens)),
             seeds_text(store.runs(arm, tokens)),
         ]
@@ -271,12 +282,20 @@ def table5(store: Store, gallery: Gallery) -> Section:
     ]
     difference = store.difference("infinity", "moe", tokens)
     head = ("model", "paper: mean accuracy, 100B", f"ours: loss at {tokens_text(tokens)}, nats", "seeds")
-    section.body = markdown_table(head, rows) + f"\n\n∞-MoE minus MoE: {text_of(difference, sign=True)} nats."
+    printed = {arm: row[0] for arm, row in paper.TABLE5.items()} if paper.of_small(scale.name) else {}
+    averages = ", ".join(f"{statistics.fmean(values) / 100:.3f} ({arm})" for arm, values in printed.items())
+    parts = [
+        markdown_table(head, rows),
+        f"∞-MoE minus MoE: {text_of(difference, sign=True)} nats.",
+        paper.none_at_this_size(scale.name, "Table 5") or f"The paper's seven columns average to {averages}.",
+        accuracy_table(store, "table5", ("moe", "infinity"), tokens, printed),
+    ]
+    section.body = "\n\n".join(part for part in parts if part)
     accuracy = mean_difference(store, "infinity", "moe", tokens)
     section.claims.append(
         accuracy_claim(
             store,
-            "∞-MoE is ahead of MoE in accuracy after 100B tokens, 0.412 against 0.407 (Table 5)",
+            f"∞-MoE is ahead of MoE in accuracy after 100B tokens, 0.412 against 0.407 (Table 5{_of_small(scale)})",
             points_text(accuracy),
             [accuracy],
         )
@@ -299,7 +318,7 @@ def table6(store: Store, gallery: Gallery) -> Section:
     section = Section("Table 6: sixteen experts", command("table6", scale))
     rows = []
     for arm in ("moe16", "moe16-fine", "infinity"):
-        printed = paper.TABLE6.get(arm)
+        printed = paper.TABLE6.get(arm) if paper.of_small(scale.name) else None
         runs = store.runs(arm, scale.tokens)
         rows.append(
             [
@@ -315,15 +334,17 @@ def table6(store: Store, gallery: Gallery) -> Section:
         *("model", "paper: “PPL” (nats)", "ours: parameters with W_z and routers, M", "MFLOPs per token, executed"),
         *("held-out loss, nats", "∞-MoE minus it", "seeds"),
     )
-    section.body = markdown_table(head, rows) + (
-        "\n\n`moe16`: 16 experts as wide as the 4 of Table 1, top-2, so four times the parameters. `moe16-fine`: 16 "
+    notes = [
+        "`moe16`: 16 experts as wide as the 4 of Table 1, top-2, so four times the parameters. `moe16-fine`: 16 "
         "experts of the same total width as ∞-MoE, top-8. The paper "
-        "ran 16 experts, top-2, at equal active parameters: `moe16`; the other is ours."
-    )
+        "ran 16 experts, top-2, at equal active parameters: `moe16`; the other is ours.",
+        paper.none_at_this_size(scale.name, "Table 6"),
+    ]
+    section.body = f"{markdown_table(head, rows)}\n\n{' '.join(note for note in notes if note)}"
     difference = store.difference("infinity", "moe16", scale.tokens)
     section.claims.append(
         Claim(
-            "∞-MoE beats 16 experts, 3.238 against 3.294 (Table 6)",
+            f"∞-MoE beats 16 experts, 3.238 against 3.294 (Table 6{_of_small(scale)})",
             nats(difference),
             verdict_below(difference),
             _budget_note(store, "moe16"),
