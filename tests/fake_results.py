@@ -7,7 +7,8 @@ from typing import Any
 
 from infmoe.hf import InfMoEConfig, model_cost
 from infmoe.reproduce.arms import arm_named
-from infmoe.reproduce.measures import (
+from infmoe.reproduce.measures import own_settings, settings
+from infmoe.reproduce.places import (
     EXPERT_COUNTS,
     GRID_RATIOS,
     GRID_SAMPLES,
@@ -16,8 +17,6 @@ from infmoe.reproduce.measures import (
     TASK_SAMPLES,
     UNSURE_RATIOS,
     UNSURE_SAMPLES,
-    own_settings,
-    settings,
 )
 from infmoe.reproduce.plan import SCALES, RunSpec
 from infmoe.reproduce.store import Store

@@ -12,7 +12,8 @@ from infmoe.errors import InfMoEError
 from infmoe.provenance import write_json
 from infmoe.recipes import recipe
 from infmoe.reproduce.arms import Arm, arm_named
-from infmoe.reproduce.measures import COUNTS, MEASURES, ZERO_SHOT, expert_counts, own_settings, settings
+from infmoe.reproduce.measures import COUNTS, MEASURES, ZERO_SHOT, own_settings, settings
+from infmoe.reproduce.places import expert_counts
 from infmoe.reproduce.plan import TUNING_SEED, Group, RunSpec, Scale
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.train.config import differing_keys
