@@ -269,7 +269,8 @@ def _of(*arms: str) -> Callable[[Any, RunSpec], bool]:
     return lambda config, spec: spec.arm.name in arms and spec.tokens == spec.scale.tokens
 
 
-COUNTS = frozenset(("flops_ideal", "flops_executed", "num_samples", "num_experts_per_tok"))  # the others are floats
+# the others are floats
+COUNTS = frozenset(("flops_ideal", "flops_executed", "weights_ideal", "num_samples", "num_experts_per_tok"))
 _ROUTED = ("loss", "flops_ideal", "flops_executed", "union_ratio", "overlap_ratio", "sigma_to_mu")
 MEASURES: dict[str, Measure] = {
     "held_out": Measure(held_out, lambda config, spec: True, where=places.every(places.held_out)),
