@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from infmoe import paper
 from infmoe.errors import InfMoEError
 from infmoe.reproduce.accuracy import accuracy_claim, dial_scores, few_samples, points_text
+from infmoe.reproduce.checks import is_number
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import tokens_text
 from infmoe.reproduce.section import (
@@ -202,15 +203,19 @@ def figure4(store: Store, gallery: Gallery) -> Section:
             Claim(f"a fused kernel is {paper.FIGURE4_SPEEDUP} times as fast (Figure 4)", "–", MISSING)
         )
         return section
-    summary = read_json(path).get("summary") or {}
-    if not isinstance(summary.get("forward_speedup_min"), float):
-        raise InfMoEError(f"{path} is damaged: make it again with `infmoe bench ffn --out {path}`")
+    summary = read_json(path).get("summary")
     wanted = {
         "forward_speedup_min": "forward over the reference, at least",
         "forward_over_gemms_max": "forward over its bare products, at most",
         "train_speedup_min": "forward and backward over the reference, at least",
         "train_over_gemms_max": "forward and backward over their products, at most",
     }
+    if (
+        not isinstance(summary, dict)
+        or "forward_speedup_min" not in summary
+        or not all(is_number(summary[key]) for key in wanted if key in summary)
+    ):
+        raise InfMoEError(f"{path} is damaged: make it again with `infmoe bench ffn --out {path}`")
     rows = [[text, "–", f"{summary[key]:.2f}×"] for key, text in wanted.items() if key in summary]
     rows.insert(0, ["its kernel over plain PyTorch, on a GPU", f"{paper.FIGURE4_SPEEDUP}×", "not measured"])
     head = ("one layer, D = 768, F = 6144, d_z = 256, K = 2, bfloat16; ours on a CPU", "paper", "ours")

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from infmoe.errors import InfMoEError
+from infmoe.reproduce.checks import is_count, is_number
 from infmoe.reproduce.store import Store, read_json
 
 VARIANTS = "variants.json"
@@ -11,13 +13,31 @@ def _rows(store: Store) -> list[dict[str, Any]]:
     path = store.folder.parent.parent / VARIANTS
     if store.scale.name != "tiny" or not path.is_file():
         return []
-    return list(read_json(path).get("rows", []))
+    rows = read_json(path).get("rows")
+    if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
+        raise InfMoEError(f"{path} is damaged: restore it, or make it again with `infmoe bench variants --out {path}`")
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a row has what is read of it: an arm, a median above 0 with its unit, and dials or none."""
+    if not isinstance(row, dict) or not isinstance(row.get("arm"), str):
+        return False
+    if not is_number(row.get("median")) or row["median"] <= 0:
+        return False
+    if row.get("unit") == "tokens/s":
+        return row.get("precision") in ("bf16", "fp32")
+    ratio = row.get("keep_ratio")
+    return row.get("unit") == "ms" and (ratio is None or (is_number(ratio) and is_count(row.get("num_samples"))))
 
 
 def speeds(store: Store) -> dict[str, dict[str, Any]]:
     """Arm -> µs per token of training in bfloat16 (`train_us`) and float32 (`train_us_fp32`), ms per token of decoding.
 
     Empty where nothing was measured.
+
+    Raises:
+        InfMoEError: the file is damaged.
     """
     found: dict[str, dict[str, Any]] = {}
     for row in _rows(store):
