@@ -7,19 +7,10 @@ from typing import Any
 
 from infmoe.hf import InfMoEConfig, model_cost
 from infmoe.reproduce.arms import arm_named
-from infmoe.reproduce.measures import (
-    EXPERT_COUNTS,
-    GRID_RATIOS,
-    GRID_SAMPLES,
-    MEAN_SAMPLES,
-    TASK_KEEP_RATIOS,
-    TASK_SAMPLES,
-    UNSURE_RATIOS,
-    UNSURE_SAMPLES,
-    own_settings,
-    settings,
-)
-from infmoe.reproduce.plan import SCALES, RunSpec
+from infmoe.reproduce.checks import expanded_model, run_identity
+from infmoe.reproduce.measures import MEASURES, own_settings, settings
+from infmoe.reproduce.places import Place
+from infmoe.reproduce.plan import SCALES, RunSpec, Scale
 from infmoe.reproduce.store import Store
 
 MINI = dataclasses.replace(
@@ -67,36 +58,85 @@ def spec_of(store: Store, arm: str = "infinity", seed: int = 1, *, tokens: int |
     return RunSpec(store.scale, arm_named(arm), tokens or store.scale.tokens, lr, seed)
 
 
-def fake_scores(spec: RunSpec, model: Any, loss: float) -> list[dict[str, Any]]:
+@cache
+def _places(name: str, model: str, arm: str, tokens: int, scale: Scale) -> list[Place]:
+    where = MEASURES[name].where
+    assert where is not None
+    found = where(_built(model)[0], RunSpec(scale, arm_named(arm), tokens, 0.0, 1))
+    return [*found.required, *(place for group in found.groups for place in group)]
+
+
+def _fake_scores(place: Place, loss: float) -> dict[str, float]:
     """Zero-shot scores: the better the loss the better they are, and better with more samples and neurons."""
-    points: list[dict[str, Any]] = [{}]
-    if model.ffn == "infinity":
-        trained = {"num_samples": model.num_samples} if model.sigma_activation != "none" else {}
-        points = [trained | {"keep_ratio": model.keep_ratio}]
-        if spec.arm.name == "infinity":
-            keep = model.keep_ratio
-            points += [{"num_samples": k, "keep_ratio": keep} for k in TASK_SAMPLES if k != model.num_samples]
-            points += [{"num_samples": model.num_samples, "keep_ratio": r} for r in TASK_KEEP_RATIOS if r != keep]
-            points += [{"mode": "mu", "keep_ratio": keep}]
-    elif model.ffn == "moe":
-        points = [{"num_experts_per_tok": model.num_experts_per_tok}]
-        if spec.arm.name == "moe":
-            points += [{"num_experts_per_tok": k} for k in (1, 3, 4)]
-    rows = []
-    for point in points:
-        gain = 0.01 * point.get("num_samples", 0) + 0.1 * point.get("keep_ratio", 0)
-        for i, task in enumerate(TASKS):
-            acc, margin = 0.5 - 0.05 * loss + 0.01 * i + gain, 4.0 - loss + 0.1 * i + gain
-            figures = {"items": 4, "acc": acc, "acc_se": 0.02, "acc_norm": acc, "acc_norm_se": 0.02}
-            interval = {"margin_low": margin - 0.2, "margin_high": margin + 0.2}
-            rows.append({"task": task, **point, **figures, "margin": margin, "margin_se": 0.1, **interval})
-    return rows
+    i = TASKS.index(place["task"])
+    gain = 0.01 * place.get("num_samples", 0) + 0.1 * place.get("keep_ratio", 0)
+    acc, margin = 0.5 - 0.05 * loss + 0.01 * i + gain, 4.0 - loss + 0.1 * i + gain
+    figures = {"items": 4, "acc": acc, "acc_se": 0.02, "acc_norm": acc, "acc_norm_se": 0.02}
+    return figures | {"margin": margin, "margin_se": 0.1, "margin_low": margin - 0.2, "margin_high": margin + 0.2}
+
+
+_ROUTED = {"overlap_ratio": 0.8, "union_ratio": 0.3, "sigma_to_mu": 0.3, "flops_ideal": 10**6, "flops_executed": 10**7}
+_NEED = {"ratio": 0.0, "cut": 0.01, "one cut": -0.01, "layers": -0.02}
+
+
+def _dial_loss(place: Place, model: Any) -> float:
+    """What a place adds to the loss: little, and most at z = mu."""
+    if place.get("mode") == "mu":
+        return 0.002
+    if "num_samples" in place and place["keep_ratio"] == model.keep_ratio:
+        return 1e-4 / place["num_samples"]
+    return 1e-4 * abs(place["keep_ratio"] - 0.25)
+
+
+def _expert_row(place: Place, model: Any, loss: float) -> dict[str, Any]:
+    k, slope = place["num_experts_per_tok"], 0.002 if model.ideal_experts_per_tok else 0.02
+    figures = {"overlap_ratio": 1.0, "union_ratio": 0.5, "sigma_to_mu": 0.0}
+    flops = {"flops_ideal": 10**5 * k, "flops_executed": 10**5 * k}
+    return {"loss": loss + slope * abs(k - model.num_experts_per_tok)} | flops | figures
+
+
+def _sample_row(place: Place, loss: float) -> dict[str, Any]:
+    mean = 2.01 if place["rule"] == "unsure" else float(place["num_samples"])
+    return {"loss": loss + 0.008 / place["num_samples"], "mean_samples": mean}
+
+
+def _grid_loss(place: Place) -> float:
+    samples = 0.0 if place.get("mode") == "mu" else 0.01 / place["num_samples"]
+    return samples - 0.1 * place["keep_ratio"]
+
+
+def _fake_measures(spec: RunSpec, model: Any, loss: float) -> dict[str, Any]:
+    """What each measure that a model has holds at a place, beside the place."""
+    if model.ffn == "moe" and model.expert_router == "learned":
+        row = lambda place: _expert_row(place, model, loss)  # noqa: E731
+        damped = {"rank_dampings": row} if model.num_experts > max(4, model.num_experts_per_tok) else {}
+        return {"dials": row, "gate_norms": row, **damped}
+    if model.ffn != "infinity":
+        return {}
+    found = {
+        "dials": lambda place: {"loss": loss + _dial_loss(place, model)} | _ROUTED,
+        "mask_scales": lambda place: {"loss": loss + 1e-4 * abs(place["keep_ratio"] - 0.25)},
+        "adaptive": lambda place: {"loss": loss + _NEED[place["rule"]], "layer_shares": [place["share"]] * 2},
+        "adaptive_mass": lambda place: {
+            "loss": loss - place["share"] / 10 * (place["rule"] != "ratio"),
+            "layer_shares": [place["share"]] * 2,
+        },
+    }
+    if model.sigma_activation == "none":
+        return found
+    gaps = {"antithetic": 0.003, "qmc": 0.004}
+    return found | {
+        "adaptive_samples": lambda place: _sample_row(place, loss),
+        "dial_grid": lambda place: {"loss": loss + _grid_loss(place)} | _ROUTED,
+        "modes": lambda place: {"loss": loss + gaps[place["mode"]] / place["num_samples"]},
+    }
 
 
 def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: Any) -> dict[str, Any]:
     """A run's file, as if it had been trained to this loss, and scored on tasks unless told otherwise."""
     config = spec.config()
-    model, cost = _built(json.dumps(config.model))
+    built = json.dumps(config.model)
+    model, cost = _built(built)
     ours = model.ffn == "infinity"
     routing = {
         "entropy": 0.9,
@@ -105,83 +145,40 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
         "sigma_to_mu": 0.3 * ours,
         "overlap_ratio": 0.8 if ours else 1.0,
     }
-    steps = [round(i * spec.tokens / 16) for i in range(1, 17)]
+    identity = run_identity(spec, config)
+    steps = [round(i * identity["tokens"] / 16) for i in range(1, 17)]
     curve: dict[str, list] = {"tokens": steps, "loss": [loss + 1.0] * 16, "val_tokens": [steps[-1]], "val_loss": [loss]}
     curve |= {name: [value] * 16 for name, value in routing.items()}
-    measures: dict[str, list] = {"held_out": [{"loss": loss}]}
-    if ours:
-        trained = {"num_samples": model.num_samples} if model.sigma_activation != "none" else {}
-        ratios = [{**trained, "keep_ratio": r, "loss": loss + 1e-4 * abs(r - 0.25)} for r in (1 / 16, 0.125, 0.25, 0.5)]
-        samples = [{"num_samples": k, "keep_ratio": model.keep_ratio, "loss": loss + 1e-4 / k} for k in (1, 2, 4, 8)]
-        both = {row["keep_ratio"]: row for row in ratios if row["keep_ratio"] != model.keep_ratio or not trained}
-        points = [*both.values(), *(samples if trained else [])]
-        figures = {"overlap_ratio": 0.8, "union_ratio": 0.3, "sigma_to_mu": 0.3}
-        mean = [{"mode": "mu", "keep_ratio": model.keep_ratio, "loss": loss + 0.002}] if trained else []
-        measures["dials"] = [row | figures | {"flops_ideal": 10**6, "flops_executed": 10**7} for row in points + mean]
-        rules = (("ratio", 0.0), ("cut", 0.01), ("one cut", -0.01), ("layers", -0.02))
-        shares = (1 / 16, 1 / 8, 1 / 4)
-        measures["adaptive"] = [
-            {"rule": rule, "share": share, "loss": loss + gap, "layer_shares": [share, share]}
-            for share in shares
-            for rule, gap in rules
-        ]
-        measures["adaptive_mass"] = [
-            row | {"loss": loss - row["share"] / 10 * (row["rule"] != "ratio")} for row in measures["adaptive"]
-        ]
-        if trained:
-            fixed = [(k, float(k), "fixed", 0.008 / k) for k in (1, MEAN_SAMPLES, *UNSURE_SAMPLES)]
-            unsure = [(k, MEAN_SAMPLES + 0.01, "unsure", 0.008 / k) for k in UNSURE_SAMPLES]
-            measures["adaptive_samples"] = [
-                {"rule": rule, "keep_ratio": ratio, "num_samples": k, "mean_samples": mean, "loss": loss + more}
-                for ratio in UNSURE_RATIOS
-                for k, mean, rule, more in (*fixed, *unsure)
-            ]
-            own_ratio = figures | {"flops_ideal": 10**6, "flops_executed": 10**7}
-            measures["dial_grid"] = [
-                {"num_samples": k, "keep_ratio": r, "loss": loss + 0.01 / k - 0.1 * r} | own_ratio
-                for r in GRID_RATIOS
-                for k in GRID_SAMPLES
-            ]
-            measures["dial_grid"] += [
-                {"mode": "mu", "keep_ratio": r, "loss": loss - 0.1 * r} | own_ratio for r in GRID_RATIOS
-            ]
-            spread = [("antithetic", 0.003), ("qmc", 0.004)]
-            measures["modes"] = [
-                {"mode": mode, "num_samples": k, "keep_ratio": 0.25, "loss": loss + gap / k}
-                for mode, gap in spread
-                for k in (2, 4, 8)
-            ]
-        measures["mask_scales"] = [{"mask_scale": rule, **row} for rule in ("fixed", "rms") for row in ratios]
-    elif model.ffn == "moe" and model.expert_router == "learned":
-        own = model.num_experts_per_tok
-        ks = [k for k in EXPERT_COUNTS if k <= model.num_experts]
-        slope = 0.002 if model.ideal_experts_per_tok else 0.02
-        flops = {k: {"flops_ideal": 10**5 * k, "flops_executed": 10**5 * k} for k in ks}
-        figures = {"overlap_ratio": 1.0, "union_ratio": 0.5, "sigma_to_mu": 0.0}
-        rows = [{"num_experts_per_tok": k, "loss": loss + slope * abs(k - own)} | flops[k] | figures for k in ks]
-        measures["dials"] = rows
-        beyond = [row for row in rows if row["num_experts_per_tok"] > own]
-        if beyond and model.num_experts > 4:
-            measures["rank_dampings"] = [{"rank_damping": a, **row} for a in (0.25, 0.5) for row in beyond]
-        measures["gate_norms"] = [{"gate_norm": norm, **row} for norm in ("selected", "all", "trained") for row in rows]
-    measured_with = settings(spec.scale)
+    rows = {"held_out": lambda place: {"loss": loss}} | _fake_measures(spec, model, loss)
     if spec.seed and tasks:
-        measures["zero_shot"] = fake_scores(spec, model, loss)
+        rows["zero_shot"] = lambda place: _fake_scores(place, loss)
+    measures = {
+        name: [place | row(place) for place in _places(name, built, spec.arm.name, spec.tokens, spec.scale)]
+        for name, row in rows.items()
+    }
+    measured_with = settings(spec.scale)
     for name in measures:
         if (own_ones := own_settings(name, spec.scale, TASK_FILES)) is not None:
             measured_with[name] = own_ones
-    base = spec.arm.init
-    init = {"arm": base, "slug": f"{base}-s{spec.seed}", "fingerprint": "f" * 64}
+    if spec.arm.init is not None:
+        base = arm_named(spec.arm.init)
+        slug = RunSpec(spec.scale, base, spec.scale.tokens, spec.lr / spec.arm.lr_factor, spec.seed).slug
+        identity["init"] = {"arm": base.name, "slug": slug, "fingerprint": "f" * 64}
     return {
-        **({} if base is None else {"run": {"init": init}}),
+        "run": identity,
         "config": config.to_dict(),
+        "model": expanded_model(config),
         "data": DATA,
         "cost": cost,
         "seconds": 1.0,
         "curve": curve,
         "measures": measures,
         "measured_with": measured_with,
-        "provenance": {"machine": {"cpu": "a processor"}, "versions": {"torch": "2"}},
+        "provenance": {
+            "machine": {"cpu": "a processor"},
+            "versions": {"torch": "2"},
+            "training": {"versions": {"torch": "2"}, "commit": "c" * 40},
+        },
     } | changes
 
 

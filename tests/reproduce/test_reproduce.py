@@ -14,7 +14,7 @@ import time
 import types
 
 import pytest
-from fake_results import MINI, fake_values, fill
+from fake_results import DATA, MINI, fake_values, fill
 
 from infmoe.cli import main
 from infmoe.data.manifest import Manifest
@@ -385,7 +385,7 @@ def test_data_that_is_read_more_than_once_is_said(mini, mini_data):
 def test_other_data_is_refused(request_, tmp_path, mini_data):
     folder = request_.out / "tiny"
     folder.mkdir(parents=True)
-    (folder / "data.json").write_text('{"sha256": "other", "splits": {}}')
+    (folder / "data.json").write_text(json.dumps(DATA | {"sha256": "other"}))
     with pytest.raises(InfMoEError, match="were trained on other data"):
         run_request(request_)
 

@@ -91,13 +91,27 @@ def _edit(path, change):
     path.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("run", [None, {}, {"init": {"arm": "infinity-keep4", "slug": "infinity-keep4-s1"}}])
-def test_a_tuned_run_says_which_model_it_started_from(store, run):
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("fingerprint", None, "nothing on a model of infinity-keep4 that it started from"),
+        ("arm", "infinity", "it started from infinity-keep4-0.001024M-lr0.002-s1 of infinity, not from "),
+        ("slug", "infinity-keep4-0.001024M-lr0.002-s2", "it started from infinity-keep4-0.001024M-lr0.002-s2 of infin"),
+    ],
+)
+def test_a_tuned_run_says_which_model_it_started_from(store, key, value, words):
     spec = spec_of(store, "infinity-keep4-tuned", lr=1e-3)
-    store.put(spec, fake_values(spec, 3.5))
+    values = fake_values(spec, 3.5)
+    path = store.put(spec, values)
     assert store.get(spec).loss == 3.5
-    store.put(spec, fake_values(spec, 3.5, run=run))
-    with pytest.raises(InfMoEError, match=r"is damaged \(nothing on a model of infinity-keep4 that it started from\)"):
+    values["run"]["init"][key] = value
+    store.put(spec, values)
+    with pytest.raises(InfMoEError) as error:
+        store.get(spec)
+    assert f"{path} is damaged ({words}" in str(error.value)
+    del values["run"]["init"]
+    store.put(spec, values)
+    with pytest.raises(InfMoEError, match="nothing on a model of infinity-keep4"):
         store.get(spec)
 
 
@@ -142,7 +156,7 @@ def test_points_at_fewer_experts_than_are_measured_are_not_mixed_in(store, mini)
     assert store.get(spec) is not None
     values["measures"]["dials"] = [row for row in values["measures"]["dials"] if row["num_experts_per_tok"] != 5]
     store.put(spec, values)
-    with pytest.raises(InfMoEError, match="'dials' was measured at other numbers of experts"):
+    with pytest.raises(InfMoEError, match=r"'dials' was measured at other points \(without num_experts_per_tok=5\)"):
         store.get(spec)
     # arms whose ranges are not compared are measured at fewer
     other = spec_of(store, "moe16-fine-k4")

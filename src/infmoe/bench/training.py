@@ -140,7 +140,7 @@ def variant_speed(*, quick: bool = False) -> Measured:
     ∞-MoE decodes at several settings of its dials too; those rows name them.
     """
     from infmoe.reproduce.arms import arm_named
-    from infmoe.reproduce.measures import KEEP_RATIOS
+    from infmoe.reproduce.places import KEEP_RATIOS
     from infmoe.reproduce.plan import SCALES, TIER1, TIER2, RunSpec
 
     rounds = 3 if quick else 15

@@ -1,5 +1,6 @@
 """Configuration of the GPT-2 backbone with a chosen feed-forward variant."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -19,6 +20,8 @@ _HF_KEYS = frozenset(
 )
 # A dial's value in training: what the config said when it was made, whatever the dial is set to afterwards.
 _TRAINED = {"trained_keep_ratio": "keep_ratio", "trained_experts_per_tok": "num_experts_per_tok"}
+# What says nothing of the model itself.
+_OF_GENERATION = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
@@ -138,3 +141,9 @@ def variant_options() -> tuple[str, ...]:
     """Config fields that belong to some variants only."""
     fields = list(InfMoEConfig.__dataclass_fields__)
     return tuple(fields[fields.index("ffn") + 1 :])
+
+
+def model_fields(config: InfMoEConfig) -> dict[str, Any]:
+    """What of a config describes the model, by name; what steers generation, and transformers' own, is left out."""
+    names = [field.name for field in dataclasses.fields(InfMoEConfig) if field.name in InfMoEConfig.__annotations__]
+    return {name: getattr(config, name) for name in names if name not in _OF_GENERATION}

@@ -13,7 +13,8 @@ from infmoe.eval.zero_shot.tasks import ALL, SAT
 from infmoe.hf import InfMoEConfig
 from infmoe.layers.point import Point, ratio_text
 from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.measures import TASK_KEEP_RATIOS, TASK_SAMPLES, ZERO_SHOT
+from infmoe.reproduce.measures import ZERO_SHOT
+from infmoe.reproduce.places import TASK_KEEP_RATIOS, TASK_SAMPLES
 from infmoe.reproduce.plan import Scale, tokens_text
 from infmoe.reproduce.section import (
     FAILS,

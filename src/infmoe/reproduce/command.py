@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def run_request(request: Request) -> int:
     scale = scale_named(request.scale)
     wanted = groups(request.name, scale, request.seeds)
     if request.arms is not None:
-        wanted = only(wanted, request.arms.split(","))
+        if not any(group.arms for group in wanted):
+            raise InfMoEError(f"{request.name} trains no arms: leave --arms out")
+        wanted = only(wanted, [name.strip() for name in request.arms.split(",")])
     store = Store(request.out, scale)
     if request.dry_run:
         print(describe_plan(store, wanted))
@@ -203,8 +206,8 @@ def _render(store: Store, name: str) -> None:
 
 
 def describe_plan(store: Store, wanted: list[Group]) -> str:
-    """Every run that is wanted, what it costs, and whether it is done."""
-    lines, total, left = [], 0.0, 0.0
+    """Every run that is wanted, what it costs, and whether it is done; the last line adds up."""
+    lines, runs, tokens, flops = [], Counter[bool](), Counter[bool](), Counter[bool]()
     costs: dict[str, ModelCost] = {}  # many runs share a model
     for spec in all_specs(store, wanted):
         config = spec.config()
@@ -213,14 +216,25 @@ def describe_plan(store: Store, wanted: list[Group]) -> str:
             costs[key] = model_cost(hf_config(config))
         cost = costs[key]
         done = store.get(spec) is not None
-        flops = 3.0 * config.mean_passes * cost.flops_executed * config.steps * config.batch_tokens
-        total, left = total + flops, left + (0.0 if done else flops)
+        length = config.steps * config.batch_tokens
+        own = 3 * config.mean_passes * cost.flops_executed * length
+        runs[done] += 1
+        tokens[done] += length
+        flops[done] += round(own)
         lines.append(
             f"{spec.slug:<46}{spec.recipe:<28}{config.steps:>8,} steps {cost.total_with_wz / 1e6:>8.1f}M "
-            f"{flops:>9.2e} FLOPs  {'done' if done else 'to do'}"
+            f"{own:>9.2e} FLOPs  {'done' if done else 'to do'}"
         )
-    lines.append(f"{len(lines)} runs, {total:.2e} FLOPs of training, {left:.2e} to do")
+    whole, left = (
+        _amount(runs.total(), tokens.total(), flops.total()),
+        _amount(runs[False], tokens[False], flops[False]),
+    )
+    lines.append(f"in all {whole}; to do {left}")
     return "\n".join(lines)
+
+
+def _amount(runs: int, tokens: int, flops: int) -> str:
+    return f"{runs:,} runs, {tokens_text(tokens)} tokens, {flops:.2e} FLOPs of training"
 
 
 def describe_arms(store: Store, wanted: list[Group]) -> str:

@@ -21,6 +21,7 @@ from infmoe.reproduce.accuracy import (
     points_text,
     scores,
 )
+from infmoe.reproduce.checks import is_number
 from infmoe.reproduce.figures import Gallery, Quartiles
 from infmoe.reproduce.plan import tokens_text
 from infmoe.reproduce.section import (
@@ -48,6 +49,7 @@ from infmoe.reproduce.store import Store, read_json
 
 _TASK = "HellaSwag"  # what Figure 3 draws
 # Figure 4's lines, by the arms of `infmoe bench ffn`
+_SPEEDUPS = ("forward_speedup_min", "forward_over_gemms_max", "train_speedup_min", "train_over_gemms_max")
 _PATHS = {
     "infinity": "∞-MoE's layer",
     "reference": "reference: products, topk, scatter, mean",
@@ -288,8 +290,13 @@ def figure4(store: Store, gallery: Gallery) -> Section:
         section.claims += _kernel_claims({}, {})
         return section
     result = read_json(path)
-    summary, lines = result.get("summary") or {}, _latencies(result)
-    if not isinstance(summary.get("forward_speedup_min"), float) or lines is None:
+    summary, lines = result.get("summary"), _latencies(result)
+    if (
+        not isinstance(summary, dict)
+        or "forward_speedup_min" not in summary
+        or not all(is_number(summary[key]) for key in _SPEEDUPS if key in summary)
+        or lines is None
+    ):
         raise InfMoEError(f"{path} is damaged: make it again with `{making}`")
     section.command = (result.get("provenance") or {}).get("command") or making
     parts = [

@@ -23,7 +23,7 @@ from infmoe.reproduce.elastic_experts import OF_K, each, expert_curves, experts,
 from infmoe.reproduce.elastic_samples import sampling
 from infmoe.reproduce.elastic_tuned import tuned
 from infmoe.reproduce.figures import SHOWN, Gallery, Line
-from infmoe.reproduce.measures import SAMPLE_ARMS
+from infmoe.reproduce.places import SAMPLE_ARMS
 from infmoe.reproduce.plan import (
     ELASTIC_EXPERTS,
     ELASTIC_LATE,

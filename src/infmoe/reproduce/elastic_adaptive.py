@@ -8,14 +8,8 @@ import numpy as np
 
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.dial_curves import Curve, curve
-from infmoe.reproduce.measures import (
-    ADAPTIVE_ARMS,
-    BY_NEED_ARMS,
-    CUT_SHARES,
-    MEAN_SAMPLES,
-    UNSURE_RATIOS,
-    UNSURE_SAMPLES,
-)
+from infmoe.reproduce.measures import ADAPTIVE_ARMS, BY_NEED_ARMS
+from infmoe.reproduce.places import CUT_SHARES, MEAN_SAMPLES, UNSURE_RATIOS, UNSURE_SAMPLES
 from infmoe.reproduce.section import (
     MISSING,
     Claim,

@@ -6,7 +6,8 @@ from typing import Any
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.arms import titled
 from infmoe.reproduce.dial_curves import at_mu, curve, means, over_samples, ratio_of
-from infmoe.reproduce.measures import CUT_SHARES, GRID_ARMS, GRID_RATIOS, GRID_SAMPLES, SAMPLE_ARMS
+from infmoe.reproduce.measures import GRID_ARMS
+from infmoe.reproduce.places import CUT_SHARES, GRID_RATIOS, GRID_SAMPLES, SAMPLE_ARMS
 from infmoe.reproduce.section import (
     HOLDS,
     MISSING,

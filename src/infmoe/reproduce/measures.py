@@ -12,35 +12,19 @@ from typing import Any
 from infmoe.data import TokenData
 from infmoe.errors import InfMoEError
 from infmoe.eval.adaptive import calibrate_cut, calibrate_mass, calibrate_sigma_to_mu, routers_sigma_to_mu
-from infmoe.eval.dials import grid
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.eval.loading import Opened
 from infmoe.eval.sweep import evaluate_points
 from infmoe.hf import model_cost
 from infmoe.layers import PerLayer, Routing
-from infmoe.layers.moe import GATE_NORMS
 from infmoe.layers.point import Point
-from infmoe.layers.routing import Mode
-from infmoe.reproduce.plan import ELASTIC_EXPERTS, SANDWICH, TUNING_SEED, RunSpec, Scale
+from infmoe.reproduce import places
+from infmoe.reproduce.plan import SANDWICH, TUNING_SEED, RunSpec, Scale
 
 Points = list[dict[str, Any]]
-SAMPLES = (1, 2, 3, 4, 8, 16)
-KEEP_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0)
-EXPERT_COUNTS = tuple(range(1, 17))
-_FEWER_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # of arms whose useful ranges are not compared
-RANK_DAMPINGS = (0.25, 0.5)
-CUT_SHARES = (1 / 16, 1 / 8, 1 / 4)
-MEAN_SAMPLES = 2  # where sure tokens take one sample and the others so many:
-UNSURE_SAMPLES = (4, 8)
-UNSURE_RATIOS = (1 / 16, 1 / 4)
-GRID_SAMPLES = (1, 2, 4, 8, 16)
-GRID_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 2)  # 1/4 is among the dials
-_SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
 _CUT_WINDOWS = 64  # of training text
 # A mass is a share, so little text finds it; and sorting every token's scores takes long.
 _MASS_WINDOWS, _NEED_WINDOWS = 16, 256  # to find, and to judge at most
-TASK_SAMPLES = (1, 2, 3, 4, 8)
-TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 ZERO_SHOT = "zero_shot"
 # the arms that the page shows a measure of
 ADAPTIVE_ARMS = ("infinity", "infinity-keep4", "infinity-keep8", "infinity-keep16", "infinity-elastic", SANDWICH)
@@ -50,12 +34,11 @@ BY_NEED_ARMS = (
     *("infinity-elastic-k", "infinity-lr2x"),
 )
 DAMPED_ARMS = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
-SAMPLE_ARMS = ("infinity", "infinity-elastic-k", "infinity-consistency")
 GATE_NORM_ARMS = (
     *("moe", "moe16", "moe16-fine-k4-scaled", "emoe-k4-w0.0001-scaled", "matryoshka-k4-scaled"),
     *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled", "matryoshka-k8-scaled"),
 )
-GRID_ARMS = (*SAMPLE_ARMS, "infinity-lr2x", "infinity-keep4", "infinity-keep8", "infinity-keep16", SANDWICH)
+GRID_ARMS = (*places.SAMPLE_ARMS, "infinity-lr2x", "infinity-keep4", "infinity-keep8", "infinity-keep16", SANDWICH)
 _SCORING = 2  # which zero-shot items are chosen, and what their figures mean; raised whenever that changes
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 
@@ -81,6 +64,10 @@ class Context:
         """The model itself."""
         return self.opened.model
 
+    def points(self, of: Callable[[Any, RunSpec], list[Point]]) -> list[Point]:
+        """The points of one measure, of this model."""
+        return of(self.model.config, self.spec)
+
     def evaluate(self, points: list[Point], windows: int) -> Points:
         """Loss, routing and costs of every point (see `evaluate_points`), on windows of whole held-out documents."""
         length = self.model.config.max_position_embeddings
@@ -93,59 +80,37 @@ class Context:
 
 def held_out(context: Context) -> Points:
     """The loss at the run's own dials."""
-    return context.evaluate(grid(context.model.config), context.spec.scale.windows)
+    return context.evaluate(context.points(places.held_out), context.spec.scale.windows)
 
 
 def dials(context: Context) -> Points:
     """The loss over each dial, the other as trained; K and z = mu of the arms that the page shows over K."""
-    config = context.model.config
-    windows = context.spec.scale.dial_windows
-    if config.ffn == "moe":
-        counts = expert_counts(context.spec, config.num_experts)
-        return context.evaluate(grid(config, num_experts_per_tok=counts), windows)
-    points = grid(config, keep_ratios=KEEP_RATIOS)
-    if _draws(config) and context.spec.arm.name in SAMPLE_ARMS:
-        points += grid(config, num_samples=SAMPLES) + grid(config, mode="mu")
-    return context.evaluate(list(dict.fromkeys(points)), windows)
-
-
-def expert_counts(spec: RunSpec, num_experts: int) -> list[int]:
-    """The numbers of experts that a discrete MoE is measured at."""
-    counts = EXPERT_COUNTS if spec.arm.name in ELASTIC_EXPERTS else _FEWER_COUNTS
-    return [k for k in counts if k <= num_experts]
+    return context.evaluate(context.points(places.dials), _windows(context))
 
 
 def dial_grid(context: Context) -> Points:
     """Both dials of ∞-MoE at once, and z = mu: what K buys where two samples share less than at the trained ratio."""
-    config = context.model.config
-    points = grid(config, num_samples=GRID_SAMPLES, keep_ratios=GRID_RATIOS)
-    return context.evaluate(points + grid(config, keep_ratios=GRID_RATIOS, mode="mu"), _windows(context))
+    return context.evaluate(context.points(places.dial_grid), _windows(context))
 
 
 def gate_norms(context: Context) -> Points:
     """A discrete MoE over k with each rule for what its gates sum to."""
-    config = context.model.config
-    points = grid(config, num_experts_per_tok=[k for k in SAMPLES if k <= config.num_experts])
-    return _under(context, "gate_norm", GATE_NORMS, points)
+    return _under(context, "gate_norm", places.GATE_NORMS, context.points(places.gate_norms))
 
 
 def mask_scales(context: Context) -> Points:
     """∞-MoE away from its trained keep ratio, with each rule for the size of the mask."""
-    return _under(context, "mask_scale", ("fixed", "rms"), grid(context.model.config, keep_ratios=KEEP_RATIOS))
+    return _under(context, "mask_scale", places.MASK_SCALES, context.points(places.mask_scales))
 
 
 def rank_dampings(context: Context) -> Points:
     """A discrete MoE beyond its k, the further experts damped before the gates are normalised (the α dial)."""
-    config = context.model.config
-    beyond = [k for k in EXPERT_COUNTS if config.num_experts_per_tok < k <= config.num_experts]
-    return _under(context, "rank_damping", RANK_DAMPINGS, grid(config, num_experts_per_tok=beyond))
+    return _under(context, "rank_damping", places.RANK_DAMPINGS, context.points(places.rank_dampings))
 
 
 def modes(context: Context) -> Points:
     """∞-MoE over K with samples that are spread better than independent ones."""
-    config = context.model.config
-    several = [k for k in SAMPLES if k > 1]
-    return context.evaluate([p for m in _SPREAD for p in grid(config, num_samples=several, mode=m)], _windows(context))
+    return context.evaluate(context.points(places.modes), _windows(context))
 
 
 def adaptive(context: Context) -> Points:
@@ -166,11 +131,11 @@ def adaptive_mass(context: Context) -> Points:
 def _by_need(context: Context, dial: str, calibrate: Callable[..., Any], to_find: int, to_judge: int) -> Points:
     model, length = context.model, context.model.config.max_position_embeddings
     batch_size = max(1, _BATCH_TOKENS // length)
-    one: dict[str, Any] = {"num_samples": 1} if _draws(model.config) else {}
+    one: dict[str, Any] = {"num_samples": 1} if places.draws(model.config) else {}
     found_on = HeldOut.from_data(context.data, length, to_find, "train")
     judged_on = HeldOut.from_data(context.data, length, to_judge)
     rows: Points = []
-    for share in CUT_SHARES:
+    for share in places.CUT_SHARES:
         routings = {"ratio": Routing(keep_ratio=share, **one)}
         for rule, per_layer in (("cut", True), ("one cut", False)):
             with contextlib.suppress(InfMoEError):  # no cut keeps that share: the table has a gap there
@@ -201,23 +166,22 @@ def adaptive_samples(context: Context) -> Points:
     found_on = HeldOut.from_data(context.data, length, _CUT_WINDOWS, "train")
     judged_on = HeldOut.from_data(context.data, length, min(_NEED_WINDOWS, _windows(context)))
     rows: Points = []
-    for ratio in UNSURE_RATIOS:
-        plans: list[tuple[str, Routing]] = [
-            ("fixed", Routing(num_samples=k, keep_ratio=ratio)) for k in (1, MEAN_SAMPLES, *UNSURE_SAMPLES)
-        ]
-        for k in UNSURE_SAMPLES:
-            at: dict[str, Any] = {"num_samples": k, "keep_ratio": ratio}
-            with contextlib.suppress(InfMoEError):  # no bound gives that mean: the table has a gap there
-                bound = calibrate_sigma_to_mu(model, found_on, MEAN_SAMPLES, batch_size=batch_size, **at)
-                plans.append(("unsure", Routing(min_sigma_to_mu=bound, **at)))
-        for rule, routing in plans:
-            result = evaluate_loss(model, judged_on, routing, batch_size=batch_size)
-            unions = result.union_ratios()
-            rows.append(
-                {"rule": rule, "keep_ratio": ratio, "num_samples": routing.num_samples, "loss": result.loss}
-                | {"mean_samples": _mean_samples(model, judged_on, routing, batch_size)}
-                | {"union_ratio": sum(unions) / len(unions)}
-            )
+    for place in places.sample_settings():
+        at = {name: place[name] for name in ("keep_ratio", "num_samples")}
+        routing = Routing(**at)
+        if place["rule"] == "unsure":
+            try:
+                bound = calibrate_sigma_to_mu(model, found_on, places.MEAN_SAMPLES, batch_size=batch_size, **at)
+            except InfMoEError:  # no bound gives that mean: the table has a gap there
+                continue
+            routing = Routing(min_sigma_to_mu=bound, **at)
+        result = evaluate_loss(model, judged_on, routing, batch_size=batch_size)
+        unions = result.union_ratios()
+        rows.append(
+            place
+            | {"loss": result.loss, "mean_samples": _mean_samples(model, judged_on, routing, batch_size)}
+            | {"union_ratio": sum(unions) / len(unions)}
+        )
     return rows
 
 
@@ -267,14 +231,8 @@ def zero_shot(context: Context) -> Points:
     from infmoe.eval.zero_shot.files import score_files
 
     assert context.tasks is not None
-    config, spec = context.model.config, context.spec
-    points = grid(config)
-    if spec.tokens == spec.scale.tokens and spec.arm.name == "moe":
-        points += grid(config, num_experts_per_tok=range(1, config.num_experts + 1))
-    elif spec.tokens == spec.scale.tokens and spec.arm.name == "infinity":
-        points += grid(config, num_samples=TASK_SAMPLES) + grid(config, mode="mu")
-        points += grid(config, keep_ratios=TASK_KEEP_RATIOS)
-    rows = score_files(context.opened, context.tasks, list(dict.fromkeys(points)), limit=spec.scale.task_items)
+    points, limit = context.points(places.zero_shot), context.spec.scale.task_items
+    rows = score_files(context.opened, context.tasks, points, limit=limit)
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
@@ -287,20 +245,18 @@ class Measure:
         applies: whether it is taken of a model of this configuration, trained as this run.
         keys: figures that every row must have, all finite.
         labels: what every row must have beside them.
+        where: which rows there must be, by the model's configuration and the run; None: nobody knows.
     """
 
     take: Callable[[Context], Points]
     applies: Callable[[Any, RunSpec], bool]
     keys: tuple[str, ...] = ("loss",)
     labels: tuple[str, ...] = ()
+    where: places.Where | None = None
 
 
 def _has_dials(config: Any, spec: RunSpec) -> bool:
     return config.ffn == "infinity" or (config.ffn == "moe" and config.expert_router == "learned")
-
-
-def _draws(config: Any) -> bool:
-    return config.sigma_activation != "none" and config.routing_mode != "mu"
 
 
 def _keeps_its_tokens(config: Any, spec: RunSpec) -> bool:
@@ -313,23 +269,51 @@ def _of(*arms: str) -> Callable[[Any, RunSpec], bool]:
     return lambda config, spec: spec.arm.name in arms and spec.tokens == spec.scale.tokens
 
 
-COUNTS = frozenset(("flops_ideal", "flops_executed", "num_samples", "num_experts_per_tok"))  # the others are floats
+# the others are floats
+COUNTS = frozenset(("flops_ideal", "flops_executed", "weights_ideal", "num_samples", "num_experts_per_tok"))
 _ROUTED = ("loss", "flops_ideal", "flops_executed", "union_ratio", "overlap_ratio", "sigma_to_mu")
 MEASURES: dict[str, Measure] = {
-    "held_out": Measure(held_out, lambda config, spec: True),
-    "dials": Measure(dials, _has_dials, _ROUTED),
-    "dial_grid": Measure(dial_grid, _of(*GRID_ARMS), (*_ROUTED, "keep_ratio")),
-    "gate_norms": Measure(gate_norms, _of(*GATE_NORM_ARMS), ("loss", "num_experts_per_tok"), ("gate_norm",)),
-    "rank_dampings": Measure(rank_dampings, _of(*DAMPED_ARMS), ("loss", "num_experts_per_tok", "rank_damping")),
-    "modes": Measure(modes, _of("infinity"), ("loss", "num_samples"), ("mode",)),
-    "adaptive": Measure(adaptive, _of(*ADAPTIVE_ARMS), ("loss", "share"), ("rule", "layer_shares")),
-    "adaptive_mass": Measure(adaptive_mass, _of(*BY_NEED_ARMS), ("loss", "share"), ("rule", "layer_shares")),
-    "adaptive_samples": Measure(
-        adaptive_samples, _of(*BY_NEED_ARMS), ("loss", "num_samples", "keep_ratio", "mean_samples"), ("rule",)
+    "held_out": Measure(held_out, lambda config, spec: True, where=places.every(places.held_out)),
+    "dials": Measure(dials, _has_dials, _ROUTED, where=places.dial_places),
+    "dial_grid": Measure(dial_grid, _of(*GRID_ARMS), (*_ROUTED, "keep_ratio"), where=places.every(places.dial_grid)),
+    "gate_norms": Measure(
+        gate_norms,
+        _of(*GATE_NORM_ARMS),
+        ("loss", "num_experts_per_tok"),
+        ("gate_norm",),
+        places.under("gate_norm", places.GATE_NORMS, places.gate_norms),
     ),
-    "mask_scales": Measure(mask_scales, _of("infinity"), ("loss", "keep_ratio"), ("mask_scale",)),
+    "rank_dampings": Measure(
+        rank_dampings,
+        _of(*DAMPED_ARMS),
+        ("loss", "num_experts_per_tok", "rank_damping"),
+        where=places.under("rank_damping", places.RANK_DAMPINGS, places.rank_dampings),
+    ),
+    "modes": Measure(modes, _of("infinity"), ("loss", "num_samples"), ("mode",), places.every(places.modes)),
+    "adaptive": Measure(adaptive, _of(*ADAPTIVE_ARMS), ("loss", "share"), ("rule", "layer_shares"), places.need_places),
+    "adaptive_mass": Measure(
+        adaptive_mass, _of(*BY_NEED_ARMS), ("loss", "share"), ("rule", "layer_shares"), places.need_places
+    ),
+    "adaptive_samples": Measure(
+        adaptive_samples,
+        _of(*BY_NEED_ARMS),
+        ("loss", "num_samples", "keep_ratio", "mean_samples"),
+        ("rule",),
+        places.sample_places,
+    ),
+    "mask_scales": Measure(
+        mask_scales,
+        _of("infinity"),
+        ("loss", "keep_ratio"),
+        ("mask_scale",),
+        places.under("mask_scale", places.MASK_SCALES, places.mask_scales),
+    ),
     ZERO_SHOT: Measure(
-        zero_shot, _keeps_its_tokens, ("acc", "acc_se", "margin", "margin_low", "margin_high"), ("task",)
+        zero_shot,
+        _keeps_its_tokens,
+        ("acc", "acc_se", "margin", "margin_low", "margin_high"),
+        ("task",),
+        places.task_places,
     ),
 }
 
@@ -342,8 +326,8 @@ def settings(scale: Scale) -> dict[str, Any]:
     return {
         "windows": scale.windows,
         "dial_windows": scale.dial_windows,
-        "samples": list(SAMPLES),
-        "keep_ratios": list(KEEP_RATIOS),
+        "samples": list(places.SAMPLES),
+        "keep_ratios": list(places.KEEP_RATIOS),
     }
 
 
@@ -358,15 +342,15 @@ def own_settings(name: str, scale: Scale, files: Mapping[str, str]) -> dict[str,
     if name == ZERO_SHOT:
         return task_settings(scale, files)
     own: dict[str, dict[str, Any]] = {
-        "dial_grid": {"samples": list(GRID_SAMPLES), "keep_ratios": list(GRID_RATIOS)},
-        "rank_dampings": {"values": list(RANK_DAMPINGS), "experts": list(EXPERT_COUNTS)},
-        "modes": {"modes": list(_SPREAD)},
-        "adaptive": {"shares": list(CUT_SHARES), "cut_windows": _CUT_WINDOWS},
-        "adaptive_mass": {"shares": list(CUT_SHARES), "to_find": _MASS_WINDOWS, "to_judge": _NEED_WINDOWS},
+        "dial_grid": {"samples": list(places.GRID_SAMPLES), "keep_ratios": list(places.GRID_RATIOS)},
+        "rank_dampings": {"values": list(places.RANK_DAMPINGS), "experts": list(places.EXPERT_COUNTS)},
+        "modes": {"modes": list(places.SPREAD)},
+        "adaptive": {"shares": list(places.CUT_SHARES), "cut_windows": _CUT_WINDOWS},
+        "adaptive_mass": {"shares": list(places.CUT_SHARES), "to_find": _MASS_WINDOWS, "to_judge": _NEED_WINDOWS},
         "adaptive_samples": {
-            "mean_samples": MEAN_SAMPLES,
-            "samples": list(UNSURE_SAMPLES),
-            "keep_ratios": list(UNSURE_RATIOS),
+            "mean_samples": places.MEAN_SAMPLES,
+            "samples": list(places.UNSURE_SAMPLES),
+            "keep_ratios": list(places.UNSURE_RATIOS),
             "to_find": _CUT_WINDOWS,
             "to_judge": _NEED_WINDOWS,
         },
@@ -384,8 +368,8 @@ def task_settings(scale: Scale, files: Mapping[str, str]) -> dict[str, Any]:
     return {
         "items": scale.task_items,
         "scoring": _SCORING,
-        "samples": list(TASK_SAMPLES),
-        "keep_ratios": list(TASK_KEEP_RATIOS),
+        "samples": list(places.TASK_SAMPLES),
+        "keep_ratios": list(places.TASK_KEEP_RATIOS),
         "files": dict(files),
     }
 

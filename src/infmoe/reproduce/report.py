@@ -12,7 +12,7 @@ from infmoe.reproduce.elastic import elastic
 from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.plan import SCALES, TUNING_SEED, RunSpec, Scale, groups
 from infmoe.reproduce.section import Section, claims_table, command, markdown_table
-from infmoe.reproduce.store import MAX_SEEDS, Store, read_json
+from infmoe.reproduce.store import MAX_SEEDS, Finished, Store
 
 SECTIONS: dict[str, Callable[[Store, Gallery], Section]] = {
     "table1": tables.table1,
@@ -146,11 +146,11 @@ def _setting(store: Store) -> str:
             f"{any_run.measure('held_out') is not None and store.scale.windows:,} windows, the dials over "
             f"{store.scale.dial_windows:,}."
         )
-    made = [read_json(path).get("provenance", {}) for path in runs]
+    made = [run.values["provenance"] for run in runs]
     for what, found in (
-        ("Machines", {p["machine"]["cpu"] for p in made if "machine" in p}),
-        ("torch", {p["versions"]["torch"] for p in made if "versions" in p}),
-        ("commits", {str(p["training"]["commit"])[:7] for p in made if "training" in p}),
+        ("Machines", {p["machine"]["cpu"] for p in made}),
+        ("torch", {p["versions"]["torch"] for p in made}),
+        ("commits", {commit[:7] for p in made if (commit := p["training"]["commit"]) is not None}),
     ):
         if found:
             lines.append(f"{what}: {', '.join(sorted(found))}.")
@@ -159,17 +159,23 @@ def _setting(store: Store) -> str:
     return " ".join(lines)
 
 
-def _files(store: Store) -> tuple[list[Path], list[Path]]:
-    """The files of runs that are part of the plan, at any seed, and those that are not."""
-    planned = set()
+def _files(store: Store) -> tuple[list[Finished], list[Path]]:
+    """The finished runs of the plan, at any seed, and the files that are no part of it.
+
+    Raises:
+        InfMoEError: the file of a run is not what it should be.
+    """
+    planned: dict[Path, RunSpec] = {}
     for group in groups("all", store.scale):
         for arm in map(arm_named, group.arms):
-            planned |= {store.path(spec) for spec in store.tuning(arm)}
+            specs = store.tuning(arm)
             if (lr := store.lr(arm)) is not None:
                 seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + MAX_SEEDS)
-                planned |= {store.path(RunSpec(store.scale, arm, group.tokens, lr, seed)) for seed in seeds}
+                specs += [RunSpec(store.scale, arm, group.tokens, lr, seed) for seed in seeds]
+            planned |= {store.path(spec): spec for spec in specs}
     there = sorted((store.folder / "runs").glob("*.json"))
-    return [path for path in there if path in planned], [path for path in there if path not in planned]
+    found = (store.get(planned[path]) for path in there if path in planned)
+    return [run for run in found if run is not None], [path for path in there if path not in planned]
 
 
 def _learning_rates(store: Store) -> str:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from infmoe.errors import InfMoEError
+from infmoe.reproduce.checks import is_count, is_number
 from infmoe.reproduce.store import Store, read_json
 
 VARIANTS = "variants.json"
@@ -12,7 +14,22 @@ def _rows(store: Store) -> list[dict[str, Any]]:
     path = store.folder.parent.parent / VARIANTS
     if store.scale.name != "tiny" or not path.is_file():
         return []
-    return list(read_json(path).get("rows", []))
+    rows = read_json(path).get("rows")
+    if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
+        raise InfMoEError(f"{path} is damaged: restore it, or make it again with `infmoe bench variants --out {path}`")
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a row has what is read of it: an arm, figures above 0 with their unit, and dials or none."""
+    if not isinstance(row, dict) or not isinstance(row.get("arm"), str):
+        return False
+    if not all(is_number(row.get(of)) and row[of] > 0 for of in ("median", "q1", "q3")):
+        return False
+    if row.get("unit") == "tokens/s":
+        return row.get("precision") in ("bf16", "fp32")
+    ratio = row.get("keep_ratio")
+    return row.get("unit") == "ms" and (ratio is None or (is_number(ratio) and is_count(row.get("num_samples"))))
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,9 @@ def speeds(store: Store) -> dict[str, dict[str, Time]]:
     """Arm -> µs per token of training in bfloat16 (`train_us`) and float32 (`train_us_fp32`), ms per token of decoding.
 
     Empty where nothing was measured.
+
+    Raises:
+        InfMoEError: the file is damaged.
     """
     found: dict[str, dict[str, Time]] = {}
     for row in _rows(store):

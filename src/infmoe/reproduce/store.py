@@ -12,22 +12,9 @@ from infmoe.errors import InfMoEError
 from infmoe.provenance import write_json
 from infmoe.recipes import recipe
 from infmoe.reproduce.arms import Arm, arm_named
-from infmoe.reproduce.measures import COUNTS, MEASURES, ZERO_SHOT, expert_counts, own_settings, settings
+from infmoe.reproduce.checks import check_run, data_damage
 from infmoe.reproduce.plan import TUNING_SEED, Group, RunSpec, Scale
 from infmoe.reproduce.statistics import Interval, paired
-from infmoe.train.config import differing_keys
-
-_COST = ("total", "total_with_wz", "active", "active_with_wz", "active_union", "flops_executed", "flops_ideal")
-_COURSE = ("loss", "entropy", "effective_units", "dead_ratio", "sigma_to_mu", "overlap_ratio")
-_KEYS = {
-    "config": dict,
-    "data": dict,
-    "cost": dict,
-    "seconds": float,
-    "curve": dict,
-    "measures": dict,
-    "provenance": dict,
-}
 
 
 @dataclass(frozen=True)
@@ -91,8 +78,8 @@ class Store:
         if not path.exists():
             return None
         data = read_json(path)
-        if not isinstance(data.get("sha256"), str) or not isinstance(data.get("splits"), dict):
-            raise InfMoEError(f"{path} is damaged: restore it")
+        if (damage := data_damage(data)) is not None:
+            raise InfMoEError(f"{path} is damaged ({damage}): restore it")
         return data
 
     def claim_data(self, data: dict[str, Any]) -> None:
@@ -141,7 +128,7 @@ class Store:
         """A finished run, checked; None where it has not been finished.
 
         Raises:
-            InfMoEError: its file is damaged, or of another configuration or other data.
+            InfMoEError: its file is damaged, or of another configuration or other data (see `check_run`).
         """
         path = self.path(spec)
         if spec.slug in self._known:
@@ -149,37 +136,9 @@ class Store:
         if not path.exists():
             return None
         values = read_json(path)
-        damage = _damage(spec, values)
-        if damage is not None:
-            raise InfMoEError(f"{path} is damaged ({damage}): restore it, or move it away to train that run again")
-        differing = differing_keys(spec.config().to_dict(), values["config"])
-        if differing:
-            raise InfMoEError(
-                f"{path} is of another configuration (other values of {', '.join(differing)}): "
-                "move it away to train that run again, or give another --out"
-            )
-        found = values.get("measured_with")
-        measured_with = dict(found) if isinstance(found, dict) else {}
-        own = {name: measured_with.pop(name, None) for name in MEASURES}
-        if measured_with != settings(self.scale) and not values.get("diverged"):
-            raise InfMoEError(
-                f"{path} was measured with other settings (windows, dials): move it away to make it again"
-            )
-        for name in values["measures"]:
-            expected = own_settings(name, self.scale, self.tasks or {})
-            if expected is not None and own.get(name) != expected:
-                where = " (tasks.json beside runs/ says on which files)" if name == ZERO_SHOT else ""
-                raise InfMoEError(
-                    f"{path}: {name!r} was measured with other settings{where}: restore it, or take {name!r} out of "
-                    "its measures to have it measured anew"
-                )
-        if _lacks_experts(spec, values):
-            raise InfMoEError(
-                f"{path}: 'dials' was measured at other numbers of experts: restore it, or take 'dials' out of its "
-                "measures to have it measured anew"
-            )
+        check_run(path, spec, values, self.tasks or {})
         data = self.data
-        if data is not None and values["data"]["sha256"] != data["sha256"]:
+        if data is not None and values["data"] != data:
             raise InfMoEError(f"{path} was trained on other data than {self.folder / 'data.json'} says: move it away")
         self._known[spec.slug] = Finished(spec, path, values)
         return self._known[spec.slug]
@@ -297,62 +256,8 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except OSError as error:
         raise InfMoEError(f"cannot read {path}: {error.strerror or os.strerror(error.errno or 0)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InfMoEError(f"{path} is damaged (no JSON): restore it, or move it away") from error
     if not isinstance(values, dict):
         raise InfMoEError(f"{path} is damaged (no object): restore it, or move it away")
     return values
-
-
-def _lacks_experts(spec: RunSpec, values: dict[str, Any]) -> bool:
-    """Whether a discrete MoE's points leave out numbers of experts that such a run is measured at."""
-    model = values["config"]["model"]
-    points = values["measures"].get("dials")
-    if model.get("ffn") != "moe" or points is None:
-        return False
-    return not set(expert_counts(spec, model["num_experts"])) <= {row["num_experts_per_tok"] for row in points}
-
-
-def _says_start(values: dict[str, Any], base: str) -> bool:
-    run = values.get("run")
-    init = run.get("init") if isinstance(run, dict) else None
-    if not isinstance(init, dict) or not all(isinstance(init.get(key), str) for key in ("slug", "fingerprint")):
-        return False
-    return init.get("arm") == base
-
-
-def _damage(spec: RunSpec, values: dict[str, Any]) -> str | None:
-    """What is wrong with a run's file, or None."""
-    for key, kind in _KEYS.items():
-        if not isinstance(values.get(key), kind):
-            return f"no {key!r}"
-    if spec.arm.init is not None and not _says_start(values, spec.arm.init):
-        return f"nothing on a model of {spec.arm.init} that it started from"
-    if not isinstance(values["data"].get("sha256"), str):
-        return "no SHA-256 of its data"
-    for name in _COST:
-        if not isinstance(values["cost"].get(name), int):
-            return f"no cost {name!r}"
-    if values.get("diverged"):
-        return None
-    tokens = values["curve"].get("tokens")
-    if not isinstance(tokens, list) or not tokens:
-        return "no course of training"
-    for name in _COURSE:
-        course = values["curve"].get(name)
-        if not isinstance(course, list) or len(course) != len(tokens):
-            return f"no course of {name!r}"
-    for name, rows in values["measures"].items():
-        if not isinstance(rows, list) or not rows:
-            return f"an empty measure {name!r}"
-        keys, labels = (MEASURES[name].keys, MEASURES[name].labels) if name in MEASURES else ((), ())
-        for row in rows:
-            if not isinstance(row, dict):
-                return f"a point of {name!r} that is none"
-            for key in keys:
-                value = row.get(key)
-                if not isinstance(value, int if key in COUNTS else float) or not math.isfinite(value):
-                    return f"a point of {name!r} without {'a loss' if key == 'loss' else key}"
-            if missing := [label for label in labels if label not in row]:
-                return f"a point of {name!r} without {missing[0]}"
-    return None if "held_out" in values["measures"] else "no held-out loss"

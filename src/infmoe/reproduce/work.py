@@ -25,6 +25,7 @@ from infmoe.eval.loading import open_model
 from infmoe.eval.report import read_metrics
 from infmoe.hf import model_cost
 from infmoe.provenance import provenance
+from infmoe.reproduce.checks import expanded_model, run_identity
 from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, Context, own_settings, settings, wanted
 from infmoe.reproduce.plan import Group, RunSpec
 from infmoe.reproduce.store import Finished, Store
@@ -322,16 +323,9 @@ def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dic
         mark = trained["init"]["fingerprint"]
         start = {"init": {"arm": base.arm.name, "slug": base.slug, "fingerprint": mark}}
     return {
-        "run": {
-            "scale": spec.scale.name,
-            "arm": spec.arm.name,
-            "recipe": spec.recipe,
-            "tokens": config.steps * config.batch_tokens,
-            "lr": spec.lr,
-            "seed": spec.seed,
-            **start,
-        },
+        "run": run_identity(spec, config) | start,
         "config": config.to_dict(),
+        "model": expanded_model(config),
         "data": describe_data(data),
         "cost": model_cost(hf_config(config)).as_dict(),
         "seconds": seconds,
