@@ -239,6 +239,24 @@ def test_a_latency_of_other_batches_is_refused(model, folder, call):
     assert model.picked.point == Point(2, 0.25)
 
 
+@pytest.mark.parametrize("budget", [{"latency_budget_ms": 1e5}, {"max_loss_increase": 0.05}], ids=str)
+def test_what_was_picked_stays_though_a_callback_generates_too(model, folder, budget):
+    def criterion(input_ids, scores, **kwargs):
+        model.generate(input_ids, max_new_tokens=1)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    model.generate(tokens(1, 4), max_new_tokens=3, profile=folder, stopping_criteria=[criterion], **budget)
+    assert model.picked.point in [point for point, *_ in POINTS]
+    assert len(model.picked.token_ms) == (2 if "latency_budget_ms" in budget else 0)
+
+
+@pytest.mark.parametrize("budget", [{"latency_budget_ms": 5.0}, {"max_loss_increase": 0.1}], ids=str)
+def test_a_budget_is_for_a_model_in_eval_mode(model, folder, budget):
+    with pytest.raises(InfMoEError, match=re.escape("this one is in train mode: call model.eval() first")):
+        model.train().generate(tokens(1, 4), max_new_tokens=2, profile=folder, **budget)
+    model.eval().generate(tokens(1, 4), max_new_tokens=2, profile=folder, **budget)
+
+
 def test_a_latency_is_for_plain_generation(model, folder):
     with pytest.raises(InfMoEError, match="leave assistant_model out"):
         model.generate(tokens(1, 4), latency_budget_ms=5.0, profile=folder, assistant_model=tiny_model())
