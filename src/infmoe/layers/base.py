@@ -195,3 +195,8 @@ class ConditionalFFN(nn.Module, ABC):
         for dial in dials:
             if getattr(routing, dial) is not None:
                 raise InfMoEError(f"{type(self).__name__} has no dial {dial!r}: leave it out")
+
+    def _refuse_backend(self, routing: Routing) -> None:
+        """Raise if `routing` names a backend; for variants that have none to choose from."""
+        if routing.backend is not None:
+            raise InfMoEError(f"{type(self).__name__} has no backends: leave backend={routing.backend!r} out")

@@ -217,6 +217,7 @@ class MoEFFN(ConditionalFFN):
 
     def _k(self, routing: Routing) -> int:
         self._refuse(routing, *(dial for dial in DIALS if dial != "num_experts_per_tok"), "mode")
+        self._refuse_backend(routing)
         k = routing.num_experts_per_tok
         if k is None:
             return self.num_experts_per_tok
