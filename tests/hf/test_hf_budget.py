@@ -192,7 +192,8 @@ def test_the_profile_lies_beside_the_checkpoint(folder, tmp_path):
     loaded = type(tiny_model()).from_pretrained(tmp_path).eval()
     loaded.generate(tokens(1, 4), max_new_tokens=2, do_sample=False, latency_budget_ms=5.5)
     assert loaded.picked.point == Point(2, 0.25)
-    with pytest.raises(InfMoEError, match="make it with `infmoe frontier DIR --dtype float32`, and pass profile=DIR"):
+    command = "`infmoe frontier DIR --data DATA --dtype float32`"
+    with pytest.raises(InfMoEError, match=f"make it with {command}, and pass profile=DIR"):
         tiny_model().generate(tokens(1, 4), max_new_tokens=2, latency_budget_ms=5.5)
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     tiny_model().save_pretrained(checkpoint)
@@ -228,7 +229,7 @@ def test_a_budget_beside_dials_is_refused(model, folder, given):
     ids=str,
 )
 def test_a_latency_of_other_batches_is_refused(model, folder, call):
-    command = f"`infmoe frontier DIR --rows 2 --dtype float32 --out {folder}`"
+    command = f"`infmoe frontier DIR --data DATA --rows 2 --dtype float32 --out {folder}`"
     with pytest.raises(InfMoEError, match=re.escape(f"not 2: measure that with {command}")):
         model.generate(**call, max_new_tokens=2, latency_budget_ms=5.0, profile=folder / profile_name(1))
     model.generate(**call, max_new_tokens=2, max_loss_increase=0.0, profile=folder)
