@@ -1,8 +1,10 @@
 """Configuration of the GPT-2 backbone with a chosen feed-forward variant."""
 
-from typing import Any, ClassVar
+import typing
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 
 from infmoe.errors import InfMoEError, unknown_name
@@ -20,8 +22,37 @@ _HF_KEYS = frozenset(
 # A dial's value in training: what the config said when it was made, whatever the dial is set to afterwards.
 _TRAINED = {"trained_keep_ratio": "keep_ratio", "trained_experts_per_tok": "num_experts_per_tok"}
 _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+# What a field takes, in words; of several types the first.
+_KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
+
+C = TypeVar("C", bound=type)
 
 
+def _in_words(cls: C) -> C:
+    """A strict dataclass whose errors say what a field takes, in place of a list of types."""
+    kinds = {name: _kind(annotation) for name, annotation in cls.__annotations__.items()}
+    checked: Any = cls.__setattr__
+
+    def set_in_words(self: Any, name: str, value: Any) -> None:
+        try:
+            checked(self, name, value)
+        except StrictDataclassFieldValidationError:
+            if name not in kinds:  # what every transformers config has
+                raise
+            reason = TypeError(f"{name} takes {kinds[name]}, got {value!r}")
+            raise StrictDataclassFieldValidationError(field=name, cause=reason) from reason
+
+    cls.__setattr__ = set_in_words  # type: ignore[assignment]
+    return cls
+
+
+def _kind(annotation: Any) -> str:
+    types = typing.get_args(annotation) or (annotation,)
+    kind = next((words for one, words in _KINDS.items() if one in types), "")
+    return f"{kind}, or a list of them" if any(typing.get_origin(one) for one in types) else kind
+
+
+@_in_words
 @strict
 class InfMoEConfig(PreTrainedConfig):
     """GPT-2 with the feed-forward variant `ffn`; defaults are GPT-2 small's shape.
