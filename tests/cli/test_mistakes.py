@@ -49,8 +49,11 @@ def contents(folder):
             "hidden_size takes a whole number, got 'wide'",
         ),
         (["params", "tiny/infinity", "--set", "model.keep_ratio=1.5"], "keep_ratio must lie in (0, 1]"),
-        (["params", "tiny/infinity", "--set", "model.keep_ratio=abc"], "error: keep_ratio takes a number, got 'abc'"),
-        (["params", "tiny/infinity", "--set", "model.num_samples=1.5"], "num_samples takes a whole number, got 1.5"),
+        (["params", "tiny/infinity", "--set", "model.keep_ratio=abc"], "takes a number, or a list of them, got 'abc'"),
+        (
+            ["params", "tiny/infinity", "--set", "model.num_samples=1.5"],
+            "num_samples takes a whole number, or a list of them, got 1.5",
+        ),
         (["params", "tiny/infinity", "--set", "model.train_wz=1"], "error: train_wz takes true or false, got 1"),
         (["params", "tiny/infinity", "--set", "model.num_samples=0"], "num_samples must be"),
         (["params", "tiny/dense", "--set", "model.num_samples=2"], "has no option 'num_samples'"),

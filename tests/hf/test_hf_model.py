@@ -254,6 +254,25 @@ def test_rows_with_their_own_dials_equal_each_alone(dial):
         torch.testing.assert_close(model(ids[b : b + 1], **{dial: value}).logits[0], together[b], **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("ffn", "values"),
+    [("infinity", {"keep_ratio": (0.5, 0.125), "num_samples": (1, 3)}), ("moe", {"num_experts_per_tok": (4, 1)})],
+)
+def test_a_checkpoint_keeps_values_for_each_layer(ffn, values, tmp_path):
+    model, ids = tiny_model(ffn), tokens(2, 9)
+    dials = {name: PerLayer(each) for name, each in values.items()}
+    expected, text = model(ids, **dials).logits, model.generate(ids, max_new_tokens=4, **dials)
+    assert not torch.equal(expected, model(ids).logits)
+    model.save_pretrained(tmp_path / "0")
+    for i in range(2):  # saved as opened, it is opened once more
+        opened = InfMoEForCausalLM.from_pretrained(tmp_path / str(i), **({} if i else values))
+        assert torch.equal(opened(ids).logits, expected)
+        assert torch.equal(opened.generate(ids, max_new_tokens=4), text)
+        ones = dict.fromkeys(values, 1)
+        assert torch.equal(opened(ids, **ones).logits, model(ids, **ones).logits)
+        opened.save_pretrained(tmp_path / str(i + 1))
+
+
 def test_per_layer_dials():
     model, ids = tiny_model(), tokens(2, 9)
     same = model(ids, num_samples=PerLayer([3, 3]), keep_ratio=PerLayer([0.5, 0.5])).logits
