@@ -180,6 +180,29 @@ def results_folder(path: Path) -> Path:
     return folder.parents[1]
 
 
+def training_data(checkpoint: Path) -> Path:
+    """The prepared data that a checkpoint's run was trained on.
+
+    Args:
+        checkpoint: a run folder, or one of its checkpoints.
+
+    Raises:
+        InfMoEError: no run says, or the data is gone.
+    """
+    folder = checkpoint.resolve()
+    for place in (folder, *folder.parents[:2]):
+        run_file = place / "run.json"
+        if run_file.is_file():
+            try:
+                data = json.loads(run_file.read_text())["config"]["data"]["dir"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InfMoEError(f"{run_file} is not readable: give --data") from error
+            if isinstance(data, str) and Path(data).is_dir():
+                return Path(data)
+            raise InfMoEError(f"the data that the run was trained on ({data}) is gone: give --data")
+    raise InfMoEError(f"{checkpoint} does not say what it was trained on: give --data")
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state of a verified checkpoint."""
     return json.loads((checkpoint / TRAINER_STATE).read_text())

@@ -109,6 +109,9 @@ def test_generate(cli, tiny_run):
     assert first.out == same.out != other.out
     assert first.out.startswith("abc de")
     assert cli("generate", tiny_run.run, "--max-new-tokens", "5").out.strip()
+    by_layer = ("generate", tiny_run.run, "--prompt", "abc de", "--mode", "sample", "--seed", "3")
+    assert cli(*by_layer, "--num-samples", "1|1", "--keep-ratio", "1/8|0.125").out == first.out
+    assert cli(*by_layer, "--num-samples", "4|1", "--keep-ratio", "1|1/8").out != first.out
     mu = ("generate", tiny_run.run, "--prompt", "a", "--mode", "mu", "--temperature", "0")
     assert cli(*mu, "--seed", "1").out == cli(*mu, "--seed", "2").out
 

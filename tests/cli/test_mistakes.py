@@ -44,8 +44,17 @@ def contents(folder):
         (["params", "tiny/infinity", "--set", "steps"], "write it as key=value"),
         (["params", "tiny/infinity", "--set", "steps=many"], "'steps'"),
         (["params", "tiny/infinity", "--set", "optim.lr=-1"], "'optim.lr'"),
-        (["params", "tiny/infinity", "--set", "model.hidden_size=wide"], "'hidden_size' expected int"),
+        (
+            ["params", "tiny/infinity", "--set", "model.hidden_size=wide"],
+            "hidden_size takes a whole number, got 'wide'",
+        ),
         (["params", "tiny/infinity", "--set", "model.keep_ratio=1.5"], "keep_ratio must lie in (0, 1]"),
+        (["params", "tiny/infinity", "--set", "model.keep_ratio=abc"], "takes a number, or a list of them, got 'abc'"),
+        (
+            ["params", "tiny/infinity", "--set", "model.num_samples=1.5"],
+            "num_samples takes a whole number, or a list of them, got 1.5",
+        ),
+        (["params", "tiny/infinity", "--set", "model.train_wz=1"], "error: train_wz takes true or false, got 1"),
         (["params", "tiny/infinity", "--set", "model.num_samples=0"], "num_samples must be"),
         (["params", "tiny/dense", "--set", "model.num_samples=2"], "has no option 'num_samples'"),
         (["params", "tiny/infinity", "--set", "model.ffn=infinite"], "unknown ffn 'infinite'"),
@@ -70,14 +79,14 @@ def test_words(mistake, tmp_path, monkeypatch, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--keep-ratio", "0"], "keep_ratio must lie in (0, 1]"),
-        (["--keep-ratio", "1/4,1.01"], "keep_ratio must lie in (0, 1]"),
+        (["--keep-ratio", "0"], "error: --keep-ratio must lie in (0, 1]"),
+        (["--keep-ratio=1/4,1.01"], "error: --keep-ratio must lie in (0, 1]"),
         (["--keep-ratio", "quarter"], "--keep-ratio takes numbers"),
-        (["--num-samples", "0"], "num_samples must be"),
-        (["--num-samples", "1,-2"], "num_samples must be"),
+        (["--num-samples", "0"], "error: --num-samples must be"),
+        (["--num-samples", "1,-2"], "error: --num-samples must be"),
         (["--num-samples", "1,two"], "--num-samples takes integers"),
         (["--mode", "sampel"], "unknown mode 'sampel'; did you mean 'sample'?"),
-        (["--mode", "mu", "--num-samples", "2"], "leave num_samples out"),
+        (["--mode", "mu", "--num-samples", "2"], "leave --num-samples out"),
         (["--num-experts-per-tok", "1"], "has no dial 'num_experts_per_tok'"),
         (["--seed", "-1"], "seed"),
         (["--windows", "1"], "--windows"),
@@ -91,14 +100,14 @@ def test_dials(mistake, tiny_run, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--keep-ratio", "2"], "keep_ratio must lie in (0, 1]"),
+        (["--keep-ratio", "2"], "error: --keep-ratio must lie in (0, 1]"),
         (["--keep-ratio", "1/4,1/2"], "--keep-ratio takes one value"),
-        (["--num-samples", "0"], "num_samples must be"),
+        (["--num-samples", "0"], "error: --num-samples must be"),
         (["--num-samples", "few"], "--num-samples"),
-        (["--num-samples", "2", "--mode", "mu"], "leave num_samples out"),
+        (["--num-samples", "2", "--mode", "mu"], "leave --num-samples out"),
         (["--mode", "median"], "unknown mode 'median'"),
-        (["--max-new-tokens", "33"], "max_new_tokens must lie in 1 .. 31"),
-        (["--max-new-tokens", "0"], "max_new_tokens must lie in 1 .. 31"),
+        (["--max-new-tokens", "33"], "error: --max-new-tokens must lie in 1 .. 31"),
+        (["--max-new-tokens", "0"], "error: --max-new-tokens must lie in 1 .. 31"),
         (["--prompt", "word " * 40], "shorten it to 31"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--seed", "-3"], "seed"),
@@ -123,6 +132,21 @@ def test_dials_that_a_variant_does_not_have(mistake, tiny_run, tmp_path, ffn, wo
     shutil.copy(tiny_run.checkpoint / "tokenizer.json", tmp_path)
     for command in (["generate"], ["evaluate", "--data", tiny_run.data]):
         assert f"ffn='{ffn}' has no dial" in mistake(*command, tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-experts-per-tok", "17"], "error: --num-experts-per-tok 17 is more than the layer's 4 experts: use"),
+        (["--set", "rank_damping=abc"], ": rank_damping takes a number, got 'abc'"),
+        (["--keep-ratio", "0.5"], "has no dial 'keep_ratio'"),
+    ],
+)
+def test_options_are_named_as_they_are_given(mistake, tiny_run, tmp_path, words, message):
+    tiny_model("moe", vocab_size=300).save_pretrained(tmp_path)
+    shutil.copy(tiny_run.checkpoint / "tokenizer.json", tmp_path)
+    for command in (["generate", tmp_path], ["evaluate", tmp_path, "--data", tiny_run.data]):
+        assert message in mistake(*command, *words)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from helpers import tiny_config
 
 from infmoe.errors import InfMoEError
-from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
+from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios, parse_setting
 from infmoe.eval.sweep import default_grid
 from infmoe.layers.point import Point, ratio_text
 
@@ -28,6 +28,22 @@ def test_no_integers(text):
 def test_no_numbers(text):
     with pytest.raises(InfMoEError, match="--r takes numbers separated by commas"):
         parse_ratios(text, "--r")
+
+
+@pytest.mark.parametrize("ratio", [0.25, (0.25, 0.0625), (0.1875, 0.0313, 1.0)])
+def test_one_setting_as_tables_print_it(ratio):
+    assert parse_setting(ratio_text(ratio), "--r", parse_ratios) == (ratio,)
+    assert parse_setting("4|2", "--k", parse_ints) == ((4, 2),)
+    assert parse_setting(None, "--k", parse_ints) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("1/4,1/2", "takes one value here"), ("1|2,3", "takes one value here"), ("1/4|", "numbers"), ("a|b", "numbers")],
+)
+def test_no_setting(text, message):
+    with pytest.raises(InfMoEError, match=message):
+        parse_setting(text, "--r", parse_ratios)
 
 
 def test_an_unknown_mode_finds_the_nearest():
@@ -56,6 +72,7 @@ def test_all_combinations_in_order():
         Point(num_experts_per_tok=2),
     ]
     assert grid(tiny_config("dense")) == [Point()]
+    assert grid(tiny_config(keep_ratio=[0.5, 0.25])) == [Point(2, (0.5, 0.25))]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +85,8 @@ def test_all_combinations_in_order():
         ("moe", {}, {"num_experts_per_tok": (1, 5)}, "5"),
         ("infinity", {}, {"num_experts_per_tok": (1,)}, "has no dial 'num_experts_per_tok'"),
         ("infinity", {}, {"num_samples": (1, 0)}, "num_samples must be"),
+        ("infinity", {}, {"keep_ratios": ((0.5, 0.25, 0.5),)}, "keep_ratio has 3 values for 2 layers: give one"),
+        ("moe", {}, {"num_experts_per_tok": ((1, 5),)}, "5 is more than the layer's 4 experts"),
         ("infinity", {}, {"keep_ratios": (0.5, 1.5)}, "keep_ratio must lie in"),
         ("infinity", {}, {"keep_ratios": (0.0,)}, "keep_ratio must lie in"),
         ("infinity", {}, {"num_samples": (2,), "mode": "mu"}, "leave num_samples out"),

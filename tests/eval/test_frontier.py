@@ -189,8 +189,8 @@ def test_a_profile_is_not_replaced_by_that_of_another_way_to_open(tiny_run, tmp_
 def test_the_commands_mistakes_are_one_line(tiny_run, capsys, tmp_path):
     for more, named in (
         (["--num-experts-per-tok", "2"], "no dial 'num_experts_per_tok'"),
-        (["--num-samples", "0"], "num_samples must be"),
-        (["--keep-ratio", "2"], "keep_ratio must lie"),
+        (["--num-samples", "0"], "--num-samples must be"),
+        (["--keep-ratio", "2"], "--keep-ratio must lie"),
         (["--prompt-length", "31"], "--prompt-length must lie in 1 .. 29"),
         (["--data", str(tmp_path)], "data"),
     ):

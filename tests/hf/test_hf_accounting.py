@@ -77,6 +77,17 @@ def test_the_dials_change_the_cost():
     assert measured.ffn_flops_ideal == measured.ffn_flops_executed
 
 
+@pytest.mark.parametrize(
+    ("ffn", "dials"),
+    [("infinity", {"keep_ratio": (0.5, 0.125), "num_samples": (1, 3)}), ("moe", {"num_experts_per_tok": (4, 1)})],
+)
+def test_a_config_with_values_for_each_layer_costs_what_they_do_in_a_call(ffn, dials):
+    given = Routing(**{name: PerLayer(values) for name, values in dials.items()})
+    cost = model_cost(tiny_config(ffn, **dials))
+    assert cost == model_cost(tiny_config(ffn), given)
+    assert cost != model_cost(tiny_config(ffn))
+
+
 @pytest.mark.parametrize("ffn", ["dense", "switch", "moe"])
 def test_dials_that_the_variant_lacks_have_no_cost(ffn):
     with pytest.raises(InfMoEError, match="num_samples"):

@@ -192,7 +192,8 @@ def test_the_profile_lies_beside_the_checkpoint(folder, tmp_path):
     loaded = type(tiny_model()).from_pretrained(tmp_path).eval()
     loaded.generate(tokens(1, 4), max_new_tokens=2, do_sample=False, latency_budget_ms=5.5)
     assert loaded.picked.point == Point(2, 0.25)
-    with pytest.raises(InfMoEError, match="make it with `infmoe frontier DIR --dtype float32`, and pass profile=DIR"):
+    command = "`infmoe frontier DIR --data DATA --dtype float32`"
+    with pytest.raises(InfMoEError, match=f"make it with {command}, and pass profile=DIR"):
         tiny_model().generate(tokens(1, 4), max_new_tokens=2, latency_budget_ms=5.5)
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     tiny_model().save_pretrained(checkpoint)
@@ -228,7 +229,7 @@ def test_a_budget_beside_dials_is_refused(model, folder, given):
     ids=str,
 )
 def test_a_latency_of_other_batches_is_refused(model, folder, call):
-    command = f"`infmoe frontier DIR --rows 2 --dtype float32 --out {folder}`"
+    command = f"`infmoe frontier DIR --data DATA --rows 2 --dtype float32 --out {folder}`"
     with pytest.raises(InfMoEError, match=re.escape(f"not 2: measure that with {command}")):
         model.generate(**call, max_new_tokens=2, latency_budget_ms=5.0, profile=folder / profile_name(1))
     model.generate(**call, max_new_tokens=2, max_loss_increase=0.0, profile=folder)
@@ -237,6 +238,24 @@ def test_a_latency_of_other_batches_is_refused(model, folder, call):
     written(folder, model, num_rows=2)
     model.generate(**call, max_new_tokens=2, latency_budget_ms=5.0, profile=folder)
     assert model.picked.point == Point(2, 0.25)
+
+
+@pytest.mark.parametrize("budget", [{"latency_budget_ms": 1e5}, {"max_loss_increase": 0.05}], ids=str)
+def test_what_was_picked_stays_though_a_callback_generates_too(model, folder, budget):
+    def criterion(input_ids, scores, **kwargs):
+        model.generate(input_ids, max_new_tokens=1)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    model.generate(tokens(1, 4), max_new_tokens=3, profile=folder, stopping_criteria=[criterion], **budget)
+    assert model.picked.point in [point for point, *_ in POINTS]
+    assert len(model.picked.token_ms) == (2 if "latency_budget_ms" in budget else 0)
+
+
+@pytest.mark.parametrize("budget", [{"latency_budget_ms": 5.0}, {"max_loss_increase": 0.1}], ids=str)
+def test_a_budget_is_for_a_model_in_eval_mode(model, folder, budget):
+    with pytest.raises(InfMoEError, match=re.escape("this one is in train mode: call model.eval() first")):
+        model.train().generate(tokens(1, 4), max_new_tokens=2, profile=folder, **budget)
+    model.eval().generate(tokens(1, 4), max_new_tokens=2, profile=folder, **budget)
 
 
 def test_a_latency_is_for_plain_generation(model, folder):

@@ -36,6 +36,41 @@ def test_round_trip(ffn, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("ffn", "dials", "trained"),
+    [
+        ("infinity", {"keep_ratio": [0.5, 0.125], "num_samples": (1, 3)}, "trained_keep_ratio"),
+        ("moe", {"num_experts_per_tok": [4, 1]}, "trained_experts_per_tok"),
+    ],
+)
+def test_a_dial_may_have_a_value_for_each_layer(ffn, dials, trained, tmp_path):
+    config = tiny_config(ffn, **dials)
+    config.save_pretrained(tmp_path)
+    assert InfMoEConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    for name, values in dials.items():
+        assert getattr(config, name) == tuple(values)
+        assert [getattr(block.mlp, name) for block in tiny_model(ffn, **dials).transformer.h] == list(values)
+    assert getattr(config, trained) == tuple(next(iter(dials.values())))
+
+
+@pytest.mark.parametrize(
+    ("ffn", "dial", "message"),
+    [
+        ("infinity", {"keep_ratio": [0.5]}, "keep_ratio has 1 values for 2 layers: give one number, or one for each"),
+        ("infinity", {"num_samples": ()}, "num_samples has 0 values for 2 layers"),
+        ("infinity", {"keep_ratio": [0.5, 2.0]}, "keep_ratio must lie in"),
+        ("moe", {"num_experts_per_tok": [1, 5]}, "5 is more than the layer's 4 experts"),
+        ("moe", {"keep_ratio": [0.5, 0.5]}, "ffn='moe' has no option 'keep_ratio'"),
+    ],
+)
+def test_values_for_each_layer_are_checked(ffn, dial, message, tmp_path):
+    with pytest.raises(InfMoEError, match=message):
+        tiny_model(ffn, **dial)
+    tiny_model(ffn).save_pretrained(tmp_path)
+    with pytest.raises(InfMoEError, match=message):
+        InfMoEForCausalLM.from_pretrained(tmp_path, **dial)
+
+
+@pytest.mark.parametrize(
     ("typo", "meant"),
     [("num_sample", "num_samples"), ("keepratio", "keep_ratio"), ("hidden_sizes", "hidden_size")],
 )
@@ -62,6 +97,8 @@ def test_an_unknown_keyword_of_from_pretrained_is_refused(tmp_path):
         ("num_samples", 2.0),
         ("num_samples", "2"),
         ("keep_ratio", "0.25"),
+        ("keep_ratio", [0.5, "0.25"]),
+        ("num_samples", [1, True]),
         ("hidden_size", 32.0),
         ("wz_bias", "no"),
         ("ffn", 3),

@@ -222,6 +222,58 @@ def test_dials_beside_an_assistant_are_refused(dials, named, tmp_path):
     assert not ratios
 
 
+ONCE_MORE = [{"guidance_scale": 1.5}, {"token_healing": True}]
+
+
+@pytest.mark.parametrize("how", ONCE_MORE, ids=str)
+@pytest.mark.parametrize(
+    ("dials", "named"),
+    [
+        ({"keep_ratio": 0.02}, "keep_ratio"),
+        ({"keep_ratio": (0.5, 0.1), "routing_mode": "mu"}, "keep_ratio, routing_mode"),
+        ({"routing": Routing(num_samples=PerLayer([1, 2]))}, "num_samples"),
+        ({"routing": Routing(key=NoiseKey(seed=5))}, "routing"),
+        ({"max_loss_increase": 0.1}, "max_loss_increase"),
+        ({"latency_budget_ms": 5.0}, "latency_budget_ms"),
+    ],
+    ids=str,
+)
+def test_dials_are_refused_where_some_passes_would_run_without_them(how, dials, named):
+    model, ids = tiny_model(), tokens(2, 5)
+    (name,) = how
+    words = rf"{name} runs the model once more at its own dials: leave {name} out, or leave {named} out and open"
+    with pytest.raises(InfMoEError, match=words):
+        model.generate(ids, **GREEDY, **how, **dials)
+    with pytest.raises(InfMoEError, match=words):
+        model.generate(ids, GenerationConfig(**how), **dials)
+    model.generation_config = GenerationConfig(**how)
+    with pytest.raises(InfMoEError, match=words):
+        model.generate(ids, **dials)
+
+
+def test_guidance_at_the_models_own_dials_and_dials_without_guidance_stay():
+    model, ids = tiny_model(), tokens(2, 5)
+    assert model.generate(ids, guidance_scale=1.5, **GREEDY).shape == (2, 13)
+    plain = model.generate(ids, keep_ratio=0.1, **GREEDY)
+    model.generation_config.guidance_scale = 1.5
+    given = {"guidance_scale": 1, "token_healing": False}
+    assert torch.equal(model.generate(ids, keep_ratio=0.1, **given, **GREEDY), plain)
+
+
+@pytest.mark.parametrize("of_the_model", [True, False])
+def test_an_early_exit_is_refused_and_leaves_the_model_as_it_was(of_the_model):
+    model, ids = tiny_model(), tokens(1, 5)
+    expected = model.generate(ids, **GREEDY)
+    given = {} if of_the_model else {"assistant_early_exit": 1}
+    if of_the_model:
+        model.generation_config.assistant_early_exit = 1
+    with pytest.raises(InfMoEError, match="no early exit: leave assistant_early_exit out"):
+        model.generate(ids, **GREEDY, **given)
+    model.generation_config.assistant_early_exit = None
+    assert model.config.num_hidden_layers == 2
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
 @EACH
 def test_a_static_cache_generates_the_same(ffn):
     model, ids = tiny_model(ffn), tokens(2, 5)

@@ -254,6 +254,25 @@ def test_rows_with_their_own_dials_equal_each_alone(dial):
         torch.testing.assert_close(model(ids[b : b + 1], **{dial: value}).logits[0], together[b], **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("ffn", "values"),
+    [("infinity", {"keep_ratio": (0.5, 0.125), "num_samples": (1, 3)}), ("moe", {"num_experts_per_tok": (4, 1)})],
+)
+def test_a_checkpoint_keeps_values_for_each_layer(ffn, values, tmp_path):
+    model, ids = tiny_model(ffn), tokens(2, 9)
+    dials = {name: PerLayer(each) for name, each in values.items()}
+    expected, text = model(ids, **dials).logits, model.generate(ids, max_new_tokens=4, **dials)
+    assert not torch.equal(expected, model(ids).logits)
+    model.save_pretrained(tmp_path / "0")
+    for i in range(2):  # saved as opened, it is opened once more
+        opened = InfMoEForCausalLM.from_pretrained(tmp_path / str(i), **({} if i else values))
+        assert torch.equal(opened(ids).logits, expected)
+        assert torch.equal(opened.generate(ids, max_new_tokens=4), text)
+        ones = dict.fromkeys(values, 1)
+        assert torch.equal(opened(ids, **ones).logits, model(ids, **ones).logits)
+        opened.save_pretrained(tmp_path / str(i + 1))
+
+
 def test_per_layer_dials():
     model, ids = tiny_model(), tokens(2, 9)
     same = model(ids, num_samples=PerLayer([3, 3]), keep_ratio=PerLayer([0.5, 0.5])).logits
@@ -272,26 +291,49 @@ def test_dials_that_the_variant_lacks_are_refused(ffn, dial):
         tiny_model(ffn)(tokens(1, 4), **dial)
 
 
+OTHERWISE = {
+    "infinity": {
+        "keep_ratio": 0.125,
+        "num_samples": 4,
+        "routing_mode": "mu",
+        "mask_scale": "rms",
+        "trained_keep_ratio": 0.5,
+        "selection": "statistical",
+        "noise_seed": 7,
+    },
+    "moe": {
+        "num_experts_per_tok": 1,
+        "rank_damping": 0.25,
+        "gate_norm": "all",
+        "routed_scaling_factor": 2.0,
+        "trained_experts_per_tok": 1,
+        "ffn": "dense",
+    },
+    "switch": {"capacity_factor": 1.0},
+    "dense": {"rank_damping": 0.25},  # of another variant
+}
+
+
 @pytest.mark.parametrize(
-    ("ffn", "dial"),
-    [
-        ("infinity", {"keep_ratio": 0.125}),
-        ("infinity", {"num_samples": 4}),
-        ("infinity", {"routing_mode": "mu"}),
-        ("moe", {"num_experts_per_tok": 1}),
-    ],
+    ("ffn", "name", "value"),
+    [(ffn, name, value) for ffn, options in OTHERWISE.items() for name, value in options.items()],
 )
-def test_a_dial_changed_in_the_config_of_a_finished_model_is_refused(ffn, dial):
+def test_an_option_changed_in_the_config_of_a_finished_model_is_refused_and_not_saved(ffn, name, value, tmp_path):
     model, ids = tiny_model(ffn), tokens(1, 4)
-    ((name, value),) = dial.items()
     built = getattr(model.config, name)
     setattr(model.config, name, value)
+    words = f"config.{name} was set to {value!r} after .* built with {built!r}"
     for call in (model, model.generate):
         for prompt in (ids, ids[:, :1]):
-            with pytest.raises(InfMoEError, match=f"config.{name} was set to {value!r} after .* built with {built!r}"):
+            with pytest.raises(InfMoEError, match=words):
                 call(prompt)
+    for part in (model, model.transformer):
+        with pytest.raises(InfMoEError, match=words):
+            part.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
     setattr(model.config, name, built)
-    assert model(ids, **dial).logits.isfinite().all()
+    assert model(ids).logits.isfinite().all()
+    model.save_pretrained(tmp_path)
 
 
 def test_a_context_too_long_is_refused_by_name():

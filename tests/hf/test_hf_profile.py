@@ -17,6 +17,7 @@ from infmoe.hf.identity import fingerprint
 from infmoe.ops import dispatch
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
+COMMAND = "infmoe frontier {0} --data DATA --dtype float32"  # in a folder {0}
 
 
 @pytest.fixture
@@ -48,15 +49,16 @@ def test_other_weights_are_refused_and_the_command_measures_the_model_that_was_o
         model.transformer.h[1].mlp.router.weight += 1e-2
     line = refusal(profile, model)
     assert f"{mine / profile_name(1)}, measured on runs/mine, is of other weights" in line
-    assert f"measure again with `infmoe frontier {mine} --dtype float32`; " in line
+    assert f"measure again with `infmoe frontier {mine} --data DATA --dtype float32`; " in line
     assert line.endswith("save the model to a folder of its own first, and measure that")
     model.save_pretrained(other)
     line = refusal(profile, type(model).from_pretrained(other))
-    assert line.endswith(f"measure this model with `infmoe frontier {other} --dtype float32`, and leave profile out")
+    command = f"`infmoe frontier {other} --data DATA --dtype float32`"
+    assert line.endswith(f"measure this model with {command}, and leave profile out")
     line = refusal(profile, saved(rank_damping=0.25, gate_norm="all"))
     assert line.endswith(
-        f"measure it with `infmoe frontier {mine} --dtype float32 --set gate_norm=all --set rank_damping=0.25 "
-        f"--out {mine}/gate_norm-all-rank_damping-0.25`, and pass that folder as profile"
+        f"measure it with `infmoe frontier {mine} --data DATA --dtype float32 --set gate_norm=all "
+        f"--set rank_damping=0.25 --out {mine}/gate_norm-all-rank_damping-0.25`, and pass that folder as profile"
     )
 
 
@@ -68,7 +70,7 @@ def test_a_profile_of_another_machine_is_measured_again(saved, tmp_path):
     path.write_text(json.dumps(values))
     line = refusal(Profile.load(path), saved())
     assert re.search(r"otherwise than here \(cpu Abacus there, .* here, threads 77 there, 1 here\)", line)
-    command = f"OMP_NUM_THREADS=1 infmoe frontier {tmp_path}/mine --dtype float32 --out {path.parent}"
+    command = f"OMP_NUM_THREADS=1 infmoe frontier {tmp_path}/mine --data DATA --dtype float32 --out {path.parent}"
     assert line.endswith(f"measure again with `{command}`")
 
 
@@ -77,11 +79,11 @@ def test_a_profile_of_another_machine_is_measured_again(saved, tmp_path):
     [
         (
             *("threads", 2, "set OMP_NUM_THREADS=2 or torch.set_num_threads(2)"),
-            "OMP_NUM_THREADS=1 infmoe frontier {0} --dtype float32 --out {0}/threads-1",
+            f"OMP_NUM_THREADS=1 {COMMAND} --out {{0}}/threads-1",
         ),
-        ("dtype", "bfloat16", "open it in bfloat16", "infmoe frontier {0} --dtype float32 --out {0}/dtype-float32"),
-        ("backend", "eager", "set INFMOE_BACKEND=eager", "infmoe frontier {0} --dtype float32 --out {0}/backend-auto"),
-        ("device", "cuda", "open it on 'cuda'", "infmoe frontier {0} --dtype float32 --out {0}/device-cpu"),
+        ("dtype", "bfloat16", "open it in bfloat16", f"{COMMAND} --out {{0}}/dtype-float32"),
+        ("backend", "eager", "set INFMOE_BACKEND=eager", f"{COMMAND} --out {{0}}/backend-auto"),
+        ("device", "cuda", "open it on 'cuda'", f"{COMMAND} --out {{0}}/device-cpu"),
         ("attention", "eager", "open it with attn_implementation='eager'", None),
     ],
 )
@@ -106,7 +108,7 @@ def test_a_model_that_runs_otherwise_is_told_what_to_match(saved, tmp_path, name
 def test_the_command_runs_the_backend_that_the_environment_asks_for(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("INFMOE_BACKEND", "eager")
     mine = tmp_path / "mine"
-    command = f"INFMOE_BACKEND=eager infmoe frontier {mine} --dtype float32 --out {mine}/backend-eager"
+    command = f"INFMOE_BACKEND=eager infmoe frontier {mine} --data DATA --dtype float32 --out {mine}/backend-eager"
     line = refusal(Profile.load(mine), saved())
     assert "(backend auto there, eager here): set INFMOE_BACKEND=auto; or" in line
     assert line.endswith(f"measure it with `{command}`, and pass that folder as profile")
@@ -134,11 +136,26 @@ def test_a_missing_profile_names_the_command_of_the_model(saved, tmp_path):
     ids, places = tokens(1, 4), (None, tmp_path / "none")
     (tmp_path / "mine" / profile_name(1)).unlink()
     for profile, more in zip(places, ("", f" --out {tmp_path}/none"), strict=True):
-        command = f"`infmoe frontier {tmp_path}/mine --dtype float32{more}`"
+        command = f"`infmoe frontier {tmp_path}/mine --data DATA --dtype float32{more}`"
         with pytest.raises(InfMoEError, match=f"no profile at .*: {re.escape(f'make it with {command}')}"):
             saved().generate(ids, max_new_tokens=2, latency_budget_ms=5.5, profile=profile)
-    with pytest.raises(InfMoEError, match=re.escape(f"make it with `infmoe frontier {tmp_path}/mine`")):
+    with pytest.raises(InfMoEError, match=re.escape(f"make it with `infmoe frontier {tmp_path}/mine --data DATA`")):
         Profile.load(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_command_names_no_data_where_the_run_does(tmp_path, there):
+    data, checkpoint = tmp_path / "data", tmp_path / "run" / "checkpoints" / "step-000001"
+    data.mkdir()
+    tiny_model("moe").save_pretrained(checkpoint)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"data": {"dir": str(data)}}}))
+    if not there:
+        data.rmdir()
+    option = "" if there else " --data DATA"
+    with pytest.raises(InfMoEError, match=re.escape(f"`infmoe frontier {checkpoint}{option} --dtype float32`")):
+        type(tiny_model()).from_pretrained(checkpoint).generate(tokens(1, 4), latency_budget_ms=5.5)
+    with pytest.raises(InfMoEError, match=re.escape(f"`infmoe frontier {tmp_path / 'run'}{option}`")):
+        Profile.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +179,7 @@ def test_a_latency_is_of_caches_about_as_long_as_those_that_were_timed(saved, tm
             continue
         with pytest.raises(InfMoEError) as caught:
             saved().generate(tokens(1, prompt), latency_budget_ms=5.5, profile=profile, **given)
-        longer = f"--prompt-length {positions - last + 2} --dtype float32"
+        longer = f"--data DATA --prompt-length {positions - last + 2} --dtype float32"
         assert f"timed with 2 to {last} tokens cached, and says nothing of {positions}, which" in str(caught.value)
         assert str(caught.value).endswith(f"measure longer prompts with `infmoe frontier {tmp_path}/mine {longer}`")
 
@@ -343,6 +360,6 @@ def test_damaged_profiles_are_one_line_with_the_command(tmp_path, content, named
         (tmp_path / profile_name(1)).write_text(content)
     with pytest.raises(InfMoEError, match=named) as caught:
         Profile.load(tmp_path)
-    assert f"`infmoe frontier DIR --out {tmp_path}`" in str(caught.value)
+    assert f"`infmoe frontier DIR --data DATA --out {tmp_path}`" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)

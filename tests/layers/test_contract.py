@@ -176,6 +176,18 @@ def test_dials_that_a_variant_lacks_are_refused_by_name(ffn, dial):
         layer(x_BTD(), given)
 
 
+@pytest.mark.parametrize("ffn", ["dense", "switch", "moe"])
+def test_a_backend_is_refused_where_there_are_none_and_the_environments_is_let_be(ffn, monkeypatch):
+    layer = make_layer(ffn)
+    for given in (Routing(backend="triton"), Routing(backend="auto")):
+        for call in (lambda given=given: layer(x_BTD(), given), lambda given=given: layer.cost(given)):
+            with pytest.raises(InfMoEError, match=f"has no backends: leave backend='{given.backend}' out"):
+                call()
+    expected = layer(x_BTD()).y_BTD
+    monkeypatch.setenv("INFMOE_BACKEND", "eager")
+    torch.testing.assert_close(layer(x_BTD()).y_BTD, expected)
+
+
 @EVERY
 def test_copies_and_pickles_are_the_same_layer(ffn, act):
     layer, x = make_layer(ffn, hidden_act=act), x_BTD()

@@ -77,8 +77,9 @@ def test_the_hierarchical_loss_is_the_entropy_below_its_maximum():
     [
         ({"rank_damping": 1.5}, "rank_damping must lie"),
         ({"coactivation_prob": -0.1}, "coactivation_prob must lie"),
-        ({"ideal_experts_per_tok": 5}, r"between the trained k \(2\)"),
-        ({"ideal_experts_per_tok": 1}, r"between the trained k \(2\)"),
+        ({"ideal_experts_per_tok": 5}, r"above the trained k \(2\), and num_experts \(4\) at most, got 5"),
+        ({"ideal_experts_per_tok": 1}, r"above the trained k \(2\)"),
+        ({"ideal_experts_per_tok": 2, "coactivation_prob": 1.0}, r"above the trained k \(2\).*, got 2"),
         ({"hierarchical_loss_weight": -1.0}, "hierarchical_loss_weight"),
         ({"coactivation_prob": 0.9}, "goes with ideal_experts_per_tok"),
         ({"ideal_experts_per_tok": 3.0}, "ideal_experts_per_tok must be an integer"),

@@ -25,6 +25,10 @@ TINY = recipe("tiny/dense")
         ("data.dir=some/folder=1", lambda c: c.data.dir, "some/folder=1"),
         ("model.hidden_act=relu", lambda c: c.model.get("hidden_act"), "relu"),
         ("model.initializer_range=0.03", lambda c: c.model.get("initializer_range"), 0.03),
+        ("model.initializer_range=1/32", lambda c: c.model.get("initializer_range"), 0.03125),
+        ("elastic.keep_ratio=[1/4, 0.1, 1/8]", lambda c: c.elastic.keep_ratio, (0.25, 0.1, 0.125)),
+        ("data.dir=2026/10", lambda c: c.data.dir, "2026/10"),
+        ("init=1/2", lambda c: c.init, "1/2"),
     ],
 )
 def test_override(override, read, value):
@@ -40,6 +44,9 @@ def test_override(override, read, value):
         ("optm.lr=1", "unknown setting 'optm.lr'; did you mean 'optim.lr'?"),
         ("model.hiden_size=8", "unknown config key 'hiden_size'; did you mean 'hidden_size'?"),
         ("model.z_dim=8", "ffn='dense' has no option 'z_dim': leave it out"),
+        ("elastic.keep_ratio=1/4,1/8", "setting 'elastic.keep_ratio' takes a list in brackets"),
+        ("elastic.keep_ratio=[1/0]", "setting 'elastic.keep_ratio' takes a list in brackets, elastic.keep_ratio=[...]"),
+        ("elastic.keep_ratio=[1/2/4]", "setting 'elastic.keep_ratio' takes a list in brackets"),
         ("optim.lr", "cannot read 'optim.lr': write it as key=value, e.g. optim.lr=1e-3"),
         ("optim=3", "'optim' is a section: set one of its keys, e.g. optim.betas=..."),
         ("steps=0", "setting 'steps': input should be greater than or equal to 1, got 0"),

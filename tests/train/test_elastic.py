@@ -258,6 +258,11 @@ def test_matryoshka_trains_at_the_drawn_numbers_of_experts(small, tmp_path, vari
         ({"keep_ratio": []}, "at least one value"),
         ({"keep_ratio": [0.0]}, "elastic.keep_ratio"),
         ({"num_samples": [0]}, "elastic.num_samples"),
+        ({"num_samples": [True, 2]}, "setting 'elastic.num_samples.0': input should be a valid integer, got True"),
+        ({"num_samples": [2.0]}, "elastic.num_samples.0"),
+        ({"num_experts_per_tok": ["2"]}, "elastic.num_experts_per_tok.0"),
+        ({"keep_ratio": [True]}, "setting 'elastic.keep_ratio.0': input should be a valid number, got True"),
+        ({"keep_ratio": 0.5}, r"'elastic.keep_ratio' takes a list in brackets, elastic.keep_ratio=\[...\], got 0.5"),
         ({"rule": "sandwich"}, "needs a list"),
         ({"keep_ratio": [0.5], "between": 1}, "go with elastic.rule=sandwich"),
         ({"keep_ratio": [0.5], "distill": True}, "go with elastic.rule=sandwich"),
@@ -301,6 +306,11 @@ def test_processes_begin_to_train_elastically_at_the_same_step(small, two_proces
         ({"ffn": "infinity", "sigma_activation": "none"}, {"consistency_weight": 1.0}, "draws none"),
         ({"ffn": "infinity"}, {"start": 0.5}, "elastic.start puts nothing off"),
         ({"ffn": "moe"}, {"start": 0.5}, "elastic.start puts nothing off"),
+        (
+            {"ffn": "moe", "ideal_experts_per_tok": 4},
+            {"num_experts_per_tok": (1, 4)},
+            "at 4, Elastic MoE draws nothing of the 4 best: give values below 4",
+        ),
     ],
 )
 def test_dials_that_the_model_lacks_are_refused_before_anything_is_written(model, elastic, named):

@@ -1,6 +1,7 @@
 """The command line: one function per command, heavy imports inside, so that `--help` is instant."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -44,9 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _mendable(error)
         if message is None:
             raise
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+        print(f"error: {_in_options(' '.join(message.splitlines()), words)}", file=sys.stderr)
         return error.exit_code if isinstance(error, InfMoEError) else 2
     return 0
+
+
+def _in_options(message: str, words: Sequence[str]) -> str:
+    """The message with the library's name of an option that was given, num_samples, as it was given, --num-samples."""
+    for option in {word.partition("=")[0] for word in words if word.startswith("--")}:
+        name = option[2:].replace("-", "_")
+        if "_" in name:  # any other is a word like others
+            message = re.sub(rf"(?<![\w.'/-]){re.escape(name)}(?![\w.'/=-])", option, message)
+    return message
 
 
 def _mendable(error: Exception) -> str | None:

@@ -34,10 +34,17 @@ from infmoe.errors import InfMoEError
 def generate(
     model_dir: ModelDir,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "",
-    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Expert samples per token (K).")] = None,
-    keep_ratio: Annotated[str | None, typer.Option("--keep-ratio", help="Neurons kept per sample, e.g. 1/4.")] = None,
+    num_samples: Annotated[
+        str | None, typer.Option("--num-samples", metavar="K", help="Expert samples per token.")
+    ] = None,
+    keep_ratio: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-ratio", metavar="R", help="Neurons kept per sample, e.g. 1/4; one for each layer: '1/4|1/8|...'."
+        ),
+    ] = None,
     num_experts_per_tok: Annotated[
-        int | None, typer.Option("--num-experts-per-tok", help="k of a discrete MoE.")
+        str | None, typer.Option("--num-experts-per-tok", metavar="k", help="Of a discrete MoE; by layer: '4|2|...'.")
     ] = None,
     mode: ModeOption = None,
     latency_budget_ms: Annotated[
@@ -61,7 +68,7 @@ def generate(
     set_: SetOption = None,
 ) -> None:
     """Continue a prompt, token by token."""
-    from infmoe.eval.dials import grid, parse_mode, parse_ratios
+    from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios, parse_setting
     from infmoe.eval.generation import generate_text, request
     from infmoe.eval.loading import open_model
     from infmoe.hf.budget import pick
@@ -90,16 +97,13 @@ def generate(
     else:
         if profile is not None:
             raise InfMoEError("--profile goes with --latency-budget-ms or --max-loss-increase")
-        points = grid(
+        (point,) = grid(
             opened.model.config,
-            num_samples=None if num_samples is None else (num_samples,),
-            keep_ratios=parse_ratios(keep_ratio, "--keep-ratio"),
-            num_experts_per_tok=None if num_experts_per_tok is None else (num_experts_per_tok,),
+            num_samples=parse_setting(num_samples, "--num-samples", parse_ints),
+            keep_ratios=parse_setting(keep_ratio, "--keep-ratio", parse_ratios),
+            num_experts_per_tok=parse_setting(num_experts_per_tok, "--num-experts-per-tok", parse_ints),
             mode=parse_mode(mode),
         )
-        if len(points) > 1:
-            raise InfMoEError(f"--keep-ratio takes one value here, got {keep_ratio!r}")
-        point = points[0]
     generate_text(
         opened.model,
         tokenizer,

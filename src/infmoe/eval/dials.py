@@ -1,8 +1,9 @@
 """Grids over the dials: from what a command line says to a list of routings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -41,6 +42,29 @@ def parse_ratios(text: str | None, option: str) -> tuple[float, ...] | None:
         raise InfMoEError(f"{option} takes numbers separated by commas, e.g. 1/16,0.25, got {text!r}") from None
 
 
+def parse_setting(text: str | None, option: str, parse: Callable[[str | None, str], tuple | None]) -> tuple | None:
+    """One value for all layers, or one for each with bars between, as tables print it: "1/4", "1/4|1/8".
+
+    Args:
+        text: the words.
+        option: their option.
+        parse: `parse_ints` or `parse_ratios`.
+
+    Returns:
+        What `grid` takes: the number, or the tuple, as the one value of the dial.
+
+    Raises:
+        InfMoEError: no such values, or several settings.
+    """
+    if text is None:
+        return None
+    values = [parse(part, option) or () for part in text.split("|")]
+    if any(len(of_layer) > 1 for of_layer in values):
+        raise InfMoEError(f"{option} takes one value here, or one for each layer with bars between, got {text!r}")
+    by_layer = tuple(value for (value,) in values)
+    return by_layer if len(by_layer) == 1 else (by_layer,)
+
+
 def parse_mode(text: str | None) -> Mode | None:
     """The mode of this name.
 
@@ -58,18 +82,18 @@ def parse_mode(text: str | None) -> Mode | None:
 def grid(
     config: InfMoEConfig,
     *,
-    num_samples: Sequence[int] | None = None,
-    keep_ratios: Sequence[float] | None = None,
-    num_experts_per_tok: Sequence[int] | None = None,
+    num_samples: Sequence[int | tuple[int, ...]] | None = None,
+    keep_ratios: Sequence[float | tuple[float, ...]] | None = None,
+    num_experts_per_tok: Sequence[int | tuple[int, ...]] | None = None,
     mode: Mode | None = None,
 ) -> list[Point]:
     """All combinations of the dials, in order; a dial left out stays at the model's own setting.
 
     Args:
         config: the model's, which says which dials there are.
-        num_samples: K values; left out in mode "mu".
-        keep_ratios: keep ratios.
-        num_experts_per_tok: k values of a discrete MoE.
+        num_samples: K values, each a number or a tuple with one for each layer; left out in mode "mu".
+        keep_ratios: keep ratios, likewise.
+        num_experts_per_tok: k values of a discrete MoE, likewise.
         mode: routing mode of every point.
 
     Raises:
@@ -86,12 +110,18 @@ def grid(
             raise InfMoEError(f"a model with ffn='{config.ffn}' has no dial {name!r}: leave it out")
     effective_mode = mode or config.routing_mode
     draws = "num_samples" in options and effective_mode != "mu" and config.sigma_activation != "none"
-    samples: Sequence[int | None] = num_samples or ((config.num_samples,) if draws else (None,))
-    ratios: Sequence[float | None] = keep_ratios or (config.keep_ratio,)
-    experts: Sequence[int | None] = num_experts_per_tok or (config.num_experts_per_tok,)
+    samples: Sequence[Any] = num_samples or ((config.num_samples,) if draws else (None,))
+    ratios: Sequence[Any] = keep_ratios or (config.keep_ratio,)
+    experts: Sequence[Any] = num_experts_per_tok or (config.num_experts_per_tok,)
     points = [Point(k, r, e, mode) for k, r, e in product(samples, ratios, experts)]
+    depth = config.num_hidden_layers
     with torch.device("meta"):
-        layer = ffn_class(config.ffn).from_config(config)
+        some = range(depth) if any(point.by_layer() for point in points) else range(1)
+        layers = [ffn_class(config.ffn).from_config(config, i) for i in some]
     for point in points:
-        layer.cost(point.routing())  # the layer refuses what it cannot run, before anything is measured
+        for name, each in point.by_layer().items():
+            if len(each) != depth:
+                raise InfMoEError(f"{name} has {len(each)} values for {depth} layers: give one, or one for each layer")
+        for layer in layers:
+            layer.cost(point.routing())  # the layer refuses what it cannot run, before anything is measured
     return points

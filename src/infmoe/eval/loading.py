@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from infmoe.checkpoint import resolve_checkpoint
+from infmoe.checkpoint import resolve_checkpoint, training_data
 from infmoe.data import TokenData, load_tokenizer
 from infmoe.data.shards import sha256
 from infmoe.errors import InfMoEError, unknown_name
@@ -62,7 +62,7 @@ class Opened:
         Raises:
             InfMoEError: no such folder is known, or its vocabulary is not the model's.
         """
-        folder = folder or self._training_data()
+        folder = folder or training_data(self.checkpoint)
         data = TokenData.open(folder)
         check_vocabulary(data.vocab_size, self.model.config.vocab_size, f"data in {folder}")
         own = self.checkpoint / "tokenizer.json"
@@ -77,20 +77,6 @@ class Opened:
                 f"prepare it with --tokenizer {self.checkpoint}"
             )
         return data
-
-    def _training_data(self) -> Path:
-        checkpoint = self.checkpoint.resolve()
-        for place in (checkpoint, *checkpoint.parents[:2]):
-            run_file = place / "run.json"
-            if run_file.is_file():
-                try:
-                    folder = json.loads(run_file.read_text())["config"]["data"]["dir"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise InfMoEError(f"{run_file} is not readable: give --data") from error
-                if folder and Path(folder).is_dir():
-                    return Path(folder)
-                raise InfMoEError(f"the data that the run was trained on ({folder}) is gone: give --data")
-        raise InfMoEError(f"{self.checkpoint} does not say what it was trained on: give --data")
 
 
 def check_vocabulary(size: int, model_size: int, what: str) -> None:

@@ -432,10 +432,12 @@ def pick(
         **budget: see `Profile.choose`.
 
     Raises:
-        InfMoEError: no profile, one that does not fit, or a budget that can't be met.
+        InfMoEError: no profile, one that does not fit, a budget that can't be met, or a model in train mode.
     """
     if model.config.ffn in _WITHOUT_DIALS:
         raise InfMoEError(f"a budget turns dials, and ffn={model.config.ffn!r} has none: leave it out")
+    if model.training:
+        raise InfMoEError("a profile is of the model in eval mode, this one is in train mode: call model.eval() first")
     timed = budget.get("latency_budget_ms") is not None
     if not isinstance(profile, Profile):
         profile = _find(model, profile, rows, timed)

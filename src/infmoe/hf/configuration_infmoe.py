@@ -1,9 +1,11 @@
 """Configuration of the GPT-2 backbone with a chosen feed-forward variant."""
 
 import dataclasses
-from typing import Any, ClassVar
+import typing
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 
 from infmoe.errors import InfMoEError, unknown_name
@@ -23,8 +25,41 @@ _TRAINED = {"trained_keep_ratio": "keep_ratio", "trained_experts_per_tok": "num_
 # What says nothing of the model itself.
 _OF_GENERATION = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+# What may differ from layer to layer.
+_BY_LAYER = ("num_samples", "keep_ratio", "num_experts_per_tok", *_TRAINED)
+# What a field takes, in words; of several types the first.
+_KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
+
+C = TypeVar("C", bound=type)
+Ints = int | list[int] | tuple[int, ...] | None
+Numbers = float | int | list[float | int] | tuple[float | int, ...] | None
 
 
+def _in_words(cls: C) -> C:
+    """A strict dataclass whose errors say what a field takes, in place of a list of types."""
+    kinds = {name: _kind(annotation) for name, annotation in cls.__annotations__.items()}
+    checked: Any = cls.__setattr__
+
+    def set_in_words(self: Any, name: str, value: Any) -> None:
+        try:
+            checked(self, name, value)
+        except StrictDataclassFieldValidationError:
+            if name not in kinds:  # what every transformers config has
+                raise
+            reason = TypeError(f"{name} takes {kinds[name]}, got {value!r}")
+            raise StrictDataclassFieldValidationError(field=name, cause=reason) from reason
+
+    cls.__setattr__ = set_in_words  # type: ignore[assignment]
+    return cls
+
+
+def _kind(annotation: Any) -> str:
+    types = typing.get_args(annotation) or (annotation,)
+    kind = next((words for one, words in _KINDS.items() if one in types), "")
+    return f"{kind}, or a list of them" if any(typing.get_origin(one) for one in types) else kind
+
+
+@_in_words
 @strict
 class InfMoEConfig(PreTrainedConfig):
     """GPT-2 with the feed-forward variant `ffn`; defaults are GPT-2 small's shape.
@@ -38,6 +73,7 @@ class InfMoEConfig(PreTrainedConfig):
         intermediate_size: FFN neurons per layer, all experts together, in parameters of a plain FFN.
         hidden_act: "gelu", "gelu_new" (GPT-2's), "relu", "silu", "swiglu", "geglu".
         ffn: "dense", "switch", "moe", "infinity".
+        num_samples, keep_ratio, num_experts_per_tok: one number for all layers, or a list with one for each.
         trained_keep_ratio, trained_experts_per_tok: what the dial was when the config was made, and stays whatever the
             dial is set to afterwards, in `from_pretrained` or by hand; a config for another training is made anew.
         layer_norm_epsilon, initializer_range, attn_pdrop, resid_pdrop, embd_pdrop: as in GPT-2; no dropout by
@@ -68,9 +104,9 @@ class InfMoEConfig(PreTrainedConfig):
     ffn: str = "infinity"
     # infinity
     z_dim: int | None = None
-    num_samples: int | None = None
-    keep_ratio: float | int | None = None
-    trained_keep_ratio: float | int | None = None
+    num_samples: Ints = None
+    keep_ratio: Numbers = None
+    trained_keep_ratio: Numbers = None
     routing_mode: str | None = None
     router_hidden_size: int | None = None
     sigma_activation: str | None = None
@@ -88,8 +124,8 @@ class InfMoEConfig(PreTrainedConfig):
     noise_seed: int | None = None
     # switch and moe
     num_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    trained_experts_per_tok: int | None = None
+    num_experts_per_tok: Ints = None
+    trained_experts_per_tok: Ints = None
     balance_loss_weight: float | int | None = None
     z_loss_weight: float | int | None = None
     capacity_factor: float | int | None = None
@@ -117,7 +153,7 @@ class InfMoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def check_options(self) -> None:
-        """Raise if an option is set that the chosen variant does not have.
+        """Raise if an option is set that the chosen variant does not have; lists of layers become tuples.
 
         The model calls it again: `from_pretrained(..., num_samples=4)` sets attributes on a finished config.
         """
@@ -125,6 +161,15 @@ class InfMoEConfig(PreTrainedConfig):
         for name in variant_options():
             if name not in own and getattr(self, name) is not None:
                 raise InfMoEError(f"ffn='{self.ffn}' has no option {name!r}: leave it out")
+        for name in _BY_LAYER:
+            values = getattr(self, name)
+            if isinstance(values, list | tuple):
+                if len(values) != self.num_hidden_layers:
+                    raise InfMoEError(
+                        f"{name} has {len(values)} values for {self.num_hidden_layers} layers: give one number, or one "
+                        "for each layer"
+                    )
+                setattr(self, name, tuple(values))
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise InfMoEError(f"{name} must be at least 1, got {getattr(self, name)}")

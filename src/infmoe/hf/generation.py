@@ -16,6 +16,8 @@ _NEW_TOKENS = 20  # transformers' own default
 # Ways to generate whose steps are not of one token a row, or hold more than the model's own work
 _NOT_TIMED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "custom_generate")
 _NOT_TIMED_BUT_AT_1 = ("guidance_scale", "num_beams")
+# Ways to generate in which transformers runs the model once more, with none of the call's arguments; when they are off
+_LOSES_DIALS: dict[str, tuple[Any, ...]] = {"guidance_scale": (None, 1), "token_healing": (None, False)}
 
 
 class InfMoEGenerationMixin(GenerationMixin):
@@ -50,22 +52,21 @@ class InfMoEGenerationMixin(GenerationMixin):
 
         Raises:
             InfMoEError: a budget that can't be met, a profile of other weights or another machine, a budget
-                beside dials, dials beside an assistant model, or dials in a generation config.
+                beside dials, dials beside an assistant model, guidance or token healing, dials in a generation
+                config, or an early exit, which the model does not have.
         """
         budget = {"latency_budget_ms": latency_budget_ms, "max_loss_increase": max_loss_increase}
-        self.picked = None
+        self.picked = choice = None
         self._refuse_dials_in_a_generation_config(args, kwargs)
+        if self._setting_of("assistant_early_exit", args, kwargs) is not None:
+            raise InfMoEError("this model has no early exit: leave assistant_early_exit out")
+        budgets = [name for name, value in budget.items() if value is not None]
+        self._refuse_what_loses_dials(args, kwargs, budgets)
         if kwargs.get("assistant_model") is not None:
             self._refuse_dials_beside_an_assistant(kwargs, budgeted=max_loss_increase is not None)
-        if any(value is not None for value in budget.values()):
-            timed = latency_budget_ms is not None
-            self._refuse_dials_beside_a_budget(kwargs, timed=timed)
-            rows = self._rows_of(args, kwargs, timed=timed)
-            self.picked = pick(self, profile, rows=rows, positions=self._positions_of(args, kwargs), **budget)
-            if self.picked.reason != self._said:
-                _LOG.warning("picked %s", self.picked.reason)
-                self._said = self.picked.reason
-            dials = self.picked.point.dials()
+        if budgets:
+            choice = self._choose(args, kwargs, profile, budget)
+            dials = choice.point.dials()
             kwargs |= {"routing_mode" if name == "mode" else name: v for name, v in dials.items() if v is not None}
         elif profile is not None:
             raise InfMoEError("a profile alone chooses nothing: give latency_budget_ms or max_loss_increase")
@@ -73,12 +74,29 @@ class InfMoEGenerationMixin(GenerationMixin):
             kwargs.get(name) is not None for name in (*DIALS, "routing_mode", "routing")
         ):
             raise InfMoEError("paged generation passes no dials on: leave them out, or cache_implementation='paged'")
-        if latency_budget_ms is not None:
-            return self._generate_timed(latency_budget_ms, *args, **kwargs)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        if choice is not None and latency_budget_ms is not None:
+            return self._generate_timed(choice, latency_budget_ms, *args, **kwargs)
+        self.picked = choice
+        out = super().generate(*args, **kwargs)  # type: ignore[misc]
+        self.picked = choice  # whatever a callback generated meanwhile
+        return out
 
-    def _generate_timed(self, budget_ms: float, *args: Any, **kwargs: Any) -> Any:
+    def _choose(
+        self, args: tuple, kwargs: dict[str, Any], profile: Profile | Path | str | None, budget: dict[str, float | None]
+    ) -> Choice:
+        """What the budget picks for a call of `generate`, logged when it changes."""
+        timed = budget["latency_budget_ms"] is not None
+        self._refuse_dials_beside_a_budget(kwargs, timed=timed)
+        rows = self._rows_of(args, kwargs, timed=timed)
+        choice = pick(self, profile, rows=rows, positions=self._positions_of(args, kwargs), **budget)
+        if choice.reason != self._said:
+            _LOG.warning("picked %s", choice.reason)
+            self._said = choice.reason
+        return choice
+
+    def _generate_timed(self, choice: Choice, budget_ms: float, *args: Any, **kwargs: Any) -> Any:
         """`generate`, noting whether the tokens met the budget, and saying so where too few did."""
+        self.picked = choice
         clock = TokenClock()
         place = 3  # among generate's positional arguments
         given = kwargs.pop("stopping_criteria", None) or (args[place] if len(args) > place else None) or ()
@@ -88,8 +106,7 @@ class InfMoEGenerationMixin(GenerationMixin):
         else:
             kwargs["stopping_criteria"] = criteria
         out = super().generate(*args, **kwargs)  # type: ignore[misc]
-        assert self.picked is not None
-        self.picked = self.picked.timed(clock.milliseconds(), budget_ms)
+        self.picked = choice.timed(clock.milliseconds(), budget_ms)
         if (line := self.picked.missed(budget_ms)) is not None:
             _LOG.warning(line)
         return out
@@ -201,6 +218,16 @@ class InfMoEGenerationMixin(GenerationMixin):
                 f"assisted generation would run the assistant at the same dials: leave {', '.join(given)} out, and "
                 "open each model at its own, from_pretrained(DIR, keep_ratio=...)"
             )
+
+    def _refuse_what_loses_dials(self, args: tuple, kwargs: dict[str, Any], budgets: list[str]) -> None:
+        """Raise where some of a call's passes would run at the model's own dials, and not at the call's."""
+        given = (_given_dials(kwargs) or ["routing"] * (kwargs.get("routing") is not None)) + budgets
+        for name, off in _LOSES_DIALS.items():
+            if given and self._setting_of(name, args, kwargs) not in off:
+                raise InfMoEError(
+                    f"{name} runs the model once more at its own dials: leave {name} out, or leave {', '.join(given)} "
+                    "out and open the model at the dials, from_pretrained(DIR, keep_ratio=...)"
+                )
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):  # type: ignore[override]
         """Repeat the per-row dials with the rows (beam search, several sequences per prompt)."""

@@ -1,5 +1,6 @@
 """What a profile belongs to: a checkpoint, and how it runs here; and the command that measures just that."""
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -107,7 +108,7 @@ def measure_command(
     there = home(model)
     if model is None and place is not None and ((place / ckpt.FOLDER).is_dir() or (place / "config.json").is_file()):
         source, there = place, place.resolve()
-    words = ["infmoe", "frontier", "DIR" if source is None else str(source), *more.split()]
+    words = ["infmoe", "frontier", "DIR" if source is None else str(source), *_data_option(source), *more.split()]
     words += [] if rows == 1 else ["--rows", str(rows)]
     if model is not None:
         parameter = next(model.parameters())
@@ -124,6 +125,15 @@ def measure_command(
     if (backend := dispatch.requested(None)) != "auto":
         environment.append(f"{dispatch.ENVIRONMENT}={backend} ")
     return f"`{''.join(environment)}{shlex.join(words)}`"
+
+
+def _data_option(source: Path | None) -> list[str]:
+    """What has to be said where no run says what the model was trained on."""
+    if source is not None:
+        with contextlib.suppress(InfMoEError):
+            ckpt.training_data(source)
+            return []
+    return ["--data", "DATA"]
 
 
 def _bearing(config: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf.blocks import Dropout, InfMoEAttention, InfMoEBlock
-from infmoe.hf.configuration_infmoe import InfMoEConfig
+from infmoe.hf.configuration_infmoe import InfMoEConfig, variant_options
 from infmoe.hf.generation import InfMoEGenerationMixin
 from infmoe.layers import ConditionalFFN, NoiseKey, PerLayer, Routing, RoutingStats
 from infmoe.layers.linear import Linear
@@ -30,9 +30,6 @@ from infmoe.layers.routing import DIALS, FloatDial, IntDial, Mode
 # The routing statistics of a training pass look at this many tokens, unless the routing says otherwise.
 _TRAINING_STATS_TOKENS = 512
 
-
-# The dials that a config holds too: what the layers are built with.
-_CONFIG_DIALS = ("num_samples", "keep_ratio", "num_experts_per_tok", "routing_mode")
 
 # What is set in another place, and where: a forward pass would hand it to the attention, which takes anything.
 _ELSEWHERE = {
@@ -115,6 +112,16 @@ class InfMoEPreTrainedModel(PreTrainedModel):
                 module.freeze()
         return loaded
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, of a config that says what the model is.
+
+        Raises:
+            InfMoEError: an option that was changed in the config after the model was built.
+        """
+        backbone: Any = self.base_model
+        backbone._refuse_changed_options()
+        return super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """No: `_init_weights` goes through `transformers.initialization`, as in transformers' own models.
@@ -150,7 +157,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
         self.h = nn.ModuleList([InfMoEBlock(config, i) for i in range(config.num_hidden_layers)])
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
-        self._built_with = {name: getattr(config, name) for name in _CONFIG_DIALS}
+        self._built_with = {name: getattr(config, name) for name in ("ffn", *variant_options())}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -194,8 +201,8 @@ class InfMoEModel(InfMoEPreTrainedModel):
             **kwargs: passed to the attention.
 
         Raises:
-            InfMoEError: a dial that the variant does not have, one that was changed in the config of a finished model,
-                a sequence longer than the context.
+            InfMoEError: a dial that the variant does not have, an option that was changed in the config of a finished
+                model, a sequence longer than the context.
         """
         _refuse_misnamed_dials(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -208,7 +215,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if T > 1 or (isinstance(past_length, int) and not past_length):  # the tokens after a prompt pay nothing for it
-            self._refuse_changed_dials()
+            self._refuse_changed_options()
         if position_ids is None:
             position_ids = _positions(attention_mask, past_length, T, device)
         # A static cache counts in a tensor, which is not looked at here. Left padding takes no positions, so
@@ -250,15 +257,15 @@ class InfMoEModel(InfMoEPreTrainedModel):
             routing_stats=tuple(routing_stats),
         )
 
-    def _refuse_changed_dials(self) -> None:
-        """Raise if a dial of the config is not what the layers were built with, and run at."""
+    def _refuse_changed_options(self) -> None:
+        """Raise if an option of the config is not what the layers were built with, and run at."""
+        values = vars(self.config)  # a config looks every name up in a slow way of its own
         for name, built in self._built_with.items():
-            value = getattr(self.config, name)
-            if value != built:
+            if values[name] != built:
                 raise InfMoEError(
-                    f"config.{name} was set to {value!r} after the model was built with {built!r}, and does nothing: "
-                    "set it back, and give the dial to the call or to from_pretrained; models of different dials need "
-                    "a config each"
+                    f"config.{name} was set to {values[name]!r} after the model was built with {built!r}, and does "
+                    "nothing: set it back, and give it to from_pretrained (a dial to the call too); models of "
+                    "different options need a config each"
                 )
 
     def _complete(
@@ -284,7 +291,7 @@ class InfMoEModel(InfMoEPreTrainedModel):
                 raise InfMoEError(f"{name} has {len(dial.values)} per-layer values for {len(self.h)} layers")
         if routing.token_ids is None and input_ids is not None:
             routing = dataclasses.replace(routing, token_ids=input_ids)
-        seed = self.config.noise_seed or 0
+        seed = self._built_with["noise_seed"] or 0
         routing = routing.with_key(seed=seed, training=self.training, batch_size=batch_size, device=device)
         key: NoiseKey = routing.key  # type: ignore[assignment]
         return dataclasses.replace(routing, key=key.at(position_ids, batch_size))

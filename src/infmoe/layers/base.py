@@ -132,9 +132,11 @@ class ConditionalFFN(nn.Module, ABC):
     def from_config(cls, config: Any, layer_index: int = 0) -> "ConditionalFFN":
         """Build from any object whose attributes are named like the options (`InfMoEConfig`).
 
+        Of an option with one value for each layer, a tuple, it takes this layer's.
         The output projection starts smaller by 1 / sqrt(2 * num_hidden_layers), as in GPT-2.
         """
         options = {name: getattr(config, name) for name in cls.option_defaults()}
+        options = {name: v[layer_index] if isinstance(v, tuple) else v for name, v in options.items()}
         return cls(
             config.hidden_size,
             config.intermediate_size,
@@ -195,3 +197,8 @@ class ConditionalFFN(nn.Module, ABC):
         for dial in dials:
             if getattr(routing, dial) is not None:
                 raise InfMoEError(f"{type(self).__name__} has no dial {dial!r}: leave it out")
+
+    def _refuse_backend(self, routing: Routing) -> None:
+        """Raise if `routing` names a backend; for variants that have none to choose from."""
+        if routing.backend is not None:
+            raise InfMoEError(f"{type(self).__name__} has no backends: leave backend={routing.backend!r} out")

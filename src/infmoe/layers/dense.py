@@ -51,7 +51,7 @@ class DenseFFN(ConditionalFFN):
 
     def forward(self, x_BTD: Tensor, routing: Routing | None = None) -> FFNOutput:
         routing = routing or Routing()
-        self._refuse(routing, *DIALS, "mode")
+        self._refuse_dials(routing)
         h_BTF = self.act(self.w1(x_BTD))
         if self.w3 is not None:
             h_BTF = h_BTF * self.w3(x_BTD)
@@ -62,7 +62,7 @@ class DenseFFN(ConditionalFFN):
         return FFNOutput(y_BTD, no_loss, uniform_stats(looked_at, self.width, x_BTD.device))
 
     def cost(self, routing: Routing | None = None, union_ratio: float | None = None) -> FFNCost:
-        self._refuse(routing or Routing(), *DIALS, "mode")
+        self._refuse_dials(routing or Routing())
         params = self.num_params()
         flops = 2 * self.hidden_size * self.width * (3 if self.w3 is not None else 2)
         return FFNCost(
@@ -77,3 +77,7 @@ class DenseFFN(ConditionalFFN):
             weights_executed=params,
             weights_ideal=params,
         )
+
+    def _refuse_dials(self, routing: Routing) -> None:
+        self._refuse(routing, *DIALS, "mode")
+        self._refuse_backend(routing)

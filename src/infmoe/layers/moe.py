@@ -146,10 +146,10 @@ class MoEFFN(ConditionalFFN):
         self.experts = Experts(hidden_size, intermediate_size, num_experts, hidden_act)
         self._check_k(num_experts_per_tok)
         self._check_k(trained, "trained_experts_per_tok")
-        if ideal_experts_per_tok is not None and not trained <= ideal_experts_per_tok <= num_experts:
+        if ideal_experts_per_tok is not None and not trained < ideal_experts_per_tok <= num_experts:
             raise InfMoEError(
-                f"ideal_experts_per_tok must lie between the trained k ({trained}) and num_experts ({num_experts}), "
-                f"got {ideal_experts_per_tok}"
+                f"ideal_experts_per_tok must be above the trained k ({trained}), and num_experts ({num_experts}) at "
+                f"most, got {ideal_experts_per_tok}"
             )
         self.router = nn.Linear(hidden_size, num_experts, bias=False) if expert_router == "learned" else None
         self.reset_parameters()
@@ -217,6 +217,7 @@ class MoEFFN(ConditionalFFN):
 
     def _k(self, routing: Routing) -> int:
         self._refuse(routing, *(dial for dial in DIALS if dial != "num_experts_per_tok"), "mode")
+        self._refuse_backend(routing)
         k = routing.num_experts_per_tok
         if k is None:
             return self.num_experts_per_tok

@@ -30,6 +30,10 @@ class Point:
             dials[name] = tuple(value) if isinstance(value, list) else value
         return Point(**dials)
 
+    def by_layer(self) -> dict[str, tuple]:
+        """The dials that differ from layer to layer."""
+        return {name: value for name, value in asdict(self).items() if isinstance(value, tuple)}
+
     def dials(self) -> dict[str, Any]:
         """What `Routing` takes."""
         return {name: PerLayer(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}

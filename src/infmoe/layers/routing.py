@@ -128,7 +128,7 @@ class Routing:
             at least, where rows differ in it); None: at all
             of them, but a model in train mode at 512.
         backend: which kernels run (`infinity`): "auto", "eager", "fused", "sparse" or "triton"; None: the
-            environment's INFMOE_BACKEND, else "auto". They agree but for rounding.
+            environment's INFMOE_BACKEND, else "auto". They agree but for rounding. The other variants have none.
     """
 
     num_samples: IntDial | None = None

@@ -86,6 +86,7 @@ class SwitchFFN(ConditionalFFN):
 
     def _refuse_dials(self, routing: Routing) -> None:
         self._refuse(routing, *DIALS, "mode")
+        self._refuse_backend(routing)
 
     def _within_capacity(self, expert_T1: Tensor) -> Tensor:
         """Which tokens find a place, shape (T, 1); those before them in the batch go first."""

@@ -3,8 +3,10 @@
 Importing this module is cheap (no torch), so that listing recipes and `--help` stay fast.
 """
 
+import contextlib
 import difflib
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -64,8 +66,8 @@ class ScheduleConfig(_Strict):
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
 
 
-Ratio = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Ratio = Annotated[float, Field(gt=0, le=1, strict=True)]  # strict: true is no number
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class ElasticConfig(_Strict):
@@ -94,7 +96,7 @@ class ElasticConfig(_Strict):
     num_experts_per_tok: tuple[Count, ...] | None = None
     per: Literal["layer", "step"] = "layer"
     rule: Literal["draw", "sandwich"] = "draw"
-    between: int = Field(default=0, ge=0)
+    between: int = Field(default=0, ge=0, strict=True)
     distill: bool = False
     others_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     consistency_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -269,6 +271,10 @@ class RunConfig(_Strict):
         return self.model_dump(mode="json")
 
 
+# Where 2026/10 is a folder, or a name.
+_FREE_TEXT = ("name", "init", "data.dir")
+_FRACTION = re.compile(r"(?<![\w./])(\d+)\s*/\s*(\d+)(?![\w./])")
+
 # What may differ between a run and its resumption: it leaves the weights as they are. The data folder may
 # have moved; its contents are compared by hash.
 REPORTING_KEYS = ("name", "data.dir", "eval", "log", "checkpoint")
@@ -290,11 +296,15 @@ def load_config(values: Mapping[str, Any]) -> RunConfig:
         if first["type"] == "value_error":
             raise InfMoEError(str(first["ctx"]["error"])) from None
         got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        if first["type"] == "tuple_type":
+            raise InfMoEError(f"setting {path!r} takes a list in brackets, {path}=[...]{got}") from None
         raise InfMoEError(f"setting {path!r}: {first['msg'][:1].lower()}{first['msg'][1:]}{got}") from None
 
 
 def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     """The configuration with `a.b=value` settings applied; values are read as JSON, else taken as text.
+
+    Fractions are numbers, alone and in lists: `elastic.keep_ratio=[1/4,1/16]`.
 
     Raises:
         InfMoEError: no `=`, an unknown key (names the nearest), or a value that does not fit.
@@ -313,7 +323,7 @@ def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
             section = section[parent]
         if isinstance(section.get(leaf), dict):
             raise InfMoEError(f"{key!r} is a section: set one of its keys, e.g. {key}.{min(section[leaf])}=...")
-        section[leaf] = _parse_scalar(text.strip())
+        section[leaf] = _parse_value(text.strip(), fractions=key.strip() not in _FREE_TEXT)
         model_changed = model_changed or parents == ["model"]
     changed = load_config(values)
     if model_changed:
@@ -360,14 +370,16 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return annotation if plain_class and issubclass(annotation, BaseModel) else None
 
 
-def _parse_scalar(text: str) -> Any:
+def _parse_value(text: str, *, fractions: bool) -> Any:
     words = {"true": True, "false": False, "null": None, "none": None}
     if text.lower() in words:
         return words[text.lower()]
-    try:
+    with contextlib.suppress(json.JSONDecodeError):
         return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    if fractions:
+        with contextlib.suppress(ValueError, ArithmeticError):  # no JSON, 1/0
+            return json.loads(_FRACTION.sub(lambda found: str(int(found[1]) / int(found[2])), text))
+    return text
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -123,8 +123,8 @@ def check_elastic(config: ElasticConfig, model_config: InfMoEConfig) -> None:
     """Raise where the model can't train at these dials.
 
     Raises:
-        InfMoEError: a dial that the variant does not have, a value that it does not take, or noise where the router
-            draws none.
+        InfMoEError: a dial that the variant does not have, a value that it does not take, noise where the router
+            draws none, or as many experts as Elastic MoE draws from.
     """
     with torch.device("meta"):
         layer = ffn_class(model_config.ffn).from_config(model_config)
@@ -134,6 +134,12 @@ def check_elastic(config: ElasticConfig, model_config: InfMoEConfig) -> None:
                 layer.cost(Routing(**{name: value}))  # the layer refuses what it cannot run
             except InfMoEError as error:
                 raise InfMoEError(f"elastic.{name}: {error}") from error
+    ideal, most = model_config.ideal_experts_per_tok, max(config.num_experts_per_tok or (0,))
+    if ideal is not None and ideal <= most:
+        raise InfMoEError(
+            f"elastic.num_experts_per_tok: at {most}, Elastic MoE draws nothing of the {ideal} best: give values below "
+            f"{ideal}, or a model.ideal_experts_per_tok above {most}"
+        )
     by_itself = model_config.ideal_experts_per_tok is not None or model_config.hierarchical_loss_weight
     if config.start and not (config.lists or config.consistency_weight or by_itself):
         raise InfMoEError("elastic.start puts nothing off: set what is to begin then, e.g. elastic.keep_ratio")
