@@ -15,7 +15,6 @@ from infmoe.reproduce.section import (
     MISSING,
     NOT_RUN,
     SHARED,
-    UNDECIDED,
     Claim,
     Section,
     at_dials,
@@ -341,7 +340,7 @@ def _verdict_of_ends(differences: Sequence[Interval | None]) -> str:
     signs = {math.copysign(1.0, difference.mean) for difference in differences if difference is not None}
     if len(signs) > 1:
         return "not decided: the sign hangs on the time"
-    return verdicts.pop() if len(verdicts) == 1 else UNDECIDED
+    return verdicts.pop() if len(verdicts) == 1 else "not decided: the time is not known well enough"
 
 
 def _quickest(speed: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -23,6 +23,7 @@ from infmoe.reproduce.elastic_experts import OF_K, each, expert_curves, experts,
 from infmoe.reproduce.elastic_samples import sampling
 from infmoe.reproduce.elastic_tuned import tuned
 from infmoe.reproduce.figures import SHOWN, Gallery, Line
+from infmoe.reproduce.measures import wanted
 from infmoe.reproduce.places import SAMPLE_ARMS
 from infmoe.reproduce.plan import (
     ELASTIC_EXPERTS,
@@ -54,6 +55,7 @@ from infmoe.reproduce.section import (
 from infmoe.reproduce.speeds import decode_over_dials, speeds
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
+from infmoe.train.config import hf_config
 
 _RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _FIXED = {"infinity-keep4": 1 / 4, "infinity-keep8": 1 / 8, "infinity-keep16": 1 / 16}
@@ -404,8 +406,18 @@ def _short(line: str) -> str:
 
 
 def _unmeasured(store: Store) -> str:
-    """Planned arms that no run is of."""
+    """Planned arms that no run is of, and what the runs that there are were not measured for."""
     planned = dict.fromkeys((*_FIXED, *_ELASTIC, *ELASTIC_EXPERTS, *SAMPLE_ARMS), store.scale.tokens)
     planned |= dict.fromkeys(ELASTIC_TUNED, further_tokens(store.scale))
     absent = [f"`{arm}`" for arm, tokens in planned.items() if not store.runs(arm, tokens)]
-    return f"Not measured yet: {', '.join(absent)}." if absent else ""
+    lacking: dict[str, dict[str, list[int]]] = {}
+    for arm, tokens in planned.items():
+        for run in store.runs(arm, tokens):
+            for name in () if run.diverged else wanted(run.spec, hf_config(run.spec.config()), tasks=False):
+                if run.measure(name) is None:
+                    lacking.setdefault(name, {}).setdefault(arm, []).append(run.spec.seed)
+    parts = [f"Not measured yet: {', '.join(absent)}."] if absent else []
+    for name, arms in lacking.items():
+        seeds = "; ".join(f"`{arm}` ({', '.join(map(str, found))})" for arm, found in arms.items())
+        parts.append(f"Without `{name}`, with the seeds in brackets: {seeds}.")
+    return " ".join(parts)

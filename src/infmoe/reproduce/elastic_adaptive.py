@@ -137,7 +137,9 @@ def _samples(store: Store, section: Section) -> str:
     return (
         "**Samples where the router is unsure** (`Routing(min_sigma_to_mu=…)`: tokens whose rms(σ) / rms(μ) lies below "
         f"take one; bounds for a mean of {MEAN_SAMPLES} found on training text; against the same number for all, "
-        "between whole numbers on the line through them, at the mean on held-out text)\n\n" + markdown_table(head, rows)
+        "between whole numbers on the line through them, at the mean on held-out text; the same number of samples that "
+        f"count, not the same work: every token's scores are those of all {' or '.join(map(str, UNSURE_SAMPLES))})\n\n"
+        + markdown_table(head, rows)
     )
 
 

@@ -24,12 +24,13 @@ from infmoe.reproduce.section import (
     mean_loss,
     minus,
     nats,
+    of_seeds,
     rivals,
     seeds_text,
     text_of,
     verdict_below,
 )
-from infmoe.reproduce.statistics import Interval, interval
+from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config
 
@@ -308,8 +309,32 @@ def table5(store: Store, gallery: Gallery) -> Section:
             _budget_note(store, "moe", tokens),
         )
     )
+    section.claims.append(_lead_over_data(store))
     rivals(section, store, gallery, ("moe",), tokens)
     return section
+
+
+def _lead_over_data(store: Store) -> Claim:
+    """Whether the lead over MoE keeps its size on more data, seed by seed."""
+    scale = store.scale
+    sizes = (scale.tokens, scale.long_tokens)
+    losses = [[store.losses(arm, tokens) for tokens in sizes] for arm in ("infinity", "moe")]
+    seeds = set.intersection(*(set(found) for arm in losses for found in arm))
+    leads = [{seed: ours[seed] - theirs[seed] for seed in seeds} for ours, theirs in zip(*losses, strict=True)]
+    change = paired(leads[1], leads[0])
+    shown = [f"{text_of(interval(list(lead.values())), sign=True)} nats" for lead in leads if lead]
+    at = [f"{text} at {tokens_text(tokens)} tokens" for text, tokens in zip(shown, sizes, strict=False)]
+    verdict = better(change)
+    printed = [paper.TABLE1["small"][arm][2] - paper.TABLE5[arm][1] for arm in ("infinity", "moe")]
+    early = paper.TABLE1["small"]["infinity"][2] - paper.TABLE1["small"]["moe"][2]
+    return Claim(
+        "whether ∞-MoE's lead over MoE keeps its size on more data, in held-out loss",
+        ", ".join(at) + ("" if change is None else f" ({of_seeds(change)})") or "–",
+        {"better": "it grows", "worse": "it shrinks"}.get(verdict, verdict),
+        f"the paper's, in mean accuracy of its small model: {early:.1f} points at 10B tokens, "
+        f"{early - printed[0] + printed[1]:.1f} at 100B; it says that the gains persist",
+        ours=True,
+    )
 
 
 def table6(store: Store, gallery: Gallery) -> Section:
