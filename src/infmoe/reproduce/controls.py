@@ -396,7 +396,7 @@ def _sigma(store: Store, section: Section) -> str:
     union = interval([row["union_ratio"] for row in rows])
     void = overlap.mean > SHARED
     first = [run.values["curve"]["sigma_to_mu"][0] for run in store.runs(OURS, store.scale.tokens) if not run.diverged]
-    shrinks = interval(first).mean / ratio.mean
+    shrinks = interval(first).mean / ratio.mean if ratio.mean else math.inf
     alive = "alive" if shrinks < _SHRUNK else f"shrinks {shrinks:.1f}-fold, and lives" if ratio.low > _ALIVE else "dies"
     section.claims.append(
         Claim(

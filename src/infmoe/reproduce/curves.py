@@ -213,7 +213,7 @@ def figure4(store: Store, gallery: Gallery) -> Section:
     if (
         not isinstance(summary, dict)
         or "forward_speedup_min" not in summary
-        or not all(is_number(summary[key]) for key in wanted if key in summary)
+        or not all(is_number(summary[key]) and summary[key] > 0 for key in wanted if key in summary)
     ):
         raise InfMoEError(f"{path} is damaged: make it again with `infmoe bench ffn --out {path}`")
     rows = [[text, "–", f"{summary[key]:.2f}×"] for key, text in wanted.items() if key in summary]
