@@ -1,5 +1,6 @@
 """A scale so small that a run takes seconds, and results that nobody trained."""
 
+import copy
 import dataclasses
 import json
 from functools import cache
@@ -168,8 +169,8 @@ def fake_values(spec: RunSpec, loss: float, *, tasks: bool = True, **changes: An
         "run": identity,
         "config": config.to_dict(),
         "model": expanded_model(config),
-        "data": DATA,
-        "cost": cost,
+        "data": copy.deepcopy(DATA),
+        "cost": dict(cost),
         "seconds": 1.0,
         "curve": curve,
         "measures": measures,

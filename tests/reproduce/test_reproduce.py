@@ -22,10 +22,12 @@ from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.hf.identity import fingerprint
 from infmoe.reproduce import measures, plan, work
-from infmoe.reproduce.command import Request, describe_arms, only, repeats, run_request
+from infmoe.reproduce.checks import expanded_model
+from infmoe.reproduce.command import Request, describe_arms, describe_plan, only, repeats, run_request
 from infmoe.reproduce.measures import Measure
 from infmoe.reproduce.plan import Group
 from infmoe.reproduce.store import Store
+from infmoe.train.config import load_config
 
 
 @pytest.fixture
@@ -71,6 +73,7 @@ def test_what_is_missing_is_trained_and_what_is_done_is_not(request_, in_process
         assert values["curve"]["tokens"] == [256, 512, 768, 1024]
         assert values["seconds"] > 0
         assert values["config"]["data"]["dir"] is None
+        assert values["model"] == expanded_model(load_config(values["config"]))
         assert str(request_.work) not in json.dumps(values)
         assert values["provenance"]["command"] == "infmoe reproduce table6 --scale tiny --data DIR"
     infinity, moe = found.values()
@@ -364,6 +367,8 @@ def test_a_signal_to_stop_ends_with_a_checkpoint_and_the_signals_code(request_, 
         ({"corpus": "x"}, "one of the two"),
         ({"name": "table4"}, "unknown table or figure 'table4'"),
         ({"scale": "huge"}, "unknown scale 'huge'; known: medium, small, tiny"),
+        ({"name": "figure4", "arms": "moe"}, "figure4 trains no arms: leave --arms out"),
+        ({"arms": "moe16,, infinity"}, "unknown arm ''; known: infinity, moe16"),
         ({"scale": "small", "data": None, "corpus": "x"}, "trains on prepared data: give --data DIR"),
         ({"scale": "small", "data": None, "corpus": "x"}, "--subset sample-100BT"),  # 10B tokens, and what is held out
         ({"name": "table5", "scale": "medium", "data": None, "corpus": "x"}, "--subset sample-350BT"),
@@ -391,7 +396,10 @@ def test_other_data_is_refused(request_, tmp_path, mini_data):
 
 
 def test_arms_may_be_picked_by_name_and_shown_as_training_commands(request_, in_process, capsys):
-    picked = dataclasses.replace(request_, arms="moe16")
+    assert run_request(dataclasses.replace(request_, arms="moe16, infinity", dry_run=True)) == 0
+    both = [line for line in capsys.readouterr().out.splitlines() if line.startswith("infmoe train tiny/")]
+    assert [line.split()[2] for line in both] == ["tiny/infinity", "tiny/moe16"]
+    picked = dataclasses.replace(request_, arms=" moe16")
     assert run_request(dataclasses.replace(picked, dry_run=True)) == 0
     listed = capsys.readouterr().out
     assert "infinity" not in listed
@@ -401,7 +409,22 @@ def test_arms_may_be_picked_by_name_and_shown_as_training_commands(request_, in_
     assert list(runs_of(request_)) == ["moe16-0.001024M-lr0.002-s1"]
     with pytest.raises(InfMoEError, match="unknown arm 'moe61'; did you mean 'moe16'"):
         run_request(dataclasses.replace(request_, arms="infinity,moe61"))
-    assert picked.worker_words(request_.data)[-2:] == ["--arms", "moe16"]
+    assert picked.worker_words(request_.data)[-2:] == ["--arms", " moe16"]
+
+
+def test_a_plan_ends_with_what_it_takes_in_all_and_what_is_left(mini, store):
+    arms, passes = ("infinity", "infinity-sandwich"), (1, 2)
+    fill(store, dict.fromkeys(arms, 3.5), mini.tokens, seeds=1)
+    wanted = [Group(arms, mini.tokens, (2, 2))]
+    once = store.runs("infinity", mini.tokens)[0].cost["flops_executed"] * mini.tokens * 3
+    # one seed of each arm is trained, and both learning rates of the one that is tuned, at half the length
+    tuned = store.runs("infinity", mini.tokens)[0].cost["flops_executed"] * mini.tune_tokens * 3
+    second = sum(run.cost["flops_executed"] * mini.tokens * 3 for run in store.runs("infinity-sandwich", mini.tokens))
+    left = passes[0] * once + passes[1] * second
+    assert describe_plan(store, wanted).splitlines()[-1] == (
+        f"in all 6 runs, 0.00512M tokens, {2 * left + 2 * tuned:.2e} FLOPs of training; "
+        f"to do 2 runs, 0.002048M tokens, {left:.2e} FLOPs of training"
+    )
 
 
 def test_every_length_and_rate_of_an_arm_has_its_command(mini, store):

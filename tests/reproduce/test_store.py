@@ -95,8 +95,12 @@ def _edit(path, change):
     ("key", "value", "words"),
     [
         ("fingerprint", None, "nothing on a model of infinity-keep4 that it started from"),
-        ("arm", "infinity", "it started from infinity-keep4-0.001024M-lr0.002-s1 of infinity, not from "),
-        ("slug", "infinity-keep4-0.001024M-lr0.002-s2", "it started from infinity-keep4-0.001024M-lr0.002-s2 of infin"),
+        ("arm", "infinity", "it started from 'infinity-keep4-0.001024M-lr0.002-s1' of 'infinity', not from "),
+        (
+            "slug",
+            "infinity-keep4-0.001024M-lr0.002-s2",
+            "it started from 'infinity-keep4-0.001024M-lr0.002-s2' of 'infin",
+        ),
     ],
 )
 def test_a_tuned_run_says_which_model_it_started_from(store, key, value, words):

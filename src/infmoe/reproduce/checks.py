@@ -11,7 +11,6 @@ from typing import Any
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEConfig, model_cost
 from infmoe.hf.configuration_infmoe import model_fields
-from infmoe.layers.point import ratio_text
 from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.measures import COUNTS, MEASURES, ZERO_SHOT, own_settings, settings
 from infmoe.reproduce.places import Place, Places, place_of
@@ -28,7 +27,10 @@ _PARTS = {
     "measures": dict,
     "provenance": dict,
 }
-_COST = ("total", "total_with_wz", "active", "active_with_wz", "active_union", "flops_executed", "flops_ideal")
+_COST = (
+    *("total", "total_with_wz", "active", "active_with_wz", "active_union"),
+    *("flops_executed", "flops_ideal", "weights_ideal"),
+)
 _COURSE = ("loss", "entropy", "effective_units", "dead_ratio", "sigma_to_mu", "overlap_ratio")
 # what a file says of its making, and the page reads
 _MAKING: tuple[tuple[str, str, tuple[type, ...]], ...] = (
@@ -36,6 +38,7 @@ _MAKING: tuple[tuple[str, str, tuple[type, ...]], ...] = (
     ("versions", "torch", (str,)),
     ("training", "commit", (str, type(None))),  # None: trained outside of a source tree
 )
+_LARGEST = 1e200
 _ROUNDING = 1e-6  # by which a mean of shares may lie above one
 # what a row's figures lie between, those that the page reads
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -124,13 +127,13 @@ def _refuse_damage(path: Path, damage: str | None) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value of a file is a finite number, and none that arithmetic in floats would overflow with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def is_count(value: Any) -> bool:
     """Whether a value of a file is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and is_number(value) and value > 0
 
 
 def data_damage(data: Mapping[str, Any]) -> str | None:
@@ -182,7 +185,7 @@ def _start_damage(spec: RunSpec, start: Any) -> str | None:
     lr = spec.lr / spec.arm.lr_factor * base.lr_factor
     wanted = RunSpec(spec.scale, base, spec.scale.tokens, lr, spec.seed).slug
     if (start["arm"], start["slug"]) != (base.name, wanted):
-        return f"it started from {start['slug']} of {start['arm']}, not from {wanted} of {base.name}"
+        return f"it started from {start['slug']!r} of {start['arm']!r}, not from {wanted!r} of {base.name!r}"
     return None
 
 
@@ -325,5 +328,5 @@ def _wrong_places(wanted: Places | None, found: list[Place]) -> str | None:
 
 
 def _place_text(place: Place) -> str:
-    shown = {name: ratio_text(value) if isinstance(value, float) else value for name, value in place.items()}
+    shown = {name: f"{value:g}" if isinstance(value, float) else repr(value) for name, value in place.items()}
     return " ".join(f"{name}={value}" for name, value in shown.items()) or "the run's own"

@@ -225,11 +225,8 @@ def describe_plan(store: Store, wanted: list[Group]) -> str:
             f"{spec.slug:<46}{spec.recipe:<28}{config.steps:>8,} steps {cost.total_with_wz / 1e6:>8.1f}M "
             f"{own:>9.2e} FLOPs  {'done' if done else 'to do'}"
         )
-    whole, left = (
-        _amount(runs.total(), tokens.total(), flops.total()),
-        _amount(runs[False], tokens[False], flops[False]),
-    )
-    lines.append(f"in all {whole}; to do {left}")
+    whole = _amount(runs.total(), tokens.total(), flops.total())
+    lines.append(f"in all {whole}; to do {_amount(runs[False], tokens[False], flops[False])}")
     return "\n".join(lines)
 
 

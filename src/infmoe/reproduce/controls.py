@@ -497,7 +497,7 @@ class _Spread:
 
     @property
     def shrinks(self) -> float:
-        return self.first.mean / self.last.mean
+        return self.first.mean / self.last.mean if self.last.mean else math.inf
 
 
 def _spread(store: Store, tokens: int) -> _Spread | None:

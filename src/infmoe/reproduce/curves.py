@@ -303,7 +303,7 @@ def figure4(store: Store, gallery: Gallery) -> Section:
     if (
         not isinstance(summary, dict)
         or "forward_speedup_min" not in summary
-        or not all(is_number(summary[key]) for key in _SPEEDUPS if key in summary)
+        or not all(is_number(summary[key]) and summary[key] > 0 for key in _SPEEDUPS if key in summary)
         or lines is None
     ):
         raise InfMoEError(f"{path} is damaged: make it again with `{making}`")

@@ -29,7 +29,8 @@ def _is_row(row: Any) -> bool:
     if row.get("unit") == "tokens/s":
         return row.get("precision") in ("bf16", "fp32")
     ratio = row.get("keep_ratio")
-    return row.get("unit") == "ms" and (ratio is None or (is_number(ratio) and is_count(row.get("num_samples"))))
+    dials = ratio is None or (is_number(ratio) and 0 < ratio <= 1 and is_count(row.get("num_samples")))
+    return row.get("unit") == "ms" and dials
 
 
 @dataclass(frozen=True)
