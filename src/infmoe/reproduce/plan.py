@@ -286,7 +286,7 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
     "table1": lambda s: [Group(("infinity", "moe", "dense", "switch"), s.tokens, _side(s))],
     "table2": _table2,
     "table3": lambda s: [Group(("infinity",), s.entropy_tokens, _side(s))],
-    "table5": lambda s: [Group(("infinity", "moe"), s.long_tokens, _side(s))],
+    "table5": lambda s: [Group(("infinity", "moe"), tokens, _side(s)) for tokens in (s.long_tokens, s.tokens)],
     "table6": lambda s: [Group(("infinity", "moe16", "moe16-fine"), s.tokens, _side(s))],
     "figure2": lambda s: [Group(("infinity", "moe"), s.tokens, _side(s))],
     "figure3": lambda s: [Group(("infinity", "moe"), tokens, _side(s)) for tokens in s.data_sizes],
