@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_results import DATA, fake_values, fill, spec_of
+from fake_results import DATA, fake_values, ffn_result, fill, spec_of
 
 from infmoe.errors import InfMoEError
 from infmoe.layers import InfinityFFN
@@ -16,6 +16,7 @@ from infmoe.reproduce.checks import expanded_model
 from infmoe.reproduce.measures import MEASURES
 from infmoe.reproduce.plan import SCALES
 from infmoe.reproduce.report import _files, _setting, render_section
+from infmoe.reproduce.speeds import Time, speeds
 from infmoe.reproduce.store import Store
 
 ROOT = Path(__file__).parent.parent.parent
@@ -284,9 +285,10 @@ def test_a_run_that_says_other_counts_of_its_data_is_refused(store):
 
 
 ROWS = [
-    {"arm": "infinity", "precision": "bf16", "unit": "tokens/s", "median": 1e4},
-    {"arm": "infinity", "precision": "fp32", "unit": "ms", "median": 3.0},
-    {"arm": "infinity", "precision": "fp32", "unit": "ms", "median": 2.0, "num_samples": 1, "keep_ratio": 0.25},
+    {"arm": "infinity", "precision": "bf16", "unit": "tokens/s", "median": 1e4, "q1": 8e3, "q3": 2e4},
+    {"arm": "infinity", "precision": "fp32", "unit": "ms", "median": 3.0, "q1": 2.5, "q3": 3.5},
+    {"arm": "infinity", "precision": "fp32", "unit": "ms", "median": 2.0, "q1": 1.5, "q3": 2.5}
+    | {"num_samples": 1, "keep_ratio": 0.25},
 ]
 
 
@@ -303,6 +305,8 @@ ROWS = [
         ("rows.0.median", None),
         ("rows.0.median", 0),
         ("rows.1.median", "3.0"),
+        ("rows.0.q1", 0.0),
+        ("rows.1.q3", float("nan")),
         ("rows.0.precision", None),
         ("rows.2.num_samples", None),
         ("rows.2.keep_ratio", "1/4"),
@@ -313,11 +317,48 @@ def test_damaged_speeds_are_named(store, mini, keys, value):
     path = store.folder.parent.parent / "variants.json"
     values = copy.deepcopy({"rows": ROWS})
     write_json(path, values)
-    assert "| 100 / – | 3.00 |" in render_section("controls", store, draw=False).body
+    assert speeds(store)["infinity"] == {"train_us": Time(100, 50, 125), "decode_ms": Time(3, 2.5, 3.5)}
     set_at(values, keys, value)
     write_json(path, values)
     said = refusal(lambda: render_section("controls", store, draw=False), path)
     assert f"{DAMAGED}: restore it, or make it again with `infmoe bench variants --out {path}`" in said
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ("rows", {}),
+        ("rows", "fast"),
+        ("rows.0", 3),
+        ("rows.0.arm", []),
+        ("rows.0.median", "10.0"),
+        ("rows.0.median", 0.0),
+        ("rows.0.q3", float("inf")),
+        ("rows.0.keep_ratio", "1/4"),
+        ("rows.0.keep_ratio", None),
+        ("summary", [1]),
+        ("summary.forward_speedup_min", None),
+        ("summary.forward_speedup_min", -1.0),
+        ("summary.train_speedup_min", "2.5"),
+    ],
+)
+def test_a_damaged_bench_of_the_kernel_is_named(store, keys, value):
+    path = store.folder.parent.parent / "ffn.json"
+    values = ffn_result()
+    write_json(path, values)
+    assert "3.50×" in render_section("figure4", store, draw=False).body
+    set_at(values, keys, value)
+    write_json(path, values)
+    with pytest.raises(InfMoEError) as error:
+        render_section("figure4", store, draw=False)
+    assert str(error.value).startswith(f"{path} is damaged: make it again with `infmoe bench ffn --out ")
+
+
+@pytest.mark.parametrize("made", ["by hand", {}, None])
+def test_figure_4_without_provenance_names_the_command_that_makes_its_file(store, made):
+    path = store.folder.parent.parent / "ffn.json"
+    write_json(path, ffn_result() | {"provenance": made})
+    assert render_section("figure4", store, draw=False).command == f"infmoe bench ffn --out {path}"
 
 
 def test_every_file_that_the_page_counts_is_checked(store, mini):

@@ -307,7 +307,8 @@ def figure4(store: Store, gallery: Gallery) -> Section:
         or lines is None
     ):
         raise InfMoEError(f"{path} is damaged: make it again with `{making}`")
-    section.command = (result.get("provenance") or {}).get("command") or making
+    made = result.get("provenance")
+    section.command = str(made.get("command") or making) if isinstance(made, dict) else making
     parts = [
         _speedups(summary),
         "The reference is those products with `torch.topk`, a scatter and a mean; the paper's figure is for a GPU, and "
@@ -332,11 +333,16 @@ def figure4(store: Store, gallery: Gallery) -> Section:
 def _latencies(result: Mapping[str, Any]) -> dict[str, dict[float, Quartiles]] | None:
     """Path -> keep ratio -> ms of a forward pass at the paper's d_z in bfloat16; None: the file is damaged."""
     found: dict[str, dict[float, Quartiles]] = {}
+    rows = result.get("rows", [])
+    if not isinstance(rows, list):
+        return None
     try:
-        for row in result.get("rows") or ():
+        for row in rows:
             if (row["dtype"], row["z_dim"], row.get("pass")) == ("bf16", 256, "forward") and row["arm"] in _PATHS:
-                timed = Quartiles(row["median"], row["q1"], row["q3"])
-                found.setdefault(_PATHS[row["arm"]], {})[row["keep_ratio"]] = timed
+                figures = [row[name] for name in ("keep_ratio", "median", "q1", "q3")]
+                if not all(is_number(figure) and figure > 0 for figure in figures):
+                    return None
+                found.setdefault(_PATHS[row["arm"]], {})[figures[0]] = Quartiles(*figures[1:])
     except (KeyError, TypeError):
         return None
     return {name: found[name] for name in _PATHS.values() if name in found}
