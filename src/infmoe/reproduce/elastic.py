@@ -19,6 +19,7 @@ from infmoe.reproduce.dial_curves import (
     useful_ranges,
 )
 from infmoe.reproduce.elastic_adaptive import adaptive
+from infmoe.reproduce.elastic_against_moe import RIVALS, against_moe
 from infmoe.reproduce.elastic_experts import OF_K, each, expert_curves, experts, labelled, left_out
 from infmoe.reproduce.elastic_samples import sampling
 from infmoe.reproduce.elastic_tuned import tuned
@@ -52,7 +53,6 @@ from infmoe.reproduce.section import (
     seeds_text,
     text_of,
 )
-from infmoe.reproduce.speeds import decode_over_dials, speeds
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config
@@ -85,7 +85,7 @@ def elastic(store: Store, gallery: Gallery) -> Section:
         _useful_ranges(store),
         _training_cost(store),
         _flops(store),
-        _no_worse_than_moe(store),
+        against_moe(store, (("infinity", 2), *((arm, 1) for arm in (*_FIXED, *_ELASTIC)))),
         adaptive(store, section),
         _everything(store, gallery, section),
         _unmeasured(store),
@@ -275,56 +275,6 @@ def _several_passes(store: Store) -> str:
     return "**Several passes a token against one** (paired by seed, nats)\n\n" + markdown_table(head, rows)
 
 
-def _no_worse_than_moe(store: Store) -> str:
-    """The smallest keep ratio at which ∞-MoE still beats MoE top-2 of the same total parameters."""
-    tokens = store.scale.tokens
-    moe = over_k(store, "moe").get(2, {})
-    runs = store.runs("moe", tokens)
-    times = decode_over_dials(store)
-    rows = []
-    for arm, samples in (("infinity", 2), *((name, 1) for name in (*_FIXED, *_ELASTIC))):
-        found = curve(store, arm, tokens, ratio_of(samples))
-        gaps = {r: gap for r in sorted(found) if (gap := paired(found[r], moe)) is not None}
-        if not gaps:
-            continue
-        if any(gap.half_width is None for gap in gaps.values()):
-            rows.append([f"{arm}, K = {samples}", ONE_SEED, "–", "–", "–", "–"])
-            continue
-        best = min(gaps, key=lambda r: gaps[r].mean)
-        downwards = [r for r in sorted(gaps, reverse=True) if r <= best]
-        failing = next((i for i, r in enumerate(downwards) if gaps[r].high > 0), len(downwards))
-        able = downwards[:failing]
-        if not able:
-            seeds = next(iter(gaps.values())).count
-            decided = all(gap.low > 0 for gap in gaps.values())
-            text = "none" if decided else f"not decided: {seeds} seeds"
-            rows.append([f"{arm}, K = {samples}", text, "–", "–", "–", text_of(gaps[best], sign=True)])
-            continue
-        least = able[-1]
-        cells = [_megaflops(store, arm, samples, least, figure) for figure in ("flops_ideal", "flops_executed")]
-        cells.append(f"{times[samples, least]:.2f}" if (samples, least) in times else "–")
-        rows.append([f"{arm}, K = {samples}", ratio_text(least), *cells, text_of(gaps[least], sign=True)])
-    if not rows or not runs:
-        return ""
-    ideal = runs[0].cost["flops_ideal"] / 1e6
-    head = (
-        *("∞-MoE", "smallest keep ratio no worse than MoE", "ideal MFLOPs per token there", "executed"),
-        *("decoding there, ms per token", "loss minus MoE's, nats"),
-    )
-    moe_ms = speeds(store).get("moe", {}).get("decode_ms")
-    decoding = "decoding not measured" if moe_ms is None else f"decoding {moe_ms.median:.2f} ms per token"
-    return (
-        f"**Against MoE, 4 experts, top-2** ({ideal:.2f} MFLOPs per token, {decoding}; equal total parameters "
-        f"without W_z; 95 % interval at or below 0; where no ratio is, the last column has the best one's)\n\n"
-        + markdown_table(head, rows)
-    )
-
-
-def _megaflops(store: Store, arm: str, samples: int, ratio: float, figure: str) -> str:
-    found = curve(store, arm, store.scale.tokens, ratio_of(samples), figure=figure).get(ratio)
-    return "–" if not found else f"{interval(list(found.values())).mean / 1e6:.2f}"
-
-
 def _flops(store: Store) -> str:
     """What a token costs at each setting of a dial."""
     dials: dict[str, tuple[Callable[[str], Curve], Callable[[Any], str]]] = {
@@ -408,6 +358,7 @@ def _short(line: str) -> str:
 def _unmeasured(store: Store) -> str:
     """Planned arms that no run is of, and what the runs that there are were not measured for."""
     planned = dict.fromkeys((*_FIXED, *_ELASTIC, *ELASTIC_EXPERTS, *SAMPLE_ARMS), store.scale.tokens)
+    planned |= dict.fromkeys(RIVALS, store.scale.tokens)
     planned |= dict.fromkeys(ELASTIC_TUNED, further_tokens(store.scale))
     absent = [f"`{arm}`" for arm, tokens in planned.items() if not store.runs(arm, tokens)]
     lacking: dict[str, dict[str, list[int]]] = {}

@@ -261,6 +261,7 @@ def _elastic(scale: Scale) -> list[Group]:
         Group(ELASTIC_K, scale.tokens, side),
         Group((SANDWICH,), shorter(SANDWICH, scale.tokens), side),
         Group(("infinity-sandwich-distill",), shorter("infinity-sandwich-distill", scale.tokens), side),
+        Group(("moe-plus",), scale.tokens, side),
         Group(ELASTIC_LATE, scale.tokens, side),
         Group(ELASTIC_DRAWS, scale.tokens, side),
         Group(("infinity-sandwich-between",), scale.tokens, side),
