@@ -14,9 +14,9 @@ from infmoe.reproduce import checks
 from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.checks import expanded_model
 from infmoe.reproduce.measures import MEASURES
+from infmoe.reproduce.page.report import _files, _setting, render_section
+from infmoe.reproduce.page.speeds import Time, speeds
 from infmoe.reproduce.plan import SCALES
-from infmoe.reproduce.report import _files, _setting, render_section
-from infmoe.reproduce.speeds import Time, speeds
 from infmoe.reproduce.store import Store
 
 ROOT = Path(__file__).parent.parent.parent

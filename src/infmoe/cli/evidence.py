@@ -102,7 +102,7 @@ def report(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where the page differs.")] = False,
 ) -> None:
     """Write the page of evidence from the results on disk."""
-    from infmoe.reproduce.report import write_report
+    from infmoe.reproduce.page.report import write_report
 
     same = write_report(results, page, check=check)
     if check and not same:

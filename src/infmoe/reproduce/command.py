@@ -197,7 +197,7 @@ def launch_words(request: Request) -> list[str]:
 
 def _render(store: Store, name: str) -> None:
     """Print one table, and write it beside its picture."""
-    from infmoe.reproduce.report import render_section, write_section
+    from infmoe.reproduce.page.report import render_section, write_section
 
     section = render_section(name, store)
     path = write_section(store, name, section)

@@ -3,9 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from infmoe.reproduce.budgets import EQUAL, OURS
-from infmoe.reproduce.plan import tokens_text
-from infmoe.reproduce.section import (
+from infmoe.reproduce.page.budgets import EQUAL, OURS
+from infmoe.reproduce.page.section import (
     FAILS,
     HOLDS,
     MISSING,
@@ -20,6 +19,7 @@ from infmoe.reproduce.section import (
     of_seeds,
     text_of,
 )
+from infmoe.reproduce.plan import tokens_text
 from infmoe.reproduce.statistics import Interval, interval
 from infmoe.reproduce.store import Store
 

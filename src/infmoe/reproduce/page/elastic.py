@@ -6,7 +6,8 @@ from typing import Any
 
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.arms import label, titled
-from infmoe.reproduce.dial_curves import (
+from infmoe.reproduce.measures import wanted
+from infmoe.reproduce.page.dial_curves import (
     RANGE,
     Curve,
     at_mu,
@@ -18,26 +19,13 @@ from infmoe.reproduce.dial_curves import (
     ratio_of,
     useful_ranges,
 )
-from infmoe.reproduce.elastic_adaptive import adaptive
-from infmoe.reproduce.elastic_against_moe import RIVALS, against_moe
-from infmoe.reproduce.elastic_experts import OF_K, each, expert_curves, experts, labelled, left_out
-from infmoe.reproduce.elastic_samples import sampling
-from infmoe.reproduce.elastic_tuned import tuned
-from infmoe.reproduce.figures import SHOWN, Gallery, Line
-from infmoe.reproduce.measures import wanted
-from infmoe.reproduce.places import SAMPLE_ARMS
-from infmoe.reproduce.plan import (
-    ELASTIC_EXPERTS,
-    ELASTIC_LATE,
-    ELASTIC_TUNED,
-    PASSES,
-    SANDWICH,
-    SHORTER,
-    further_tokens,
-    shorter,
-    tokens_text,
-)
-from infmoe.reproduce.section import (
+from infmoe.reproduce.page.elastic_adaptive import adaptive
+from infmoe.reproduce.page.elastic_against_moe import RIVALS, against_moe
+from infmoe.reproduce.page.elastic_experts import OF_K, each, expert_curves, experts, labelled, left_out
+from infmoe.reproduce.page.elastic_samples import sampling
+from infmoe.reproduce.page.elastic_tuned import tuned
+from infmoe.reproduce.page.figures import SHOWN, Gallery, Line
+from infmoe.reproduce.page.section import (
     FAILS,
     HOLDS,
     MISSING,
@@ -52,6 +40,18 @@ from infmoe.reproduce.section import (
     nats,
     seeds_text,
     text_of,
+)
+from infmoe.reproduce.places import SAMPLE_ARMS
+from infmoe.reproduce.plan import (
+    ELASTIC_EXPERTS,
+    ELASTIC_LATE,
+    ELASTIC_TUNED,
+    PASSES,
+    SANDWICH,
+    SHORTER,
+    further_tokens,
+    shorter,
+    tokens_text,
 )
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store

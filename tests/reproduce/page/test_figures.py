@@ -3,8 +3,8 @@
 import pytest
 
 from infmoe.eval.plots import COLOURS, MARKERS
-from infmoe.reproduce import figures
-from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.page import figures
+from infmoe.reproduce.page.figures import Gallery
 from infmoe.reproduce.statistics import Interval
 
 LABELS = {"x_label": "x", "y_label": "y"}

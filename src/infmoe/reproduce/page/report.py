@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infmoe.errors import InfMoEError
-from infmoe.reproduce import curves, tables
 from infmoe.reproduce.arms import arm_named
-from infmoe.reproduce.controls import controls
-from infmoe.reproduce.elastic import elastic
-from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.page import curves, tables
+from infmoe.reproduce.page.controls import controls
+from infmoe.reproduce.page.elastic import elastic
+from infmoe.reproduce.page.figures import Gallery
+from infmoe.reproduce.page.section import Section, claims_table, command, markdown_table
 from infmoe.reproduce.plan import SCALES, TUNING_SEED, RunSpec, Scale, groups
-from infmoe.reproduce.section import Section, claims_table, command, markdown_table
 from infmoe.reproduce.store import MAX_SEEDS, Finished, Store
 
 SECTIONS: dict[str, Callable[[Store, Gallery], Section]] = {

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from infmoe.layers.point import ratio_text
-from infmoe.reproduce.dial_curves import curve, over_k, ratio_of
-from infmoe.reproduce.section import ONE_SEED, markdown_table, text_of
-from infmoe.reproduce.speeds import decode_over_dials, speeds
+from infmoe.reproduce.page.dial_curves import curve, over_k, ratio_of
+from infmoe.reproduce.page.section import ONE_SEED, markdown_table, text_of
+from infmoe.reproduce.page.speeds import decode_over_dials, speeds
 from infmoe.reproduce.statistics import interval, paired
 from infmoe.reproduce.store import Store
 

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from infmoe.layers.point import ratio_text
-from infmoe.reproduce.dial_curves import Curve, curve
 from infmoe.reproduce.measures import ADAPTIVE_ARMS, BY_NEED_ARMS
-from infmoe.reproduce.places import CUT_SHARES, MEAN_SAMPLES, UNSURE_RATIOS, UNSURE_SAMPLES
-from infmoe.reproduce.section import (
+from infmoe.reproduce.page.dial_curves import Curve, curve
+from infmoe.reproduce.page.section import (
     MISSING,
     Claim,
     Section,
@@ -19,6 +18,7 @@ from infmoe.reproduce.section import (
     text_of,
     verdict_all_below,
 )
+from infmoe.reproduce.places import CUT_SHARES, MEAN_SAMPLES, UNSURE_RATIOS, UNSURE_SAMPLES
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.reproduce.store import Store
 

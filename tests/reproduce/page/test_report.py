@@ -11,7 +11,9 @@ from fake_results import DATA, fake_values, ffn_result, fill, spec_of
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
 from infmoe.reproduce.arms import arm_named, titled
-from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.page.figures import Gallery
+from infmoe.reproduce.page.report import SECTIONS, _setting, render_page, render_section, write_report
+from infmoe.reproduce.page.tables import table1
 from infmoe.reproduce.plan import (
     ELASTIC_EXPERTS,
     ELASTIC_K,
@@ -26,11 +28,9 @@ from infmoe.reproduce.plan import (
     further_tokens,
     groups,
 )
-from infmoe.reproduce.report import SECTIONS, _setting, render_page, render_section, write_report
 from infmoe.reproduce.store import Finished
-from infmoe.reproduce.tables import table1
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

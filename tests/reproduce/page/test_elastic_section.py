@@ -7,11 +7,11 @@ import pytest
 from fake_results import fill
 
 from infmoe.provenance import write_json
-from infmoe.reproduce import figures
 from infmoe.reproduce.arms import arm_named
-from infmoe.reproduce.dial_curves import curve, means, useful_range, useful_ranges
-from infmoe.reproduce.elastic import elastic
-from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.page import figures
+from infmoe.reproduce.page.dial_curves import curve, means, useful_range, useful_ranges
+from infmoe.reproduce.page.elastic import elastic
+from infmoe.reproduce.page.figures import Gallery
 from infmoe.reproduce.plan import (
     ELASTIC_EXPERTS,
     ELASTIC_KEEP,

@@ -12,11 +12,9 @@ from infmoe.eval.dials import grid
 from infmoe.eval.zero_shot.tasks import ALL, SAT
 from infmoe.hf import InfMoEConfig
 from infmoe.layers.point import Point, ratio_text
-from infmoe.reproduce.figures import Gallery
 from infmoe.reproduce.measures import ZERO_SHOT
-from infmoe.reproduce.places import TASK_KEEP_RATIOS, TASK_SAMPLES
-from infmoe.reproduce.plan import Scale, tokens_text
-from infmoe.reproduce.section import (
+from infmoe.reproduce.page.figures import Gallery
+from infmoe.reproduce.page.section import (
     FAILS,
     MISSING,
     ONE_SEED,
@@ -29,6 +27,8 @@ from infmoe.reproduce.section import (
     text_of,
     verdict_below,
 )
+from infmoe.reproduce.places import TASK_KEEP_RATIOS, TASK_SAMPLES
+from infmoe.reproduce.plan import Scale, tokens_text
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from infmoe.reproduce.arms import label
-from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.page.figures import Gallery
 from infmoe.reproduce.plan import Scale, tokens_text
 from infmoe.reproduce.statistics import Interval, interval
 from infmoe.reproduce.store import Finished, Store

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from infmoe import paper
 from infmoe.hf import model_cost
 from infmoe.recipes import recipe
-from infmoe.reproduce.accuracy import accuracy_claim, accuracy_table, mean_difference, points_text
 from infmoe.reproduce.arms import ARMS, RATE_FACTORS, arm_named, titled
-from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.plan import Scale, tokens_text
-from infmoe.reproduce.section import (
+from infmoe.reproduce.page.accuracy import accuracy_claim, accuracy_table, mean_difference, points_text
+from infmoe.reproduce.page.figures import Gallery
+from infmoe.reproduce.page.section import (
     FAILS,
     HOLDS,
     MISSING,
@@ -30,6 +29,7 @@ from infmoe.reproduce.section import (
     text_of,
     verdict_below,
 )
+from infmoe.reproduce.plan import Scale, tokens_text
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config

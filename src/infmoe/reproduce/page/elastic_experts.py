@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from infmoe.reproduce.arms import arm_named, label, titled
-from infmoe.reproduce.dial_curves import RANGE, Curve, Stretch, curve, means, over_k, useful_ranges
-from infmoe.reproduce.figures import SHOWN, Gallery, Line
 from infmoe.reproduce.measures import DAMPED_ARMS, GATE_NORM_ARMS
-from infmoe.reproduce.plan import ELASTIC_DRAWS, ELASTIC_EXPERTS, ELASTIC_RULES, ELASTIC_UNSCALED
-from infmoe.reproduce.section import (
+from infmoe.reproduce.page.dial_curves import RANGE, Curve, Stretch, curve, means, over_k, useful_ranges
+from infmoe.reproduce.page.figures import SHOWN, Gallery, Line
+from infmoe.reproduce.page.section import (
     FAILS,
     HOLDS,
     MISSING,
@@ -22,6 +21,7 @@ from infmoe.reproduce.section import (
     text_of,
     verdict_below,
 )
+from infmoe.reproduce.plan import ELASTIC_DRAWS, ELASTIC_EXPERTS, ELASTIC_RULES, ELASTIC_UNSCALED
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.reproduce.store import Store
 

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infmoe.layers.point import ratio_text
-from infmoe.reproduce.answers import answers
 from infmoe.reproduce.arms import RATE_FACTORS, arm_named, label, titled
-from infmoe.reproduce.budgets import OURS, equal_budgets, equal_training, measured
-from infmoe.reproduce.figures import Gallery
-from infmoe.reproduce.plan import OTHER_RATES, TIER1, TIER2, tokens_text
-from infmoe.reproduce.section import (
+from infmoe.reproduce.page.answers import answers
+from infmoe.reproduce.page.budgets import OURS, equal_budgets, equal_training, measured
+from infmoe.reproduce.page.figures import Gallery
+from infmoe.reproduce.page.section import (
     MISSING,
     Section,
     at_dials,
@@ -19,7 +18,8 @@ from infmoe.reproduce.section import (
     seeds_text,
     text_of,
 )
-from infmoe.reproduce.speeds import Time, speeds
+from infmoe.reproduce.page.speeds import Time, speeds
+from infmoe.reproduce.plan import OTHER_RATES, TIER1, TIER2, tokens_text
 from infmoe.reproduce.statistics import Interval, interval
 from infmoe.reproduce.store import Store
 

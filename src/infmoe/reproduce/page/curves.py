@@ -8,7 +8,8 @@ from typing import Any
 from infmoe import paper
 from infmoe.errors import InfMoEError
 from infmoe.layers.point import ratio_text
-from infmoe.reproduce.accuracy import (
+from infmoe.reproduce.checks import is_number
+from infmoe.reproduce.page.accuracy import (
     accuracy_claim,
     chance,
     dial_scores,
@@ -21,10 +22,8 @@ from infmoe.reproduce.accuracy import (
     points_text,
     scores,
 )
-from infmoe.reproduce.checks import is_number
-from infmoe.reproduce.figures import Gallery, Quartiles
-from infmoe.reproduce.plan import tokens_text
-from infmoe.reproduce.section import (
+from infmoe.reproduce.page.figures import Gallery, Quartiles
+from infmoe.reproduce.page.section import (
     HOLDS,
     MISSING,
     OPEN,
@@ -43,6 +42,7 @@ from infmoe.reproduce.section import (
     verdict_all_below,
     verdict_below,
 )
+from infmoe.reproduce.plan import tokens_text
 from infmoe.reproduce.statistics import Interval
 from infmoe.reproduce.store import Store, read_json
 

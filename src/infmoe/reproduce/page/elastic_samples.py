@@ -5,10 +5,9 @@ from typing import Any
 
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.arms import titled
-from infmoe.reproduce.dial_curves import at_mu, curve, means, over_samples, ratio_of
 from infmoe.reproduce.measures import GRID_ARMS
-from infmoe.reproduce.places import CUT_SHARES, GRID_RATIOS, GRID_SAMPLES, SAMPLE_ARMS
-from infmoe.reproduce.section import (
+from infmoe.reproduce.page.dial_curves import at_mu, curve, means, over_samples, ratio_of
+from infmoe.reproduce.page.section import (
     HOLDS,
     MISSING,
     SHARED,
@@ -21,6 +20,7 @@ from infmoe.reproduce.section import (
     text_of,
     verdict_below,
 )
+from infmoe.reproduce.places import CUT_SHARES, GRID_RATIOS, GRID_SAMPLES, SAMPLE_ARMS
 from infmoe.reproduce.statistics import interval, paired
 from infmoe.reproduce.store import Store
 

@@ -12,10 +12,10 @@ from fake_results import ffn_result, fill
 from infmoe import paper
 from infmoe.cli import main
 from infmoe.errors import InfMoEError
-from infmoe.reproduce import figures
-from infmoe.reproduce.figures import Gallery
+from infmoe.reproduce.page import figures
+from infmoe.reproduce.page.figures import Gallery
+from infmoe.reproduce.page.report import SECTIONS, render_section
 from infmoe.reproduce.plan import SCALES
-from infmoe.reproduce.report import SECTIONS, render_section
 
 NONE = "The paper has none at this size: its {} is of the small model alone."
 

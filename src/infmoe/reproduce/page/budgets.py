@@ -4,9 +4,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from infmoe.reproduce.page.section import (
+    MISSING,
+    NOT_RUN,
+    Claim,
+    Section,
+    better,
+    markdown_table,
+    nats,
+    of_seeds,
+    text_of,
+)
+from infmoe.reproduce.page.speeds import speeds
 from infmoe.reproduce.plan import TIER1, TIER2
-from infmoe.reproduce.section import MISSING, NOT_RUN, Claim, Section, better, markdown_table, nats, of_seeds, text_of
-from infmoe.reproduce.speeds import speeds
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.reproduce.store import Finished, Store
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from infmoe.layers.point import ratio_text
 from infmoe.reproduce.arms import arm_named, titled
-from infmoe.reproduce.dial_curves import Curve, means, over_k, over_ratio
+from infmoe.reproduce.page.dial_curves import Curve, means, over_k, over_ratio
+from infmoe.reproduce.page.section import markdown_table, text_of
 from infmoe.reproduce.plan import TUNED_EXPERTS, TUNED_KEEP, further_tokens, tokens_text
-from infmoe.reproduce.section import markdown_table, text_of
 from infmoe.reproduce.statistics import paired
 from infmoe.reproduce.store import Store
 
