@@ -35,6 +35,16 @@ def show_points(result: dict[str, Any], as_json: bool) -> None:
     )
 
 
+def show_budgets(rows: Sequence[dict[str, Any]]) -> None:
+    """Print what became of each budget that was tried."""
+    for row in rows:
+        regret = "-" if row["regret"] is None else f"{row['regret']:+.4f}"
+        print(
+            f"budget {row['budget_ms']:.2f} ms: met by {row['met']:.1%} of {row['steps']} tokens with {row['picked']}; "
+            f"regret {regret} nats"
+        )
+
+
 def _width(columns: Sequence[Sequence[str]]) -> int:
     """Characters of a table of these columns, two between any two."""
     return sum(max(len(line) for cell in column for line in cell.split("\n")) + 2 for column in columns)

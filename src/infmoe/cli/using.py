@@ -1,4 +1,4 @@
-"""Commands that run a model: generate, evaluate, sweep, frontier."""
+"""Commands that run a model: generate, evaluate, sweep, frontier, budgets."""
 
 import json
 import math
@@ -26,8 +26,13 @@ from infmoe.cli.app import (
     WindowsOption,
     app,
 )
-from infmoe.cli.tables import show_points
+from infmoe.cli.tables import show_budgets, show_points
 from infmoe.errors import InfMoEError
+
+ProfileOption = Annotated[
+    Path | None, typer.Option("--profile", help="What `infmoe frontier` wrote; default: in DIR, or its run.")
+]
+RowsOption = Annotated[int, typer.Option("--rows", min=1, help="Sequences that are generated at once.")]
 
 
 @app.command()
@@ -56,9 +61,7 @@ def generate(
     max_loss_increase: Annotated[
         float | None, typer.Option("--max-loss-increase", help="Choose the dials: quickest that loses at most this.")
     ] = None,
-    profile: Annotated[
-        Path | None, typer.Option("--profile", help="What `infmoe frontier` wrote; default: in DIR, or its run.")
-    ] = None,
+    profile: ProfileOption = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Default: 100, or what fits.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Draw from this many likeliest tokens.")] = 50,
@@ -291,7 +294,7 @@ def frontier(
     ] = 4,
     windows: WindowsOption = 128,
     batch_size: BatchOption = 16,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences that are generated at once.")] = 1,
+    rows: RowsOption = 1,
     prompt_length: Annotated[
         int | None, typer.Option("--prompt-length", min=1, help="Cached tokens before the first timed one.")
     ] = None,
@@ -346,17 +349,51 @@ def frontier(
     if not as_json:
         print("• on the frontier: no other setting is quicker and better")
         print(f"picture: {picture}\ntable: {profile.with_suffix('.md')}")
-        for row in result.get("budgets", ()):
-            regret = "-" if row["regret"] is None else f"{row['regret']:+.4f}"
-            print(
-                f"budget {row['budget_ms']:.2f} ms: met by {row['met']:.1%} of {row['steps']} tokens with "
-                f"{row['picked']}; regret {regret} nats"
-            )
+        show_budgets(result.get("budgets", ()))
         words = ["infmoe", "generate", str(model_dir), "--latency-budget-ms", _example(result)]
         for option, value in (("--device", device), ("--dtype", dtype), ("--profile", out)):
             words += [] if value is None else [option, str(value)]
         words += [word for override in set_ or () for word in ("--set", override)]
         print(f"profile: {profile}; e.g. `{shlex.join(words)}`")
+
+
+@app.command()
+def budgets(
+    model_dir: ModelDir,
+    profile: ProfileOption = None,
+    count: Annotated[
+        int, typer.Option("--count", min=2, help="Budgets, evenly spread from the quickest setting to the slowest.")
+    ] = 10,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Tokens that are timed under each, at least.")] = 200,
+    rows: RowsOption = 1,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    set_: SetOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for budgets.json; default: the profile's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate under latency budgets of the profile that is there: does it still hold?"""
+    from infmoe.eval.frontier import budgets_name, try_budgets
+    from infmoe.provenance import write_json
+
+    result = try_budgets(
+        model_dir,
+        profile=profile,
+        count=count,
+        steps=steps,
+        rows=rows,
+        device=device,
+        dtype=dtype,
+        overrides=set_ or (),
+        out=out,
+    )
+    path = (out or Path(result["profile"]).parent) / budgets_name(rows)
+    write_json(path, result)
+    if as_json:
+        print(json.dumps(result))
+        return
+    show_budgets(result["budgets"])
+    print(f"figures: {path}; profile: {result['profile']} of {result['profile_time'] or 'unknown date'}")
 
 
 def _example(result: dict[str, Any]) -> str:

@@ -21,7 +21,14 @@ from infmoe.eval.heldout import HeldOut
 from infmoe.eval.loading import open_model
 from infmoe.eval.sweep import default_grid, evaluate_points
 from infmoe.hf import model_cost
-from infmoe.hf.budget import Profile, profile_name, profile_values, upper_increase, upper_p95s
+from infmoe.hf.budget import (
+    Profile,
+    find_profile,
+    profile_name,
+    profile_values,
+    upper_increase,
+    upper_p95s,
+)
 from infmoe.hf.clock import TokenClock
 from infmoe.layers.dials import num_kept
 from infmoe.layers.point import Point
@@ -352,6 +359,52 @@ def check_budgets(model: Any, profile: Profile, *, count: int, steps: int, promp
             }
         )
     return rows
+
+
+def try_budgets(
+    model_dir: Path,
+    *,
+    profile: Path | None = None,
+    count: int = 10,
+    steps: int = BUDGET_STEPS,
+    rows: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Try budgets of a profile that is there already: whether it still holds, in another process than measured it.
+
+    Args:
+        model_dir, device, dtype, overrides: how the model is opened; see `open_model`.
+        profile: its file or folder; None: the checkpoint's or its run's.
+        count, steps: see `check_budgets`.
+        rows: sequences that are generated at once.
+        out: the folder that the caller is going to write to, tried before anything is measured; None: the profile's.
+
+    Returns:
+        `budgets` (see `check_budgets`), the profile they are of, and when that was measured.
+
+    Raises:
+        InfMoEError: nothing to open, no profile, one that does not fit the model here, or no way to write to `out`.
+    """
+    model = open_model(model_dir, device, dtype, overrides).model
+    found = find_profile(model, profile, rows)
+    found.check(model)
+    require_writable(out or found.path.parent)
+    tried = check_budgets(model, found, count=count, steps=steps, prompt_length=found.cached_tokens[0])
+    return {
+        "profile": str(found.path),
+        "profile_time": found.time,
+        "rows": found.rows,
+        "budgets": tried,
+        "provenance": provenance(),
+    }
+
+
+def budgets_name(rows: int) -> str:
+    """The file name of what `try_budgets` says."""
+    return "budgets.json" if rows == 1 else f"budgets-rows{rows}.json"
 
 
 def mark_frontier(rows: Sequence[dict[str, Any]]) -> None:

@@ -102,6 +102,7 @@ class Profile:
         cached_tokens: in the cache, at the first timed token and at the last.
         source: the checkpoint's path, as it was given.
         path: the profile's file.
+        time: when it was measured; None: not said.
     """
 
     points: tuple[Measured, ...]
@@ -112,6 +113,7 @@ class Profile:
     cached_tokens: tuple[int, int]
     source: str
     path: Path
+    time: str | None = None
 
     @staticmethod
     def load(path: Path | str, rows: int = 1, model: nn.Module | None = None) -> "Profile":
@@ -156,6 +158,7 @@ class Profile:
                 (int(first), int(last)),
                 str(values["model"]),
                 path,
+                values.get("provenance", {}).get("time"),
             )
         except (KeyError, TypeError, ValueError, AttributeError, InfMoEError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -440,7 +443,7 @@ def pick(
         raise InfMoEError("a profile is of the model in eval mode, this one is in train mode: call model.eval() first")
     timed = budget.get("latency_budget_ms") is not None
     if not isinstance(profile, Profile):
-        profile = _find(model, profile, rows, timed)
+        profile = find_profile(model, profile, rows, timed=timed)
     profile.check(model)
     if timed and rows != profile.rows:
         command = measure_command(model, rows, place=profile.path.parent)
@@ -452,7 +455,18 @@ def pick(
     return profile.choose(**budget)
 
 
-def _find(model: Any, place: Path | str | None, rows: int, timed: bool) -> Profile:
+def find_profile(model: Any, place: Path | str | None, rows: int, *, timed: bool = True) -> Profile:
+    """The profile of a model, which need not fit it (see `Profile.check`).
+
+    Args:
+        model: an `InfMoEForCausalLM`.
+        place: the file, or its folder; None: beside the checkpoint that the model came from, or in the run's folder.
+        rows: sequences that are generated at once.
+        timed: only one of so many rows serves; else that of one row does too.
+
+    Raises:
+        InfMoEError: there is none, or a damaged one; names the command that makes it.
+    """
     places = [Path(place)] if place is not None else usual_places(model)
     if not places:
         raise InfMoEError(
