@@ -45,8 +45,13 @@ def interval(values: Sequence[float]) -> Interval:
     n = len(values)
     if n < 2:
         return Interval(values[0], None, n)
-    t = _T[n - 2] if n - 2 < len(_T) else _T_BEYOND
-    return Interval(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n), n)
+    half_width = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
+    return Interval(statistics.fmean(values), half_width, n)
+
+
+def t_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t, with so many degrees of freedom."""
+    return _T[degrees - 1] if degrees <= len(_T) else _T_BEYOND
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:

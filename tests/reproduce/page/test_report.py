@@ -1,5 +1,6 @@
 """The page of evidence."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -28,7 +29,7 @@ from infmoe.reproduce.plan import (
     further_tokens,
     groups,
 )
-from infmoe.reproduce.store import Finished
+from infmoe.reproduce.store import Finished, Store
 
 ROOT = Path(__file__).parents[3]
 
@@ -412,6 +413,36 @@ def test_check_fails_when_the_page_or_a_result_changes(filled, tmp_path, monkeyp
     path.write_text(json.dumps(values))
     assert main(words) == 2
     assert page.read_text() == text
+
+
+def test_runs_that_were_trained_twice_say_what_a_difference_is_worth(store, mini):
+    fill(store, {"infinity": 3.4, "moe": 3.6}, mini.tokens, seeds=2)
+    results = store.folder.parent.parent
+    assert "once more" not in render_page(results)
+    twice = Store(results / "reproduce" / "again", mini)
+    twice.claim_data(DATA)
+    twice.claim_tasks(store.tasks)
+    for seed, gap in ((1, 0.03), (2, -0.04)):
+        spec = spec_of(store, "moe", seed)
+        values = copy.deepcopy(store.get(spec).values)
+        values["measures"]["held_out"][0]["loss"] -= gap
+        values["provenance"]["machine"]["cpu"] = "another kind"
+        twice.put(spec, values)
+    page = render_page(results)
+    part = page[page.index("### The same runs once more") :]
+    assert "2 runs were trained twice" in part
+    assert "0.0354 nats apart (root mean square; 0.0400 at most)" in part
+    assert f"smaller than {4.303 * 0.5**0.5 * 0.05:.3f} nats says nothing" in part
+    rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| moe-")]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        (spec_of(store, "moe", seed).slug, "another kind", gap) for seed, gap in ((1, "+0.0300"), (2, "-0.0400"))
+    ]
+    twice.path(spec_of(store, "moe")).write_text("{}")
+    with pytest.raises(InfMoEError, match=r"again.* is damaged"):
+        render_page(results)
+    (twice.folder / "data.json").write_text(json.dumps(DATA | {"sha256": "e" * 64}))
+    with pytest.raises(InfMoEError, match=r"again/.*data\.json is of other data than"):
+        render_page(results)
 
 
 def test_one_seed_is_shown_and_decides_nothing(store, mini):

@@ -7,6 +7,7 @@ from pathlib import Path
 from infmoe.errors import InfMoEError
 from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.page import curves, tables
+from infmoe.reproduce.page.again import again
 from infmoe.reproduce.page.controls import controls
 from infmoe.reproduce.page.elastic import elastic
 from infmoe.reproduce.page.figures import Gallery
@@ -38,7 +39,8 @@ training seeds (Student's t), which says nothing of other documents. Differences
 that both have: they need not be those of the means beside them, which may rest on more. Every verdict stands for
 itself at 95 %: of twenty that are decided so, one is expected to be chance. NOVELS stands for text files of one's own;
 the data's hash is below. Every arm sees the same tokens in the same order. Tier 1 adds seeds until its intervals are
-narrow, which makes them hold the mean a little less often than 95 %."""
+narrow, which makes them hold the mean a little less often than 95 %. What two trainings of one run differ by stands at
+the end of each scale: a difference of single seeds that is smaller says nothing."""
 
 
 def render_section(name: str, store: Store, *, draw: bool = True) -> Section:
@@ -102,6 +104,8 @@ def _scale_parts(results: Path, scale: Scale, draw: bool) -> list[str]:
             parts.append(f"![{title}](../{_relative(picture, results.parent)})")
         parts.append(f"`{section.command}`")
     parts += ["### Learning rates", _learning_rates(store)]
+    if twice := again(results, store, _files(store)[0]):
+        parts += ["### The same runs once more", twice]
     if draw:
         for name, section in made.items():
             write_section(store, name, section)
