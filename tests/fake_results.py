@@ -129,6 +129,7 @@ def _fake_measures(spec: RunSpec, model: Any, loss: float) -> dict[str, Any]:
     return found | {
         "adaptive_samples": lambda place: _sample_row(place, loss),
         "dial_grid": lambda place: {"loss": loss + _grid_loss(place)} | _ROUTED,
+        "own_samples": lambda place: {"loss": loss + _grid_loss(place)} | _ROUTED,
         "modes": lambda place: {"loss": loss + gaps[place["mode"]] / place["num_samples"]},
     }
 

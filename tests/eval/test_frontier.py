@@ -331,6 +331,7 @@ def test_the_budgets_of_a_profile_are_tried_again(profile_dir, tiny_run, tmp_pat
     [
         ([], "no profile at"),
         (["--profile", "PROFILE", "--rows", "2"], "frontier-rows2.json: make it with"),
+        (["--profile", "PROFILE/frontier.json", "--rows", "2"], "measured with 1 row(s) at once, not 2"),
         (["--profile", "PROFILE", "--set", "mask_scale=rms"], "another configuration, than this"),
         (["--profile", "PROFILE", "--dtype", "bfloat16"], "dtype float32 there, bfloat16 here"),
         (["--count", "1"], "--count"),
@@ -338,7 +339,7 @@ def test_the_budgets_of_a_profile_are_tried_again(profile_dir, tiny_run, tmp_pat
 )
 def test_budgets_without_a_profile_that_fits(profile_dir, tiny_run, tmp_path, capsys, more, named):
     run = shutil.copytree(tiny_run.run, tmp_path / "run")
-    words = [str(profile_dir) if word == "PROFILE" else word for word in more]
+    words = [word.replace("PROFILE", str(profile_dir)) for word in more]
     assert main(["budgets", str(run), "--out", str(tmp_path / "out"), *words]) == 2
     assert named in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()

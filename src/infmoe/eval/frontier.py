@@ -329,7 +329,7 @@ def check_budgets(model: Any, profile: Profile, *, count: int, steps: int, promp
     rounds = -(-steps // _timed_per_turn(model, prompt_length))
     slowest, quickest = (f(p.token_ms_p95 for p in profile.points) for f in (max, min))
     share = [i / max(count - 1, 1) for i in range(count)]
-    budgets = [quickest + (slowest - quickest) * s for s in share]
+    budgets = [min(quickest + (slowest - quickest) * s, slowest) if s < 1 else slowest for s in share]
     settings = [{"latency_budget_ms": budget, "profile": profile} for budget in budgets]
     again = [_setting(measured.point) for measured in profile.points]
     log = logging.getLogger("infmoe")
@@ -391,6 +391,7 @@ def try_budgets(
     model = open_model(model_dir, device, dtype, overrides).model
     found = find_profile(model, profile, rows)
     found.check(model)
+    found.check_rows(model, rows)
     require_writable(out or found.path.parent)
     tried = check_budgets(model, found, count=count, steps=steps, prompt_length=found.cached_tokens[0])
     return {

@@ -219,6 +219,18 @@ class Profile:
             other = [name for name in other if name != "kernels"]  # they follow from those
         return other
 
+    def check_rows(self, model: nn.Module, rows: int) -> None:
+        """Raise unless the times are of so many sequences at once.
+
+        Raises:
+            InfMoEError: they are not; names the command that measures them.
+        """
+        if rows != self.rows:
+            command = measure_command(model, rows, place=self.path.parent)
+            raise InfMoEError(
+                f"{self.path} was measured with {self.rows} row(s) at once, not {rows}: measure that with {command}"
+            )
+
     def check_length(self, model: Any, positions: int) -> None:
         """Raise where a request goes further than this profile says anything about.
 
@@ -445,12 +457,8 @@ def pick(
     if not isinstance(profile, Profile):
         profile = find_profile(model, profile, rows, timed=timed)
     profile.check(model)
-    if timed and rows != profile.rows:
-        command = measure_command(model, rows, place=profile.path.parent)
-        raise InfMoEError(
-            f"{profile.path} was measured with {profile.rows} row(s) at once, not {rows}: measure that with {command}"
-        )
     if timed:
+        profile.check_rows(model, rows)
         profile.check_length(model, positions)
     return profile.choose(**budget)
 

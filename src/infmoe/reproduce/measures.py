@@ -39,6 +39,7 @@ GATE_NORM_ARMS = (
     *("moe16-fine-k8-scaled", "emoe-k8-w0.0001-scaled", "matryoshka-k8-scaled"),
 )
 GRID_ARMS = (*places.SAMPLE_ARMS, "infinity-lr2x", "infinity-keep4", "infinity-keep8", "infinity-keep16", SANDWICH)
+OWN_SAMPLES_ARMS = ("infinity-keep4", SANDWICH)  # trained at a ratio that `GRID_RATIOS` leaves to the dials
 _SCORING = 2  # which zero-shot items are chosen, and what their figures mean; raised whenever that changes
 _BATCH_TOKENS = 8192  # of a forward pass: the logits are its largest tensor
 
@@ -91,6 +92,11 @@ def dials(context: Context) -> Points:
 def dial_grid(context: Context) -> Points:
     """Both dials of ∞-MoE at once, and z = mu: what K buys where two samples share less than at the trained ratio."""
     return context.evaluate(context.points(places.dial_grid), _windows(context))
+
+
+def own_samples(context: Context) -> Points:
+    """K and z = mu at the trained keep ratio, of arms whose dials are measured with one sample."""
+    return context.evaluate(context.points(places.own_samples), _windows(context))
 
 
 def gate_norms(context: Context) -> Points:
@@ -276,6 +282,9 @@ MEASURES: dict[str, Measure] = {
     "held_out": Measure(held_out, lambda config, spec: True, where=places.every(places.held_out)),
     "dials": Measure(dials, _has_dials, _ROUTED, where=places.dial_places),
     "dial_grid": Measure(dial_grid, _of(*GRID_ARMS), (*_ROUTED, "keep_ratio"), where=places.every(places.dial_grid)),
+    "own_samples": Measure(
+        own_samples, _of(*OWN_SAMPLES_ARMS), (*_ROUTED, "keep_ratio"), where=places.every(places.own_samples)
+    ),
     "gate_norms": Measure(
         gate_norms,
         _of(*GATE_NORM_ARMS),
@@ -343,6 +352,7 @@ def own_settings(name: str, scale: Scale, files: Mapping[str, str]) -> dict[str,
         return task_settings(scale, files)
     own: dict[str, dict[str, Any]] = {
         "dial_grid": {"samples": list(places.GRID_SAMPLES), "keep_ratios": list(places.GRID_RATIOS)},
+        "own_samples": {"samples": list(places.GRID_SAMPLES)},
         "rank_dampings": {"values": list(places.RANK_DAMPINGS), "experts": list(places.EXPERT_COUNTS)},
         "modes": {"modes": list(places.SPREAD)},
         "adaptive": {"shares": list(places.CUT_SHARES), "cut_windows": _CUT_WINDOWS},

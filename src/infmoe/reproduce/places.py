@@ -25,7 +25,7 @@ MEAN_SAMPLES = 2  # where sure tokens take one sample and the others so many:
 UNSURE_SAMPLES = (4, 8)
 UNSURE_RATIOS = (1 / 16, 1 / 4)
 GRID_SAMPLES = (1, 2, 4, 8, 16)
-GRID_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 2)  # 1/4 is among the dials
+GRID_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 2)  # 1/4 is among the dials, or the own samples
 SPREAD: tuple[Mode, ...] = ("antithetic", "qmc")
 TASK_SAMPLES = (1, 2, 3, 4, 8)
 TASK_KEEP_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -90,6 +90,11 @@ def dial_grid(config: Any, spec: RunSpec) -> list[Point]:
     """Both dials of ∞-MoE at once, and z = mu."""
     sampled = grid(config, num_samples=GRID_SAMPLES, keep_ratios=GRID_RATIOS)
     return sampled + grid(config, keep_ratios=GRID_RATIOS, mode="mu")
+
+
+def own_samples(config: Any, spec: RunSpec) -> list[Point]:
+    """K and z = mu at the run's own keep ratio."""
+    return grid(config, num_samples=GRID_SAMPLES) + grid(config, mode="mu")
 
 
 def gate_norms(config: Any, spec: RunSpec) -> list[Point]:

@@ -9,7 +9,7 @@ from fake_results import fill
 from infmoe.provenance import write_json
 from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.page import figures
-from infmoe.reproduce.page.dial_curves import curve, means, useful_range, useful_ranges
+from infmoe.reproduce.page.dial_curves import curve, means, shared_tokens, useful_range, useful_ranges
 from infmoe.reproduce.page.elastic import elastic
 from infmoe.reproduce.page.figures import Gallery
 from infmoe.reproduce.plan import (
@@ -18,9 +18,11 @@ from infmoe.reproduce.plan import (
     ELASTIC_RULES,
     ELASTIC_UNSCALED,
     PASSES,
+    SANDWICH,
     SHORTER,
     further_tokens,
     groups,
+    tokens_text,
 )
 from infmoe.reproduce.store import Store
 from infmoe.train.config import ElasticConfig, load_config
@@ -212,9 +214,7 @@ def test_the_alpha_dial_is_drawn_at_every_k_and_leaves_the_first_alone(store, mi
 
 def test_more_samples_are_judged_at_the_largest_ratio_where_two_of_them_differ(store, mini):
     fill(store, {"infinity": 3.4, "infinity-keep8": 3.5}, mini.tokens)
-    text = (
-        "samples share less than 90 % of their units, more of them buy a lower loss (K = 8 against 1), of `infinity-k"
-    )
+    text = "in the mean, more of them buy a lower loss (K = 8 against 1), of `infinity-keep8`"
     for run in store.runs("infinity-keep8", mini.tokens):
         for row in run.values["measures"]["dial_grid"]:
             row["overlap_ratio"] = 0.95 - 0.07 * (row["keep_ratio"] < 0.1)  # below 0.9 from 1/16 down
@@ -225,7 +225,7 @@ def test_more_samples_are_judged_at_the_largest_ratio_where_two_of_them_differ(s
     (claim,) = claims(store, text)
     # the fixture's own losses fall by 0.00875
     assert claim.measured == "-0.5000 ± 0.0000 nats (3 seeds) at keep ratio 1/16, for 3.00 times the ideal FLOPs"
-    assert (claim.verdict, claim.reason) == ("holds", "two samples share 88% there")
+    assert (claim.verdict, claim.reason) == ("holds", "two samples share 0.880 ± 0.000 of their units there")
     for run in store.runs("infinity-keep8", mini.tokens):
         for row in run.values["measures"]["dial_grid"]:
             row["overlap_ratio"] = 0.95
@@ -261,6 +261,48 @@ def test_moe_is_held_against_at_both_counts_of_parameters(store, mini):
     assert "| none |" in rows[1]
 
 
+def test_the_ratio_below_the_smallest_one_is_shown_too(store, mini):
+    fill(store, {"infinity-keep4": 3.5, "moe": 3.5}, mini.tokens)
+    for run in store.runs("infinity-keep4", mini.tokens):  # better than MoE by 0.1 from an eighth on, worse below
+        for row in run.values["measures"]["dials"]:
+            row["loss"] = run.loss + (-0.1 if row["keep_ratio"] >= 1 / 8 else 0.2)
+        store.put(run.spec, run.values)
+    body = elastic(store, Gallery(store.folder)).body
+    (row,) = [line for line in body.splitlines() if line.startswith("| infinity-keep4, K = 1 |")]
+    cells = row.strip("| ").split(" | ")
+    assert cells[1] == "1/8"
+    assert cells[-2].startswith("-0.1")
+    assert cells[-1].startswith("+0.200")
+    assert cells[-1].endswith(" at 1/16")
+
+
+def test_trainings_are_held_against_those_at_one_ratio_with_what_they_share(store, mini):
+    fill(store, {"infinity-keep4": 3.4, "infinity-keep8": 3.5, SANDWICH: 3.45}, mini.tokens)
+    plain = {run.spec.seed: run.values["curve"]["loss"] for run in store.runs("infinity-keep4", mini.tokens)}
+    for run in store.runs(SANDWICH, mini.tokens):  # one run for 4 of 16 records, with seed 2 for 3
+        same = 3 if run.spec.seed == 2 else 4
+        run.values["curve"]["loss"][:same] = plain[run.spec.seed][:same]
+        store.put(run.spec, run.values)
+    steps = run.values["curve"]["tokens"]
+    assert shared_tokens(store, SANDWICH, "infinity-keep4", mini.tokens) == steps[2]
+    assert shared_tokens(store, SANDWICH, "infinity-keep8", mini.tokens) == 0
+    assert shared_tokens(store, SANDWICH, "infinity-elastic", mini.tokens) == 0  # no such run
+    body = elastic(store, Gallery(store.folder)).body
+    (row,) = [line for line in body.splitlines() if line.startswith(f"| {SANDWICH} minus infinity-keep4 | +0.05")]
+    assert row.endswith(f"| {tokens_text(steps[2])} | 3 |")
+    (row,) = [line for line in body.splitlines() if line.startswith("| infinity-keep8 minus infinity-keep4 | +0.1")]
+    assert row.endswith("| none | 3 |")
+
+
+def test_samples_at_the_trained_ratio_stand_among_the_others(store, mini):
+    fill(store, {"infinity": 3.4, "infinity-keep4": 3.4}, mini.tokens)
+    body = elastic(store, Gallery(store.folder)).body
+    rows = [line.split(" | ") for line in body.splitlines() if line.startswith("| infinity-keep4: ")]
+    (row,) = [cells for cells in rows if cells[1] == "1/4"]
+    # K = 2, 4, 8 and 16 minus 1 of the fixture's 0.01 / K
+    assert row[4:8] == [f"{0.01 / k - 0.01:+.4f} ± 0.0000" for k in (2, 4, 8, 16)]
+
+
 def test_the_time_of_decoding_stands_beside_moes(store, mini):
     fill(store, {"infinity-keep4": 3.4, "moe": 3.6}, mini.tokens)
     store.scale = dataclasses.replace(store.scale, name="tiny")
@@ -284,7 +326,7 @@ def test_several_passes_are_shown_at_equal_tokens_and_at_equal_flops(store, mini
     body = elastic(store, Gallery(store.folder)).body
     rivals = dict.fromkeys(PASSES, ("infinity-keep4", "infinity-elastic")) | {"infinity-consistency": ("infinity",)}
     for arm, rival in [(ours, its) for ours in PASSES for its in rivals[ours]]:
-        whole, *fewer = (line for line in body.splitlines() if line.startswith(f"| {arm} minus {rival} |"))
+        whole, *fewer = (line for line in body.splitlines() if line.startswith(f"| {arm} minus {rival} | equal"))
         assert f"| equal tokens, {PASSES[arm]} times the FLOPs | {3.5 - one_pass[rival]:+.3f} ± 0.000 |" in whole
         if arm not in SHORTER:
             assert not fewer

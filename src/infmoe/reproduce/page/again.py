@@ -15,8 +15,8 @@ FOLDER = "again"  # beside the scales: results of `infmoe reproduce --out result
 def again(results: Path, store: Store, runs: Sequence[Finished]) -> str:
     """What runs gave that were trained a second time, against the ones that the page is made from.
 
-    Another processor adds up products in another order, and training does the rest. A second training on the machine of
-    the first gives the same to the last bit, and shows nothing.
+    Another processor adds up products in another order, and training does the rest. Pairs that are the same to the last
+    bit, as on one machine, show nothing, and are left out.
 
     Args:
         results: the folder that holds `reproduce/`.
@@ -37,7 +37,7 @@ def again(results: Path, store: Store, runs: Sequence[Finished]) -> str:
             f"{other.folder / 'data.json'} is of other data than {store.folder / 'data.json'}: move it away"
         )
     pairs = [(run, twin) for run in runs if (twin := other.get(run.spec)) is not None]
-    pairs = [(run, twin) for run, twin in pairs if not run.diverged and not twin.diverged]
+    pairs = [(run, twin) for run, twin in pairs if not run.diverged and not twin.diverged and run.loss != twin.loss]
     if not pairs:
         return ""
     rows = []
@@ -51,8 +51,9 @@ def again(results: Path, store: Store, runs: Sequence[Finished]) -> str:
         f"{len(pairs)} runs were trained twice, with the same configuration, seed and data. Their losses lie "
         f"{rms:.4f} nats apart (root mean square; {max(map(abs, differences)):.4f} at most). Two arms that differ in "
         "nothing would, too: a difference of two single runs that is smaller than "
-        f"{t_quantile(len(pairs)) * rms:.3f} nats says nothing (95 %), whatever their seeds, unless the two begin with "
-        "the same steps on the same machine: those they share to the last bit.\n\n" + markdown_table(head, rows)
+        f"{t_quantile(len(pairs)) * rms:.3f} nats says nothing (95 %), whatever their seeds, unless they share their "
+        "first steps (which do, is said under elastic compute). All runs are pooled, though some kinds may spread "
+        "less than others.\n\n" + markdown_table(head, rows)
     )
 
 

@@ -98,6 +98,26 @@ class Stretch:
         return math.log2(self.high / self.low)
 
 
+def shared_tokens(store: Store, arm: str, other: str, tokens: int) -> int:
+    """Tokens for which the runs of two arms are one, with every seed that both have: their logged losses are the same.
+
+    So they are where the two differ from some step on and were trained on one machine. 0: nothing is shared.
+    """
+    theirs = {run.spec.seed: run for run in store.runs(other, tokens)}
+    pairs = [(run, theirs[run.spec.seed]) for run in store.runs(arm, tokens) if run.spec.seed in theirs]
+    return min((_alike(ours.values["curve"], its.values["curve"]) for ours, its in pairs), default=0)
+
+
+def _alike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> int:
+    steps = [list(zip(curve["tokens"], curve["loss"], strict=True)) for curve in (ours, theirs)]
+    same = 0
+    for a, b in zip(*steps, strict=False):
+        if a != b:
+            break
+        same = a[0]
+    return same
+
+
 def useful_range(line: Mapping[Any, float]) -> Stretch:
     """The useful stretch of one checkpoint, of its losses over a dial."""
     order = sorted(line)

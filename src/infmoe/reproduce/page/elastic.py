@@ -1,11 +1,11 @@
 """Elastic compute: what one checkpoint does over its dials, by how it was trained."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from infmoe.layers.point import ratio_text
-from infmoe.reproduce.arms import label, titled
+from infmoe.reproduce.arms import label
 from infmoe.reproduce.measures import wanted
 from infmoe.reproduce.page.dial_curves import (
     RANGE,
@@ -22,32 +22,23 @@ from infmoe.reproduce.page.dial_curves import (
 from infmoe.reproduce.page.elastic_adaptive import adaptive
 from infmoe.reproduce.page.elastic_against_moe import RIVALS, against_moe
 from infmoe.reproduce.page.elastic_experts import OF_K, each, expert_curves, experts, labelled, left_out
+from infmoe.reproduce.page.elastic_keep import AGAINST, ELASTIC, FIXED, KEEP_PANELS, RATIOS, keep_ratios, short
 from infmoe.reproduce.page.elastic_samples import sampling
 from infmoe.reproduce.page.elastic_tuned import tuned
 from infmoe.reproduce.page.figures import SHOWN, Gallery, Line
 from infmoe.reproduce.page.section import (
-    FAILS,
-    HOLDS,
-    MISSING,
-    ONE_SEED,
-    UNDECIDED,
-    Claim,
     Section,
     command,
-    in_brackets,
     markdown_table,
     mean_loss,
-    nats,
     seeds_text,
     text_of,
 )
 from infmoe.reproduce.places import SAMPLE_ARMS
 from infmoe.reproduce.plan import (
     ELASTIC_EXPERTS,
-    ELASTIC_LATE,
     ELASTIC_TUNED,
     PASSES,
-    SANDWICH,
     SHORTER,
     further_tokens,
     shorter,
@@ -57,35 +48,21 @@ from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config
 
-_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-_FIXED = {"infinity-keep4": 1 / 4, "infinity-keep8": 1 / 8, "infinity-keep16": 1 / 16}
 _ONE_PASS = ("infinity-keep4", "infinity-elastic")  # what rules of several passes are held against
-_ELASTIC = (
-    *("infinity-elastic", "infinity-elastic-step", "infinity-elastic-scaled"),
-    *("infinity-sandwich", "infinity-sandwich-distill", SANDWICH, *ELASTIC_LATE, "infinity-sandwich-between"),
-)
-_LATER = (SANDWICH, *ELASTIC_LATE)
-# the pictures' panels over the keep ratio; the one that the others are held against stands in all of them
-_KEEP_PANELS = {
-    "trained at one ratio": tuple(_FIXED),
-    "elastic from the first step": tuple(arm for arm in _ELASTIC if arm not in _LATER),
-    "elastic from later on": _LATER,
-}
-_AGAINST = "infinity-keep4"
 
 
 def elastic(store: Store, gallery: Gallery) -> Section:
     """Training for elasticity, against fixed settings and against direct training."""
     section = Section("Elastic compute: one checkpoint over its dials", command("elastic", store.scale))
     parts = [
-        _keep_ratios(store, gallery, section),
+        keep_ratios(store, gallery, section),
         experts(store, gallery, section),
         sampling(store, section),
         tuned(store),
         _useful_ranges(store),
         _training_cost(store),
         _flops(store),
-        against_moe(store, (("infinity", 2), *((arm, 1) for arm in (*_FIXED, *_ELASTIC)))),
+        against_moe(store, (("infinity", 2), *((arm, 1) for arm in (*FIXED, *ELASTIC)))),
         adaptive(store, section),
         _everything(store, gallery, section),
         _unmeasured(store),
@@ -94,97 +71,9 @@ def elastic(store: Store, gallery: Gallery) -> Section:
     return section
 
 
-def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
-    tokens = store.scale.tokens
-    curves = {arm: found for arm in (*_FIXED, *_ELASTIC) if (found := over_ratio(store, arm))}
-    _claim_elastic(store, section)
-    if not curves:
-        return f"**Loss over the keep ratio, K = 1**: {MISSING}."
-    ratios = sorted({ratio for found in curves.values() for ratio in found})
-    rows = []
-    for arm, found in curves.items():
-        line = means(found)
-        seeds = seeds_text(store.runs(arm, tokens))
-        rows.append([titled(arm), *(text_of(line.get(r)) for r in ratios), seeds])
-    panels = [
-        (title, {_short(arm): means(curves.get(arm, {})) for arm in arms}) for title, arms in _KEEP_PANELS.items()
-    ]
-    shown = [panel for panel in panels if any(panel[1].values())]
-    picture = gallery.lines(
-        "elastic_keep.png",
-        shown,
-        x_label="share of the neurons that the sample keeps",
-        y_label="held-out loss (nats per token)",
-        title=f"One ∞-MoE over the keep ratio, K = 1\n(95 % over seeds; up to {SHOWN} nats above the best)",
-        rows=-(-len(shown) // 2),
-        within=SHOWN,
-        one_scale=True,
-        own_legends=True,
-        references={label(_AGAINST): means(curves[_AGAINST])} if _AGAINST in curves else {},
-    )
-    section.pictures.append(("Loss over the keep ratio, by training", picture))
-    head = ("loss, nats", *(ratio_text(r) for r in ratios), "seeds")
-    return f"**Loss over the keep ratio, K = 1, {tokens_text(tokens)} tokens**\n\n" + markdown_table(head, rows)
-
-
-def _claim_elastic(store: Store, section: Section) -> None:
-    """One elastic checkpoint against the best fixed one, and against models trained at each end."""
-    tokens = store.scale.tokens
-    fixed = {arm: found for arm in _FIXED if set(_RATIOS) <= (found := over_ratio(store, arm)).keys()}
-    for arm, length in (
-        *(("infinity-elastic", tokens), (SANDWICH, tokens), ("infinity-sandwich-distill", tokens)),
-        *((late, tokens) for late in ELASTIC_LATE),
-        ("infinity-sandwich-between", tokens),
-        *((arm, shorter(arm, tokens)) for arm in (SANDWICH, "infinity-sandwich-distill", "infinity-sandwich-between")),
-    ):
-        ours = over_ratio(store, arm, tokens=length)
-        subject = f"`{arm}`" + (f" on {tokens_text(length)} tokens" if length < tokens else "")
-        passes = PASSES.get(arm, 1)
-        dear = f"{passes:g} passes a token: {passes:g} times the training FLOPs"
-        note = "" if passes == 1 else dear if length == tokens else "equal training FLOPs"
-        text = f"{subject}, at every ratio from 1/16 to 1/2, is no worse than the best fixed checkpoint"
-        if not set(_RATIOS) <= ours.keys() or len(fixed) < len(_FIXED):
-            section.claims.append(Claim(text, "–", MISSING, note))
-            continue
-        best = min(fixed, key=lambda name: sum(means(fixed[name])[r].mean for r in _RATIOS))
-        gaps = {r: paired(ours[r], fixed[best][r]) for r in _RATIOS}
-        section.claims.append(
-            Claim(
-                text,
-                f"against `{best}`: "
-                + ", ".join(f"{text_of(g, sign=True)} at {ratio_text(r)}" for r, g in gaps.items())
-                + in_brackets(gaps[_RATIOS[0]]),
-                _no_worse(list(gaps.values()), 0.0),
-                note,
-            )
-        )
-        for ratio, name, most in ((1 / 4, "infinity-keep4", 0.01), (1 / 16, "infinity-keep16", 0.03)):
-            gap = paired(ours[ratio], fixed[name][ratio])
-            section.claims.append(
-                Claim(
-                    f"{subject} at {ratio_text(ratio)} is within {most:g} nats of one trained there",
-                    nats(gap),
-                    _no_worse([gap], most),
-                    note,
-                )
-            )
-
-
-def _no_worse(gaps: Sequence[Interval | None], most: float) -> str:
-    """Whether all differences are at most so large, by their intervals."""
-    found = [gap for gap in gaps if gap is not None]
-    if len(found) < len(gaps) or not found:
-        return MISSING
-    if any(gap.half_width is None for gap in found):
-        return ONE_SEED
-    if any(gap.low > most for gap in found):
-        return FAILS
-    return HOLDS if all(gap.high <= most for gap in found) else UNDECIDED.replace("0", f"{most:g}")
-
-
 def _useful_ranges(store: Store) -> str:
     curves: dict[str, tuple[Curve, Callable[[Any], str]]] = {}
-    for arm in (*_FIXED, *_ELASTIC):
+    for arm in (*FIXED, *ELASTIC):
         curves[f"{arm} (keep ratio)"] = over_ratio(store, arm), ratio_text
     for name, line in expert_curves(store).items():
         curves[f"{name} (k′)"] = line, str
@@ -211,7 +100,7 @@ def _training_cost(store: Store) -> str:
     """What each rule costs, and the rules that pass several times over every token at equal tokens and equal FLOPs."""
     tokens = store.scale.tokens
     rows = []
-    for arm in (*_FIXED, *_ELASTIC, *SAMPLE_ARMS, *ELASTIC_EXPERTS):
+    for arm in (*FIXED, *ELASTIC, *SAMPLE_ARMS, *ELASTIC_EXPERTS):
         runs = store.runs(arm, tokens)
         if runs and (flops := _flops_per_token(runs[0])) is not None:
             config = runs[0].spec.config()
@@ -264,14 +153,14 @@ def _several_passes(store: Store) -> str:
             ours = curve(store, arm, length, ratio_of(samples))
             for rival in rivals:
                 theirs = curve(store, rival, tokens, ratio_of(samples))
-                gaps = {r: paired(ours.get(r, {}), theirs.get(r, {})) for r in _RATIOS}
+                gaps = {r: paired(ours.get(r, {}), theirs.get(r, {})) for r in RATIOS}
                 if any(gaps.values()):
                     seeds = max(gap.count for gap in gaps.values() if gap is not None)
                     cells = [text_of(gap, sign=True) for gap in gaps.values()]
                     rows.append([f"{arm} minus {rival}", cost, *cells, str(seeds)])
     if not rows:
         return ""
-    head = ("several passes a token against one", "at", *(ratio_text(r) for r in _RATIOS), "seeds")
+    head = ("several passes a token against one", "at", *(ratio_text(r) for r in RATIOS), "seeds")
     return "**Several passes a token against one** (paired by seed, nats)\n\n" + markdown_table(head, rows)
 
 
@@ -298,7 +187,7 @@ def _everything(store: Store, gallery: Gallery, section: Section) -> str:
     """Loss against ideal FLOPs for every method; the text says what the picture leaves out."""
     moe = {2: over_k(store, "moe").get(2, {})}
     references = {
-        label(_AGAINST): _over_flops(over_ratio(store, _AGAINST), over_ratio(store, _AGAINST, figure="flops_ideal")),
+        label(AGAINST): _over_flops(over_ratio(store, AGAINST), over_ratio(store, AGAINST, figure="flops_ideal")),
         label("moe"): _over_flops(moe, over_k(store, "moe", figure="flops_ideal")),
     }
     panels = [(title, lines) for title, lines in _methods(store).items() if any(lines.values())]
@@ -325,15 +214,15 @@ def _methods(store: Store) -> dict[str, dict[str, Line]]:
     """Panel -> method -> loss over ideal MFLOPs per token."""
     panels: dict[str, dict[str, Line]] = {
         f"∞-MoE over the keep ratio: {title}": {
-            _short(arm): _over_flops(over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal"))
+            short(arm): _over_flops(over_ratio(store, arm), over_ratio(store, arm, figure="flops_ideal"))
             for arm in arms
         }
-        for title, arms in _KEEP_PANELS.items()
+        for title, arms in KEEP_PANELS.items()
     }
     over: dict[str, Line] = {}
     for arm in SAMPLE_ARMS:
-        over[_short(arm)] = _over_flops(over_samples(store, arm), over_samples(store, arm, figure="flops_ideal"))
-        over[_short(f"{arm}, z = μ")] = _over_flops(at_mu(store, arm), at_mu(store, arm, figure="flops_ideal"))
+        over[short(arm)] = _over_flops(over_samples(store, arm), over_samples(store, arm, figure="flops_ideal"))
+        over[short(f"{arm}, z = μ")] = _over_flops(at_mu(store, arm), at_mu(store, arm, figure="flops_ideal"))
     panels["∞-MoE over the number of samples K"] = over
     lines = expert_curves(store)
     for k in OF_K:
@@ -350,14 +239,9 @@ def _over_flops(losses: Curve, flops: Curve) -> dict[float, Interval]:
     return {places[at]: value for at, value in means(losses).items() if at in places}
 
 
-def _short(line: str) -> str:
-    """The label of one of ∞-MoE's, where the panel says that it is one."""
-    return label(line).removeprefix("∞-MoE, ")
-
-
 def _unmeasured(store: Store) -> str:
     """Planned arms that no run is of, and what the runs that there are were not measured for."""
-    planned = dict.fromkeys((*_FIXED, *_ELASTIC, *ELASTIC_EXPERTS, *SAMPLE_ARMS), store.scale.tokens)
+    planned = dict.fromkeys((*FIXED, *ELASTIC, *ELASTIC_EXPERTS, *SAMPLE_ARMS), store.scale.tokens)
     planned |= dict.fromkeys(RIVALS, store.scale.tokens)
     planned |= dict.fromkeys(ELASTIC_TUNED, further_tokens(store.scale))
     absent = [f"`{arm}`" for arm, tokens in planned.items() if not store.runs(arm, tokens)]

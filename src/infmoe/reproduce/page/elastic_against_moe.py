@@ -29,14 +29,17 @@ def _table(store: Store, rival: str, arms: Sequence[tuple[str, int]]) -> str:
         return ""
     head = (
         *("∞-MoE", "smallest keep ratio no worse than MoE", "ideal MFLOPs per token there", "executed"),
-        *("decoding there, ms per token", "loss minus MoE's, nats"),
+        *("decoding there, ms per token", "loss minus MoE's, nats", "at the next smaller ratio"),
     )
     ideal = runs[0].cost["flops_ideal"] / 1e6
     ms = speeds(store).get(rival, {}).get("decode_ms")
     decoding = "decoding not measured" if ms is None else f"decoding {ms.median:.2f} ms per token"
+    dense = speeds(store).get("dense", {}).get("decode_ms")
+    if dense is not None:
+        decoding += f", without a compiled path for single tokens; `dense` {dense.median:.2f}"
     return (
         f"**Against MoE, 4 experts, top-2** (`{rival}`, {RIVALS[rival]}: {ideal:.2f} MFLOPs per token, {decoding}; "
-        "95 % interval at or below 0; where no ratio is, the last column has the best one's)\n\n"
+        "no worse: the 95 % interval lies at or below 0; where no ratio's does, the difference is the best one's)\n\n"
         + markdown_table(head, rows)
     )
 
@@ -51,18 +54,20 @@ def _row(
     if not gaps:
         return []
     if any(gap.half_width is None for gap in gaps.values()):
-        return [name, ONE_SEED, "–", "–", "–", "–"]
+        return [name, ONE_SEED, *["–"] * 5]
     best = min(gaps, key=lambda r: gaps[r].mean)
     downwards = [r for r in gaps if r <= best]
     failing = next((i for i, r in enumerate(downwards) if gaps[r].high > 0), len(downwards))
     if failing == 0:
         decided = all(gap.low > 0 for gap in gaps.values())
         text = "none" if decided else f"not decided: {gaps[best].count} seeds"
-        return [name, text, "–", "–", "–", text_of(gaps[best], sign=True)]
+        return [name, text, "–", "–", "–", text_of(gaps[best], sign=True), "–"]
     least = downwards[failing - 1]
     cells = [_megaflops(store, arm, samples, least, figure) for figure in ("flops_ideal", "flops_executed")]
     cells.append(f"{times[samples, least]:.2f}" if (samples, least) in times else "–")
-    return [name, ratio_text(least), *cells, text_of(gaps[least], sign=True)]
+    beyond = downwards[failing] if failing < len(downwards) else None
+    then = "–" if beyond is None else f"{text_of(gaps[beyond], sign=True)} at {ratio_text(beyond)}"
+    return [name, ratio_text(least), *cells, text_of(gaps[least], sign=True), then]
 
 
 def _megaflops(store: Store, arm: str, samples: int, ratio: float, figure: str) -> str:
