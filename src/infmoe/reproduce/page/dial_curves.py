@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from infmoe.reproduce.plan import ELASTIC_TUNED, further_tokens
 from infmoe.reproduce.statistics import Interval, interval
 from infmoe.reproduce.store import Store
 
@@ -46,8 +47,16 @@ def ratio_of(run_samples: int | None) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def over_ratio(store: Store, arm: str, *, tokens: int | None = None, figure: str = "loss") -> Curve:
-    """Loss over the keep ratio at K = 1, which all these arms are trained with."""
-    return curve(store, arm, tokens or store.scale.tokens, ratio_of(1), figure=figure)
+    """Loss over the keep ratio at K = 1, which all these arms are trained with.
+
+    Args:
+        store, arm: whose.
+        tokens: of the runs; None: those that the arm is compared at, few where it starts from a trained model.
+        figure: instead of the loss.
+    """
+    if tokens is None:
+        tokens = further_tokens(store.scale) if arm in ELASTIC_TUNED else store.scale.tokens
+    return curve(store, arm, tokens, ratio_of(1), figure=figure)
 
 
 def over_k(store: Store, arm: str, *, tokens: int | None = None, figure: str = "loss") -> Curve:

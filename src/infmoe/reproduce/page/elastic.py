@@ -40,6 +40,7 @@ from infmoe.reproduce.plan import (
     ELASTIC_TUNED,
     PASSES,
     SHORTER,
+    TUNED_EXPERTS,
     further_tokens,
     shorter,
     tokens_text,
@@ -230,6 +231,11 @@ def _methods(store: Store) -> dict[str, dict[str, Line]]:
             title: _over_flops(lines.get(name, {}), over_k(store, name.partition(",")[0], figure="flops_ideal"))
             for title, name in labelled(k).items()
         }
+    few = further_tokens(store.scale)
+    panels["16 experts, tuned for k = 4, a fifth more tokens"] = {
+        short(arm): _over_flops(over_k(store, arm, tokens=few), over_k(store, arm, tokens=few, figure="flops_ideal"))
+        for arm in TUNED_EXPERTS
+    }
     return panels
 
 

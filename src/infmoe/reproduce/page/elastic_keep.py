@@ -20,7 +20,7 @@ from infmoe.reproduce.page.section import (
     seeds_text,
     text_of,
 )
-from infmoe.reproduce.plan import ELASTIC_LATE, PASSES, SANDWICH, shorter, tokens_text
+from infmoe.reproduce.plan import ELASTIC_LATE, PASSES, SANDWICH, TUNED_KEEP, shorter, tokens_text
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.reproduce.store import Store
 
@@ -36,6 +36,7 @@ KEEP_PANELS = {
     "trained at one ratio": tuple(FIXED),
     "elastic from the first step": tuple(arm for arm in ELASTIC if arm not in _LATER),
     "elastic from later on": _LATER,
+    "tuned, a fifth more tokens": TUNED_KEEP,
 }
 AGAINST = "infinity-keep4"
 
@@ -52,7 +53,9 @@ def keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
         line = means(found)
         seeds = seeds_text(store.runs(arm, tokens))
         rows.append([titled(arm), *(text_of(line.get(r)) for r in ratios), seeds])
-    panels = [(title, {short(arm): means(curves.get(arm, {})) for arm in arms}) for title, arms in KEEP_PANELS.items()]
+    panels = [
+        (title, {short(arm): means(over_ratio(store, arm)) for arm in arms}) for title, arms in KEEP_PANELS.items()
+    ]
     shown = [panel for panel in panels if any(panel[1].values())]
     picture = gallery.lines(
         "elastic_keep.png",

@@ -19,9 +19,7 @@ def tuned(store: Store) -> str:
     """Loss over the dial of each tuned arm, and minus that of the arm that was tuned plainly."""
     tokens = further_tokens(store.scale)
     tables = [
-        _table(
-            store, TUNED_KEEP, {arm: over_ratio(store, arm, tokens=tokens) for arm in TUNED_KEEP}, _RATIOS, ratio_text
-        ),
+        _table(store, TUNED_KEEP, {arm: over_ratio(store, arm) for arm in TUNED_KEEP}, _RATIOS, ratio_text),
         _table(
             store,
             TUNED_EXPERTS,
