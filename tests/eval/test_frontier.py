@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -318,7 +319,7 @@ def test_the_budgets_of_a_profile_are_tried_again(profile_dir, tiny_run, tmp_pat
     for line, row, end in zip((first, last), values["budgets"], ends, strict=True):
         assert row["budget_ms"] == end
         assert line.startswith(f"budget {end:.2f} ms: met by {row['met']:.1%} of 15 tokens with {row['picked']};")
-    assert where.endswith(f"profile: {profile.path} of {profile.time}")
+    assert where.endswith(f"profile: {os.path.relpath(profile.path)} of {profile.time}")
     assert profile.time == json.loads(before)["provenance"]["time"] == values["profile_time"]
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 1

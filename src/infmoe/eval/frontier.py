@@ -5,6 +5,7 @@ R rows, T tokens, L layers.
 
 import contextlib
 import logging
+import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -395,7 +396,7 @@ def try_budgets(
     require_writable(out or found.path.parent)
     tried = check_budgets(model, found, count=count, steps=steps, prompt_length=found.cached_tokens[0])
     return {
-        "profile": str(found.path),
+        "profile": os.path.relpath(found.path),
         "profile_time": found.time,
         "rows": found.rows,
         "budgets": tried,
