@@ -10,6 +10,9 @@ from infmoe.hf import InfMoEConfig, model_cost
 from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.checks import expanded_model, run_identity
 from infmoe.reproduce.measures import MEASURES, own_settings, settings
+from infmoe.reproduce.page.elastic import elastic
+from infmoe.reproduce.page.figures import Gallery
+from infmoe.reproduce.page.section import Claim
 from infmoe.reproduce.places import Place
 from infmoe.reproduce.plan import SCALES, RunSpec, Scale
 from infmoe.reproduce.store import Store
@@ -194,6 +197,12 @@ def fill(store: Store, losses: dict[str, float], tokens: int, seeds: int = 3, *,
             spec = spec_of(store, arm_name, seed, tokens=tokens, lr=2e-3 * arm.lr_factor)
             own = loss + 0.001 * seed + 0.0005 * (seed == 2) * (arm_name == "moe")
             store.put(spec, fake_values(spec, own, tasks=tasks))
+
+
+def elastic_claims(store: Store, text: str) -> list[Claim]:
+    """The elastic section's claims with these words."""
+    section = elastic(store, Gallery(store.folder))
+    return [claim for claim in section.claims if text in claim.text]
 
 
 def ffn_result() -> dict[str, Any]:

@@ -330,7 +330,7 @@ def check_budgets(model: Any, profile: Profile, *, count: int, steps: int, promp
     rounds = -(-steps // _timed_per_turn(model, prompt_length))
     slowest, quickest = (f(p.token_ms_p95 for p in profile.points) for f in (max, min))
     share = [i / max(count - 1, 1) for i in range(count)]
-    budgets = [min(quickest + (slowest - quickest) * s, slowest) if s < 1 else slowest for s in share]
+    budgets = [(1 - s) * quickest + s * slowest for s in share]  # exact at both ends
     settings = [{"latency_budget_ms": budget, "profile": profile} for budget in budgets]
     again = [_setting(measured.point) for measured in profile.points]
     log = logging.getLogger("infmoe")

@@ -124,9 +124,9 @@ def _grids(store: Store) -> str:
     rows = []
     for arm in GRID_ARMS:
         for share in sorted((*GRID_RATIOS, 1 / 4)):  # a quarter is a measure of its own
+            measure = "dial_grid" if share in GRID_RATIOS else "own_samples"
             line, shared = (
                 curve(store, arm, store.scale.tokens, _samples_at(share), measure=measure, figure=figure)
-                for measure in ("dial_grid" if share in GRID_RATIOS else "own_samples",)
                 for figure in ("loss", "overlap_ratio")
             )
             if not (one := line.get(1)):
