@@ -32,10 +32,9 @@ def _table(store: Store, rival: str, arms: Sequence[tuple[str, int]]) -> str:
         *("decoding there, ms per token", "loss minus MoE's, nats", "at the next smaller ratio"),
     )
     ideal = runs[0].cost["flops_ideal"] / 1e6
-    ms = speeds(store).get(rival, {}).get("decode_ms")
+    ms, dense = (speeds(store).get(arm, {}).get("decode_ms") for arm in (rival, "dense"))
     decoding = "decoding not measured" if ms is None else f"decoding {ms.median:.2f} ms per token"
-    dense = speeds(store).get("dense", {}).get("decode_ms")
-    if dense is not None:
+    if ms is not None and dense is not None:
         decoding += f", without a compiled path for single tokens; `dense` {dense.median:.2f}"
     return (
         f"**Against MoE, 4 experts, top-2** (`{rival}`, {RIVALS[rival]}: {ideal:.2f} MFLOPs per token, {decoding}; "
