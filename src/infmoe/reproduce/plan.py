@@ -320,7 +320,7 @@ def _all(scale: Scale) -> list[Group]:
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
     tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
-    once = [rates_once, tier2, draws, *sizes, *long, *rest, longer, tier2_then, *tables]
+    once = [rates_once, tier2, draws, *sizes, *long, *tables, tier2_then, longer, *rest]
     then = [tier2, *sizes, tier2_then, *long, *tables, longer, rates, late, draws, *rest, further, beside]
     return [few, keep, unscaled, *_seeds([late], 1), *elastic, *_seeds(once, 1), *then, first]
 
