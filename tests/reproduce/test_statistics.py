@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from infmoe.reproduce.statistics import Interval, interval, paired
+from infmoe.reproduce.statistics import Interval, interval, paired, spread
 
 
 def test_an_interval_of_three():
@@ -38,3 +38,28 @@ def test_differences_are_paired_by_seed():
     assert found.mean == pytest.approx(0.1)
     assert found.half_width == pytest.approx(0.0, abs=1e-9)
     assert paired({1: 1.0}, {2: 1.0}) is None
+
+
+def test_a_spread_leaves_out_what_arms_and_seeds_make_of_a_loss():
+    noise = np.random.default_rng(0).normal(size=(40, 3), scale=0.02)
+    arms, seeds = np.linspace(3.0, 4.0, 40)[:, None], np.array([0.0, 0.3, -0.2])
+    found = spread((arms + seeds + noise).tolist())
+    assert (found.arms, found.seeds, found.degrees) == (40, 3, 78)
+    assert found.deviation == pytest.approx(0.02, rel=0.15)
+    assert spread((arms + seeds).tolist()).deviation == pytest.approx(0.0, abs=1e-9)
+
+
+def test_few_arms_say_nothing_of_the_spread():
+    assert spread([]) is None
+    assert spread([[3.0, 3.1, 3.2]] * 5) is None
+    assert spread([[3.0, 3.1, 3.2]] * 6) is not None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_spread_holds_the_difference_of_two_arms_as_often_as_it_says(count):
+    draws = np.random.default_rng(count)
+    held = []
+    for _ in range(1500):
+        width = spread(draws.normal(size=(12, 3)).tolist()).half_width(count)
+        held.append(abs(np.mean(draws.normal(size=count) - draws.normal(size=count))) <= width)
+    assert 0.935 <= np.mean(held) <= 0.97

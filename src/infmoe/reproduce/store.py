@@ -4,7 +4,8 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from infmoe.provenance import write_json
 from infmoe.recipes import recipe
 from infmoe.reproduce.arms import Arm, arm_named
 from infmoe.reproduce.checks import check_run, data_damage
-from infmoe.reproduce.plan import TUNING_SEED, Group, RunSpec, Scale
-from infmoe.reproduce.statistics import Interval, paired
+from infmoe.reproduce.plan import TUNING_SEED, Group, RunSpec, Scale, groups
+from infmoe.reproduce.statistics import Interval, Spread, paired, spread
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,24 @@ class Store:
         return {run.spec.seed: run.loss for run in self.runs(arm_name, tokens) if not run.diverged}
 
     def difference(self, arm: str, other: str, tokens: int) -> Interval | None:
-        """The loss of an arm minus another's, paired by seed."""
-        return paired(self.losses(arm, tokens), self.losses(other, tokens))
+        """The loss of an arm minus another's, paired by seed; a single one by the spread of the others too."""
+        found = paired(self.losses(arm, tokens), self.losses(other, tokens))
+        if found is None or found.count > 1 or tokens != self.scale.tokens or self.spread is None:
+            return found
+        return replace(found, pooled=self.spread.half_width())
+
+    @cached_property
+    def spread(self) -> Spread | None:
+        """How far single runs of the standard length scatter; None: too few arms have their seeds.
+
+        Arms that share their first steps with another one would count twice, and are left out.
+        """
+        scale = self.scale
+        names = dict.fromkeys(n for g in groups("all", scale) if g.tokens == scale.tokens for n in g.arms)
+        own = (n for n in names if not any(s.startswith("elastic.start=") for s in arm_named(n).settings))
+        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + scale.side_seeds)
+        losses = (self.losses(name, scale.tokens) for name in own)
+        return spread([[loss[seed] for seed in seeds] for loss in losses if loss.keys() >= set(seeds)])
 
     def seeds_wanted(self, group: Group) -> int:
         """How many seeds a group needs, by what is known of it: more while an interval is too wide."""
@@ -233,10 +250,10 @@ class Store:
                 return True
         return False
 
-    def missing(self, groups: Sequence[Group]) -> Iterator[RunSpec]:
+    def missing(self, wanted: Sequence[Group]) -> Iterator[RunSpec]:
         """The runs that are still to be trained, in order; what hangs on a missing learning rate comes later."""
         named: set[str] = set()
-        for group in groups:
+        for group in wanted:
             arms = [arm_named(name) for name in group.trained]
             specs = [spec for arm in arms for spec in self.tuning(arm)]
             seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.seeds_wanted(group))

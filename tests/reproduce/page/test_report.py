@@ -451,6 +451,26 @@ def test_one_seed_is_shown_and_decides_nothing(store, mini):
     assert "| -0.200 nats (one seed) | not decided: one seed |" in row
 
 
+@pytest.mark.parametrize(("gap", "verdict"), [(-0.2, "holds (one seed)"), (-0.01, "not decided: one seed")])
+def test_one_seed_is_held_against_the_spread_of_the_arms_that_have_more(store, mini, gap, verdict):
+    for i, name in enumerate(dict.fromkeys((*TIER1, *TIER2))):
+        if name not in ("infinity", "moe"):
+            fill(store, {name: 3.6}, mini.tokens, seeds=0)
+            for seed, loss in ((1, 3.6), (2, 3.6 + 0.02 * (-1) ** i)):
+                spec = spec_of(store, name, seed, lr=2e-3 * arm_named(name).lr_factor)
+                store.put(spec, fake_values(spec, loss))
+    fill(store, {"infinity": 3.4, "moe": 3.4 - gap}, mini.tokens, seeds=1)
+    assert store.difference("infinity", "moe", mini.long_tokens) is None
+    found = store.difference("infinity", "moe", mini.tokens)
+    assert found.half_width is None
+    assert found.pooled == pytest.approx(store.spread.half_width())
+    assert 0.01 < found.pooled < 0.2
+    page = render_page(store.folder.parent.parent)
+    row = next(line for line in page.splitlines() if "∞-MoE beats MoE, in" in line)
+    assert f"| {gap:+.3f} nats (one seed, pooled ± {found.pooled:.3f}) | {verdict} |" in row
+    assert f"{store.spread.arms} share no training with another" in page
+
+
 def test_a_picture_that_is_missing_is_named(filled, tmp_path):
     results = filled.folder.parent.parent
     page = tmp_path / "evidence.md"

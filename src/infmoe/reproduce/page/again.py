@@ -1,15 +1,32 @@
-"""The same runs once more: how far apart two trainings of one configuration, seed and data end."""
+"""What a single run is worth: how far arms scatter over seeds, and two trainings of one run end apart."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from infmoe.errors import InfMoEError
-from infmoe.reproduce.page.section import markdown_table
+from infmoe.reproduce.page.section import command, markdown_table
+from infmoe.reproduce.plan import tokens_text
 from infmoe.reproduce.statistics import t_quantile
 from infmoe.reproduce.store import Finished, Store
 
 FOLDER = "again"  # beside the scales: results of `infmoe reproduce --out results/reproduce/again`
+
+
+def one_seed(store: Store) -> str:
+    """What is said of a difference that rests on one seed; empty where nothing can be."""
+    found, scale = store.spread, store.scale
+    if found is None:
+        return ""
+    return (
+        f"Of the arms that were trained on {tokens_text(scale.tokens)} tokens with {found.seeds} seeds, {found.arms} "
+        "share no training with another. What is left of their losses, when each arm's and each seed's mean is taken "
+        f"off, has a standard deviation of {found.deviation:.4f} nats ({found.degrees} degrees of freedom; a "
+        f"randomized block design). If all arms scatter so, the difference of two single runs of a seed is known to ± "
+        f"{found.half_width():.3f} nats (95 %), that of two arms over {found.seeds} seeds to ± "
+        f"{found.half_width(found.seeds):.3f}, and over {scale.seeds[1]} to ± {found.half_width(scale.seeds[1]):.3f}. "
+        "Verdicts on one seed are held against the first of these; arms with more seeds keep intervals of their own."
+    )
 
 
 def again(results: Path, store: Store, runs: Sequence[Finished]) -> str:
@@ -53,7 +70,8 @@ def again(results: Path, store: Store, runs: Sequence[Finished]) -> str:
         "nothing would, too: a difference of two single runs that is smaller than "
         f"{t_quantile(len(pairs)) * rms:.3f} nats says nothing (95 %), whatever their seeds, unless they share their "
         "first steps (which do, is said under elastic compute). All runs are pooled, though some kinds may spread "
-        "less than others.\n\n" + markdown_table(head, rows)
+        f"less than others; the second training is of a later commit.\n\n{markdown_table(head, rows)}\n\n"
+        f"`{command('all', store.scale)} --out results/reproduce/{FOLDER}`, on another machine"
     )
 
 

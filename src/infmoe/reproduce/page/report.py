@@ -7,7 +7,7 @@ from pathlib import Path
 from infmoe.errors import InfMoEError
 from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.page import curves, tables
-from infmoe.reproduce.page.again import again
+from infmoe.reproduce.page.again import again, one_seed
 from infmoe.reproduce.page.controls import controls
 from infmoe.reproduce.page.elastic import elastic
 from infmoe.reproduce.page.figures import Gallery
@@ -37,10 +37,10 @@ files under `results/`; each run's file names its configuration, seed, data, ver
 in nats per token on held-out documents, of which each scale says how much is read; “±” is a 95 % interval over
 training seeds (Student's t), which says nothing of other documents. Differences are paired by seed, over the seeds
 that both have: they need not be those of the means beside them, which may rest on more. Every verdict stands for
-itself at 95 %: of twenty that are decided so, one is expected to be chance. NOVELS stands for text files of one's own;
-the data's hash is below. Every arm sees the same tokens in the same order. Tier 1 adds seeds until its intervals are
-narrow, which makes them hold the mean a little less often than 95 %. What two trainings of one run differ by stands at
-the end of each scale: a difference of single seeds that is smaller says nothing."""
+itself at 95 %: of twenty comparisons of arms that do not differ, one is expected to be decided. NOVELS stands for
+text files of one's own; the data's hash is below. Every arm sees the same tokens in the same order. Tier 1 adds seeds
+until its intervals are narrow, which makes them hold the mean a little less often than 95 %. A difference of single
+runs is held against the pooled spread of the arms that have more seeds (“pooled ±”; at the end of each scale)."""
 
 
 def render_section(name: str, store: Store, *, draw: bool = True) -> Section:
@@ -104,6 +104,8 @@ def _scale_parts(results: Path, scale: Scale, draw: bool) -> list[str]:
             parts.append(f"![{title}](../{_relative(picture, results.parent)})")
         parts.append(f"`{section.command}`")
     parts += ["### Learning rates", _learning_rates(store)]
+    if spread := one_seed(store):
+        parts += ["### What one seed says", spread]
     if twice := again(results, store, _files(store)[0]):
         parts += ["### The same runs once more", twice]
     if draw:
@@ -206,7 +208,8 @@ def _learning_rates(store: Store) -> str:
     for name in _every_arm(scale):
         if (root := arm_named(name).tuned_as) is not None:
             inherited.setdefault(root, []).append(name)
-    passed_on = "; ".join(f"`{root}`: {', '.join(names)}" for root, names in inherited.items())
+    # in an order of their own: that of training is no matter of the page
+    passed_on = "; ".join(f"`{root}`: {', '.join(sorted(names))}" for root, names in sorted(inherited.items()))
     return (
         f"Held-out loss after {tokens:g}M tokens, seed {TUNING_SEED}, which is not reported elsewhere.\n\n"
         + markdown_table(head, rows)

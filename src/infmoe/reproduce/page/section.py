@@ -1,7 +1,7 @@
 """What a table or figure is made of: sections, claims, and the helpers that they share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from infmoe.reproduce.store import Finished, Store
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not testable at this scale"
 UNDECIDED = "not decided: the interval contains 0"
 ONE_SEED = "not decided: one seed"
+_BY_ONE = " (one seed)"  # held against the spread of the arms that have more
+HOLDS_BY_ONE, FAILS_BY_ONE = HOLDS + _BY_ONE, FAILS + _BY_ONE
 NOT_RUN = "not run at this budget"
 MISSING = "not measured yet"
 VOID = "void: the samples hardly differ"
@@ -92,7 +94,9 @@ def verdict_below(difference: Interval | None) -> str:
     if difference is None:
         return MISSING
     if difference.half_width is None:
-        return ONE_SEED
+        if difference.pooled is None or abs(difference.mean) <= difference.pooled:
+            return ONE_SEED
+        return HOLDS_BY_ONE if difference.mean < 0 else FAILS_BY_ONE
     return HOLDS if difference.high < 0 else FAILS if difference.low > 0 else UNDECIDED
 
 
@@ -109,14 +113,16 @@ def verdict_all_below(differences: Sequence[Interval | None]) -> str:
 def better(difference: Interval | None) -> str:
     """The verdict on a difference that is no claim of the paper's, and better below 0."""
     verdict = verdict_below(difference)
-    return {HOLDS: "better", FAILS: "worse"}.get(verdict, verdict)
+    words = {HOLDS: "better", FAILS: "worse", HOLDS_BY_ONE: "better" + _BY_ONE, FAILS_BY_ONE: "worse" + _BY_ONE}
+    return words.get(verdict, verdict)
 
 
 def nats(difference: Interval | None, digits: int = 3) -> str:
     """A difference with its unit and its seeds, or a dash."""
     if difference is None:
         return "–"
-    return f"{text_of(difference, digits, sign=True)} nats ({of_seeds(difference)})"
+    spread = "" if difference.pooled is None else f", pooled ± {difference.pooled:.3f}"
+    return f"{text_of(difference, digits, sign=True)} nats ({of_seeds(difference)}{spread})"
 
 
 def lies_above(value: Interval | None, level: float) -> str:
@@ -185,4 +191,4 @@ def command(name: str, scale: Scale) -> str:
 
 
 def minus(value: Interval) -> Interval:
-    return Interval(-value.mean, value.half_width, value.count)
+    return replace(value, mean=-value.mean)
