@@ -178,7 +178,11 @@ def _experts() -> list[Arm]:
         for k in (4, 8, 16):
             own: dict[str, Any] = {"num_experts_per_tok": k} | ({"routed_scaling_factor": float(k)} if scaled else {})
             if scaled or k != 8:  # that one is a recipe of its own
-                arms.append(Arm(f"moe16-fine-k{k}{suffix}", f"plain top-{k} of 16{after}", "moe16-fine", own, "moe"))
+                arms.append(
+                    Arm(
+                        f"moe16-fine-k{k}{suffix}", f"16 narrow experts, plain top-{k}{after}", "moe16-fine", own, "moe"
+                    )
+                )
             if k == 16:
                 continue
             # The paper names neither the probability nor the loss's weight: a half, and weights from none to the

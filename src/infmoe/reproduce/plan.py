@@ -272,10 +272,14 @@ def _elastic(scale: Scale) -> list[Group]:
     ]
 
 
-def _table2(scale: Scale) -> list[Group]:
+def z_arms(scale: Scale) -> dict[int, str]:
+    """Table 2's arms: d_z -> name."""
     own = recipe(f"{scale.name}/infinity").model["z_dim"]
-    arms = tuple("infinity" if z == own else f"infinity-z{z}" for z in scale.z_dims)
-    return [Group(arms, scale.tokens, _side(scale))]
+    return {z: "infinity" if z == own else f"infinity-z{z}" for z in scale.z_dims}
+
+
+def _table2(scale: Scale) -> list[Group]:
+    return [Group(tuple(z_arms(scale).values()), scale.tokens, _side(scale))]
 
 
 def _side(scale: Scale) -> tuple[int, int]:
@@ -288,8 +292,8 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
     "table2": _table2,
     "table3": lambda s: [Group(("infinity",), s.entropy_tokens, _side(s))],
     "table5": lambda s: [Group(("infinity", "moe"), tokens, _side(s)) for tokens in (s.long_tokens, s.tokens)],
-    "table6": lambda s: [Group(("infinity", "moe16", "moe16-fine"), s.tokens, _side(s))],
-    "figure2": lambda s: [Group(("infinity", "moe"), s.tokens, _side(s))],
+    "table6": lambda s: [Group(("infinity", "moe16", "moe16-fine", "moe16-fine-k8-scaled", "moe"), s.tokens, _side(s))],
+    "figure2": lambda s: [Group(("infinity", "moe", "moe16"), s.tokens, _side(s))],
     "figure3": lambda s: [Group(("infinity", "moe"), tokens, _side(s)) for tokens in s.data_sizes],
     "figure4": lambda s: [],
     "controls": lambda s: [
@@ -298,7 +302,7 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
         Group(("infinity", *_TIER2_FIRST), s.tokens, _side(s)),
         Group(TIER1, s.long_tokens, _side(s)),
         Group(("infinity", *_TIER2_THEN), s.tokens, _side(s)),
-        Group(FURTHER_RIVALS, s.tokens, _side(s)),
+        Group((*FURTHER_RIVALS, *z_arms(s).values()), s.tokens, _side(s)),
     ],
     "elastic": _elastic,
 }

@@ -133,3 +133,18 @@ def test_a_legend_below_the_panels_lies_within_the_picture(drawn, panels, length
     assert whole.x0 <= box.x0
     assert box.x1 <= whole.x1
     assert box.y0 >= whole.y0
+
+
+@pytest.mark.parametrize("kind", ["lines", "bars"])
+def test_a_single_seed_has_a_thin_interval_by_the_spread_of_others(drawn, kind):
+    one = Interval(-0.1, None, 1, pooled=0.04)
+    labels = {name: text for name, text in LABELS.items() if kind == "lines" or name != "y_label"}
+    values = [("", {"a": {1.0: one, 2.0: THREE}})] if kind == "lines" else {"a": one, "b": THREE}
+    fig = drawn(kind, values, title="t", **labels)
+    (ax,) = fig.axes
+    ends = [segment for lines in ax.collections for segment in lines.get_segments() if lines.get_linewidth()[0] == 0.8]
+    (found,) = [segment[:, int(kind == "lines")] for segment in ends]
+    assert list(found) == pytest.approx([-0.14, -0.06])
+    assert ax.get_xlabel().endswith("thin: one seed, by the spread of arms with more")
+    plain = drawn(kind, [("", {"a": {1.0: ONE}})] if kind == "lines" else {"a": ONE}, title="t", **labels)
+    assert "thin" not in plain.axes[0].get_xlabel()

@@ -1,6 +1,7 @@
 """Zero-shot accuracy and margins of the finished runs, for the tables and figures that show them."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from infmoe.reproduce.page.section import (
     verdict_below,
 )
 from infmoe.reproduce.places import TASK_KEEP_RATIOS, TASK_SAMPLES
-from infmoe.reproduce.plan import Scale, tokens_text
+from infmoe.reproduce.plan import Scale, groups, tokens_text
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 
@@ -38,6 +39,7 @@ TASKS = (*SHARED, SAT.name)
 _CHANCE = {column.name: column.chance for column in ALL.values()}
 _DIALS = ("num_samples", "keep_ratio", "num_experts_per_tok", "mode")
 _UNIT = {"acc": 100.0, "margin": 1.0}
+_GUESSING = 2.0  # standard errors over items, within which an accuracy can't be told from guessing
 _DIGITS = {"acc": 1, "margin": 3}
 
 Scores = dict[int, dict[str, float]]  # seed -> task -> accuracy in percent, or margin in nats
@@ -65,7 +67,7 @@ def scores(store: Store, arm: str, tokens: int, value: str, point: Point | None 
         store: the results.
         arm: its name.
         tokens: of its runs.
-        value: "acc", then in percent, or "margin".
+        value: "acc", then in percent; "margin"; or "strength", the margin over the spread of its items.
         point: of the dials; None: as trained.
     """
     found: Scores = {}
@@ -75,8 +77,32 @@ def scores(store: Store, arm: str, tokens: int, value: str, point: Point | None 
             dials = asdict(point or own_point(run))
             at = {row["task"]: row for row in rows if all(row.get(dial) == dials[dial] for dial in _DIALS)}
             if all(task in at for task in TASKS):
-                found[run.spec.seed] = {task: _UNIT[value] * at[task][value] for task in TASKS}
+                found[run.spec.seed] = {task: _value(at[task], value) for task in TASKS}
     return found
+
+
+def _value(row: Mapping[str, Any], value: str) -> float:
+    if value == "strength":  # margins of sentences are hundreds of times those of single words
+        spread = row["margin_se"] * math.sqrt(row["items"])
+        return row["margin"] / spread if spread else 0.0
+    return _UNIT[value] * row[value]
+
+
+def near_guessing(store: Store) -> str:
+    """How many of all scored accuracies can't be told from guessing, in words; says what is expected where none is."""
+    found = [
+        abs(row["acc"] - _CHANCE[row["task"]]) <= _GUESSING * row["acc_se"]
+        for arm, tokens in {(arm, group.tokens) for group in groups("all", store.scale) for arm in group.trained}
+        for run in store.runs(arm, tokens)
+        for row in run.measure(ZERO_SHOT) or ()
+        if all(row.get(dial) == value for dial, value in asdict(own_point(run)).items() if dial in _DIALS)
+    ]
+    if not found:
+        return "models of this size are expected to score at chance; held-out loss stands in"
+    return (
+        f"{sum(found)} of the {len(found)} accuracies scored at this scale lie within {_GUESSING:g} standard errors of "
+        "guessing; held-out loss stands in"
+    )
 
 
 def means(found: Scores, tasks: Sequence[str] = TASKS) -> dict[int, float]:
@@ -103,7 +129,7 @@ def points_text(difference: Interval | None) -> str:
 
 
 def accuracy_claim(store: Store, text: str, measured: str, differences: Sequence[Interval | None]) -> Claim:
-    """A claim on accuracy: judged by the intervals, but at the tiny scale, whose models score at chance.
+    """A claim on accuracy: judged by the intervals, but at the tiny scale, whose models hardly know the tasks.
 
     Args:
         store: the results.
@@ -112,7 +138,7 @@ def accuracy_claim(store: Store, text: str, measured: str, differences: Sequence
         differences: ∞-MoE's accuracy minus each rival's.
     """
     if store.scale.name == "tiny":
-        return Claim(text, measured, OPEN, "models of this size score at chance; held-out loss stands in")
+        return Claim(text, measured, OPEN, near_guessing(store))
     verdicts = {MISSING if gap is None else verdict_below(minus(gap)) for gap in differences}
     decided = next((verdict for verdict in (MISSING, FAILS, ONE_SEED) if verdict in verdicts), None)
     return Claim(text, measured, decided or (verdicts.pop() if len(verdicts) == 1 else UNDECIDED))
@@ -168,7 +194,8 @@ def accuracy_table(
         _margin_table(store, arms, tokens),
         f"{items_text(store.scale)}, seed 0 of the noise, each model at its own dials. The margin is the right "
         "answer's log-likelihood minus the mean of the others', over each right answer alike where all items have the "
-        "same answers (BoolQ, SAT-en). “±” is over training seeds; the "
+        "same answers (BoolQ, SAT-en); the mean over tasks takes each in standard deviations of its items. “±” "
+        "is over training seeds; the "
         f"items add a standard error of {_item_error(store, arms, tokens):.1f} points to each accuracy. {SAT.name} is "
         "no task of the paper's; RACE has no local file.",
     ]
@@ -180,14 +207,16 @@ def _margin_table(store: Store, arms: Sequence[str], tokens: int) -> str:
     for arm in arms:
         margin = scores(store, arm, tokens, "margin")
         cells = [text_of(over_seeds({seed: v[task] for seed, v in margin.items()})) for task in TASKS]
-        difference = mean_difference(store, "infinity", arm, tokens, "margin")
+        strength = scores(store, arm, tokens, "strength")
+        difference = mean_difference(store, "infinity", arm, tokens, "strength")
         rows.append(
             [
-                *(arm, *cells, text_of(over_seeds(means(margin)))),
+                *(arm, *cells, text_of(over_seeds(means(strength)))),
                 "" if arm == "infinity" else text_of(difference, sign=True),
             ]
         )
-    return markdown_table(("margin of the right answer, nats", *TASKS, "mean", "∞-MoE minus it"), rows)
+    head = ("margin of the right answer, nats", *TASKS, "mean, in items' deviations", "∞-MoE minus it")
+    return markdown_table(head, rows)
 
 
 def items_text(scale: Scale) -> str:

@@ -1,5 +1,6 @@
 """Comparisons at equal budgets: parameters, weights used, FLOPs, and what training costs."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from infmoe.reproduce.page.section import (
     text_of,
 )
 from infmoe.reproduce.page.speeds import speeds
-from infmoe.reproduce.plan import TIER1, TIER2
+from infmoe.reproduce.plan import OTHER_RATES, TIER1, TIER2, Scale, z_arms
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.reproduce.store import Finished, Store
 
@@ -39,25 +40,24 @@ def measured(run: Finished, name: str) -> float:
     return held_out[0][name] if held_out and name in held_out[0] else run.cost[name]
 
 
-# ∞-MoE as the paper has it, and what may stand for it where a budget is smaller: fewer samples, fewer units
-_STAND_INS = {
-    OURS: "K = 2, 1/4",
-    "infinity-keep4": "K = 1, 1/4",
-    "infinity-keep8": "K = 1, 1/8",
-    "infinity-keep16": "K = 1, 1/16",
-}
-_RIVALS = ("dense", "switch", "moe")  # what an arm's name begins with
+# ∞-MoE as the paper has it, and what stands for it where a budget is smaller: fewer samples and units, or else a
+# router of fewer dimensions and blocks of units
+_SMALLER = {"infinity-keep4": "K = 1, 1/4", "infinity-keep8": "K = 1, 1/8", "infinity-keep16": "K = 1, 1/16"}
+_BLOCKS = {f"infinity-blocks{size}": f"K = 2, 1/4, blocks of {size}" for size in (16, 32, 64)}
+_RIVALS = ("dense", "switch", "moe", "infinity-glu")  # what an arm's name begins with
 _FINE = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
 _CLAIMED_RIVALS = {
     "moe": "MoE (4 experts, top-2)",
     "moe16-fine-k8-scaled": "MoE of 16 narrow experts, its output as large at the start",
     "dense-swiglu": "dense SwiGLU",
+    "infinity-glu": "the dense GLU with a gate of rank d_z",
 }
 # of one kind, the first where several are as near
 _KIN = {
     "moe16-fine-k8-scaled": ("moe16-fine-k8-scaled", "moe16-fine-k4-scaled"),
     "moe": ("moe", "moe-scaled", "moe-plus"),
     "dense-swiglu": ("dense-swiglu", "dense-swiglu-active", "dense-swiglu-plus"),
+    "infinity-glu": ("infinity-glu",),
 }
 # budgets of the opening table's claims
 _BUDGETS_CLAIMED = {
@@ -67,10 +67,20 @@ _BUDGETS_CLAIMED = {
 }
 
 
+def _stand_ins(scale: Scale) -> tuple[dict[str, str], ...]:
+    """∞-MoEs and their dials, those first that are preferred."""
+    narrow = {arm: f"K = 2, 1/4, d_z = {z}" for z, arm in z_arms(scale).items() if arm != OURS}
+    return {OURS: "K = 2, 1/4"}, _SMALLER, narrow | _BLOCKS
+
+
+def _dials(scale: Scale) -> dict[str, str]:
+    return {name: dials for tier in _stand_ins(scale) for name, dials in tier.items()}
+
+
 def equal_budgets(store: Store, section: Section) -> str:
     """Every rival whose budget is about that of an ∞-MoE, budget by budget."""
-    tokens = store.scale.tokens
-    names = dict.fromkeys((*TIER1, *TIER2, *_FINE, *_STAND_INS))
+    tokens, dials = store.scale.tokens, _dials(store.scale)
+    names = dict.fromkeys((*TIER1, *TIER2, *_FINE, *dials))
     first = {name: runs[0] for name in names if (runs := store.runs(name, tokens))}
     rows = []
     for budget, of in _BUDGETS.items():
@@ -78,49 +88,85 @@ def equal_budgets(store: Store, section: Section) -> str:
             continue
         found = []
         for name in first:
-            if not name.startswith(_RIVALS) or (nearest := _nearest(first, name, of)) is None:
+            if not name.startswith(_RIVALS) or (match := _match(store.scale, first, name, of)) is None:
                 continue
-            ours, share = nearest
+            ours, share = match
             difference = store.difference(ours, name, tokens)
             seeds = "0" if difference is None else str(difference.count)
-            found.append([budget, _STAND_INS[ours], name, f"{share:.2f}", text_of(difference, sign=True), seeds])
-        rows += found or [[budget, "–", "none within a tenth", "–", "–", "–"]]
+            gap = text_of(difference, sign=True)
+            found.append([budget, dials[ours], name, f"{share:.2f}", gap, rates_of(store, ours, name), seeds])
+        rows += found or [[budget, "–", "none within a tenth", "–", "–", "–", "–"]]
     for rival, title in _CLAIMED_RIVALS.items():
         for budget in _BUDGETS_CLAIMED:
             section.claims.append(_budget_claim(store, first, rival, title, budget))
-    head = ("budget", "∞-MoE with", "rival", "the rival's, over ∞-MoE's", "loss of ∞-MoE minus it, nats", "seeds")
+    head = (
+        *("budget", "∞-MoE with", "rival", "the rival's, over ∞-MoE's", "loss of ∞-MoE minus it, nats"),
+        *("learning rate", "seeds"),
+    )
     if not rows:
         return ""
     return (
-        "**At equal budgets** (a rival within a tenth of ∞-MoE's; ∞-MoE as the paper has it, K = 2 at 1/4, or one of "
-        "the arms trained with less, whichever comes nearest)\n\n" + markdown_table(head, rows)
+        "**At equal budgets** (a rival within a tenth of ∞-MoE's: ∞-MoE as the paper has it, K = 2 at 1/4, or else the "
+        "nearest of those trained with one sample, or else the nearest with a smaller d_z or over blocks)\n\n"
+        + markdown_table(head, rows)
     )
 
 
-def _nearest(first: Mapping[str, Finished], rival: str, of: Callable[[Finished], float]) -> tuple[str, float] | None:
-    """The ∞-MoE whose budget is nearest to the rival's, with the rival's share of it; None beyond a tenth."""
-    shares = {name: of(first[rival]) / of(first[name]) for name in _STAND_INS if name in first}
-    ours = min(shares, key=lambda name: round(abs(math.log(shares[name])), 6))
-    return (ours, shares[ours]) if abs(shares[ours] - 1) <= EQUAL else None
+def rates_of(store: Store, *arms: str) -> str:
+    """The learning rates of arms at the standard length, once where they are the same."""
+    runs = [found[0] for name in arms if (found := store.runs(name, store.scale.tokens))]
+    return " and ".join(dict.fromkeys(f"{run.spec.lr:g}" for run in runs))
+
+
+def equal_rates_note(store: Store, ours: str, rival: str) -> str:
+    """What is left of a difference at each other learning rate at which both arms were run."""
+    names = ([arm, *(name for name in OTHER_RATES if name.startswith(f"{arm}-lr"))] for arm in (ours, rival))
+    notes = []
+    for mine, its in itertools.product(*names):
+        gap = store.difference(mine, its, store.scale.tokens)
+        rate = rates_of(store, mine, its)
+        if gap is not None and (mine, its) != (ours, rival) and " and " not in rate:
+            notes.append(f"at learning rate {rate}: {nats(gap)}")
+    return "; ".join(notes)
+
+
+def _match(
+    scale: Scale, first: Mapping[str, Finished], rival: str, of: Callable[[Finished], float]
+) -> tuple[str, float] | None:
+    """An ∞-MoE whose budget is about the rival's, with the rival's share of it; None: there is none."""
+    for tier in _stand_ins(scale):
+        shares = {name: of(first[rival]) / of(first[name]) for name in tier if name in first}
+        near = {name: share for name, share in shares.items() if abs(share - 1) <= EQUAL}
+        if near:
+            return min(near.items(), key=lambda match: round(abs(math.log(match[1])), 6))
+    return None
 
 
 def _budget_claim(store: Store, first: Mapping[str, Finished], rival: str, title: str, budget: str) -> Claim:
-    """∞-MoE against the arm of this kind whose budget comes nearest to one of ∞-MoE's."""
+    """∞-MoE against the arm of this kind whose budget comes nearest to one of ∞-MoE's; the note has the others."""
     text = f"∞-MoE against {title} at {_BUDGETS_CLAIMED[budget]}"
     kin = [name for name in _KIN[rival] if name in first]
     if OURS not in first or rival not in first:
         return Claim(text, "–", MISSING, ours=True)
-    of = _BUDGETS[budget]
-    pairs = {name: nearest for name in kin if (nearest := _nearest(first, name, of)) is not None}
+    of, dials = _BUDGETS[budget], _dials(store.scale)
+    pairs = {name: match for name in kin if (match := _match(store.scale, first, name, of)) is not None}
     if not pairs:
-        shares = {_STAND_INS[name]: of(first[name]) / of(first[rival]) for name in _STAND_INS if name in first}
-        over = "; ".join(f"{share:.2f} ({dials})" for dials, share in shares.items())
+        shares = {name: of(first[name]) / of(first[rival]) for name in dials if name in first}
+        ends = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+        over = " … ".join(f"{shares[name]:.2f} ({dials[name]})" for name in dict.fromkeys(ends))
         return Claim(text, "–", NOT_RUN, f"no arm within a tenth; ∞-MoE takes, of the rival's: {over}", ours=True)
     name = min(pairs, key=lambda name: (round(abs(math.log(pairs[name][1])), 2), kin.index(name)))
     ours = pairs[name][0]
     difference = store.difference(ours, name, store.scale.tokens)
-    note = f"∞-MoE with {_STAND_INS[ours]}" + ("" if name == rival else f", against `{name}`")
-    return Claim(text, nats(difference), better(difference), note, ours=True)
+    notes = [f"∞-MoE with {dials[ours]}" + ("" if name == rival else f", against `{name}`")]
+    rates = rates_of(store, ours, name)
+    notes += [f"learning rates {rates}"] if " and " in rates else []
+    notes += [note] if (note := equal_rates_note(store, ours, name)) else []
+    for other, (own, _) in pairs.items():
+        if own != ours:
+            gap = nats(store.difference(own, other, store.scale.tokens))
+            notes.append(f"with {dials[own]}, against `{other}`: {gap}")
+    return Claim(text, nats(difference), better(difference), "; ".join(notes), ours=True)
 
 
 def equal_training(store: Store, section: Section) -> str:

@@ -10,19 +10,23 @@ from infmoe.reproduce.page.budgets import OURS, equal_budgets, equal_training, m
 from infmoe.reproduce.page.figures import Gallery
 from infmoe.reproduce.page.section import (
     MISSING,
+    Claim,
     Section,
     at_dials,
+    in_brackets,
     markdown_table,
     mean_loss,
     relative,
     seeds_text,
     text_of,
+    verdict_all_below,
 )
 from infmoe.reproduce.page.speeds import Time, speeds
-from infmoe.reproduce.plan import OTHER_RATES, TIER1, TIER2, tokens_text
-from infmoe.reproduce.statistics import Interval, interval
+from infmoe.reproduce.plan import FURTHER_RIVALS, OTHER_RATES, TIER1, TIER2, tokens_text
+from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Store
 
+_SHOWN = tuple(dict.fromkeys((*TIER1, *TIER2, *FURTHER_RIVALS)))
 _SAME_WORK = ("infinity", "infinity-wz-decay0", "infinity-wz-lr-half", "infinity-wz-lr-double")
 
 
@@ -40,21 +44,21 @@ def controls(store: Store, gallery: Gallery) -> Section:
         equal_training(store, section),
         answers(store, section),
         _keep_ratios(store, gallery, section),
-        _mask_scales(store),
+        _mask_scales(store, section),
     ]
     section.body = "\n\n".join(part for part in parts if part)
     differences = {
         name: difference
-        for name in (*TIER1, *TIER2)
-        if name != OURS and (difference := store.difference(name, OURS, scale.tokens)) is not None
+        for name in _SHOWN
+        if name != OURS and (difference := store.difference(OURS, name, scale.tokens)) is not None
     }
     if differences:
         ordered = dict(sorted(differences.items(), key=lambda item: item[1].mean))
         picture = gallery.bars(
             "controls.png",
             {label(name): difference for name, difference in ordered.items()},
-            x_label=f"held-out loss minus ∞-MoE's at {tokens_text(scale.tokens)} tokens (nats; 95 %, paired by seed)",
-            title="Left of 0: better than ∞-MoE",
+            x_label=f"∞-MoE's held-out loss minus theirs, {tokens_text(scale.tokens)} tokens (nats; 95 %, by seed)",
+            title="Left of 0: ∞-MoE is better",
         )
         section.pictures.append((section.title, picture))
     return section
@@ -64,7 +68,7 @@ def _all_arms(store: Store) -> str:
     scale = store.scale
     times = speeds(store)
     rows = []
-    for name in (*TIER1, *TIER2):
+    for name in _SHOWN:
         runs = store.runs(name, scale.tokens)
         if not runs:
             rows.append([titled(name), *["–"] * 7, MISSING, "–", "0"])
@@ -91,13 +95,18 @@ def _all_arms(store: Store) -> str:
         *("training, µs per token, bf16 / fp32", "decoding, ms per token, fp32", "learning rate"),
         *(f"loss at {tokens_text(scale.tokens)} tokens, nats", "∞-MoE minus it", "seeds"),
     )
-    return markdown_table(head, rows) + (
-        "\n\nFLOPs: forward, whole model, router counted; ideal: only the measured union of a token's masks. "
-        "Times: median and quartiles of `infmoe bench variants --out results/variants.json`, two threads, on the "
-        f"machine named there{_equal_work(times)}. Learning rates: the best of the grid on a seed of its own at "
-        f"{tokens_text(scale.tune_tokens)} tokens, or that of the arm it is a variation of (below); the same at every "
-        "length."
-    )
+    notes = ["FLOPs: forward, whole model, router counted; ideal: only the measured union of a token's masks."]
+    if times:
+        notes.append(
+            "Times: median and quartiles of `infmoe bench variants --out results/variants.json`, two threads, on the "
+            f"machine named there{_equal_work(times)}."
+        )
+    if scale.lr_grid:
+        notes.append(
+            f"Learning rates: the best of the grid on a seed of its own at {tokens_text(scale.tune_tokens)} tokens, or "
+            "that of the arm it is a variation of (below); the same at every length."
+        )
+    return f"{markdown_table(head, rows)}\n\n{' '.join(notes)}"
 
 
 def _equal_work(times: Mapping[str, Mapping[str, Any]]) -> str:
@@ -117,9 +126,16 @@ def _seeds_line(store: Store) -> str:
     if not widths or any(d.half_width is None for d in widths.values()):
         return ""
     shown = ", ".join(f"{name} ± {d.half_width:.3f} ({d.count})" for name, d in widths.items())
+    least = store.spread
+    if least is None:
+        hope = ""
+    else:
+        width = least.half_width(scale.seeds[1])
+        enough = "would be enough" if width <= scale.half_width else "would not be enough"
+        hope = f" If they spread as all arms do, {scale.seeds[1]} give ± {width:.3f}, which {enough}."
     return (
         f"Seeds of the first five are added until every interval is ± {scale.half_width:g} nats or narrower, "
-        f"{scale.seeds[1]} at most; so far, with the seeds in brackets: {shown}."
+        f"{scale.seeds[1]} at most; so far, with the seeds in brackets: {shown}.{hope}"
     )
 
 
@@ -215,9 +231,10 @@ def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:
     )
 
 
-def _mask_scales(store: Store) -> str:
+def _mask_scales(store: Store, section: Section) -> str:
     """Rules for the size of the mask away from the trained ratio."""
     tokens = store.scale.tokens
+    _mask_scale_claim(store, section)
     rows = []
     ratios: Sequence[float] = ()
     for rule, measure in (("none", "dials"), ("fixed", "mask_scales"), ("rms", "mask_scales")):
@@ -241,6 +258,25 @@ def _mask_scales(store: Store) -> str:
         "**The mask's size away from the trained ratio** (∞-MoE, K = 2; loss minus that at 1/4, nats): left alone, "
         "kept for Gaussian scores, or kept token by token\n\n" + markdown_table(head, rows)
     )
+
+
+def _mask_scale_claim(store: Store, section: Section) -> None:
+    """Whether a rule for the mask's size is better than none, far from the trained ratio."""
+    lines: dict[str, dict[float, dict[int, float]]] = {"none": {}, "rms": {}}
+    for run in store.runs(OURS, store.scale.tokens):
+        for row in (*(run.measure("dials") or ()), *(run.measure("mask_scales") or ())):
+            rule = row.get("mask_scale", "none")
+            if rule in lines and row.get("mode") is None and row.get("num_samples") == 2:
+                lines[rule].setdefault(row["keep_ratio"], {})[run.spec.seed] = row["loss"]
+    gaps = {r: gap for r, ours in lines["rms"].items() if (gap := paired(ours, lines["none"].get(r, {}))) is not None}
+    text = "keeping the mask's size (`mask_scale=rms`) helps below the trained keep ratio"
+    low = sorted(ratio for ratio in gaps if ratio < 1 / 4)
+    if not low:
+        section.claims.append(Claim(text, "–", MISSING, ours=True))
+        return
+    shown = ", ".join(f"{text_of(gaps[ratio], sign=True)} at {ratio_text(ratio)}" for ratio in low)
+    verdict = verdict_all_below([gaps[ratio] for ratio in low])
+    section.claims.append(Claim(text, f"{shown} nats{in_brackets(gaps[low[0]])}", verdict, ours=True))
 
 
 def _quartiles(time: Time | None, digits: int) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHOWN = 0.4  # nats above the best that pictures of dials show: their ends lie far above
 _LEGEND_INSIDE = 4  # lines of a panel; the names of more would lie over them
+_THIN: dict[str, Any] = {"color": "#888888", "linewidth": 0.8, "zorder": 1}
+_BY_SPREAD = "thin: one seed, by the spread of arms with more"
 _FEW = {1: " (one seed)", 2: " (two seeds)"}  # drawn hollow, without an interval: it would fill the picture
 _ONE_OR_TWO = " (one or two seeds)"
 _HOLLOW = "hollow: one or two seeds"
@@ -104,7 +106,7 @@ def lines(
         few_ticks: an axis with its own ticks, for many points; else a logarithmic one with a tick at each. It is
             linear, but for a picture that shows only what is `within`.
         rows: of panels; the last may be shorter.
-        levels: what guessing gives, a dotted line in each panel that has one.
+        levels: a dotted line in each panel that has one: what guessing gives, or, without a name, 0.
         within: how far above a panel's lowest mean its picture ends; None: all is shown.
         linear: an axis in steps of one, for whole numbers.
         one_scale: both axes of every panel are the same.
@@ -133,8 +135,10 @@ def lines(
         compared = drawn_lines if one_scale else [*drawn.values(), *greys.values()]
         _set_ticks(ax, sorted({x for line in compared for x in line}), linear, few_ticks, within is not None)
         if chance is not None:
-            ax.axhline(chance, color=_GREY, linestyle=":", linewidth=1.5, label="chance", zorder=0)
-        ax.set(xlabel=x_text, ylabel=y_text)
+            name = "chance" if chance else None
+            ax.axhline(chance, color=_GREY, linestyle=":", linewidth=1.5, label=name, zorder=0)
+        pooled = any(_pooled_ends(value) for line in drawn.values() for value in line.values())
+        ax.set(xlabel=f"{x_text}\n{_BY_SPREAD}" if pooled else x_text, ylabel=y_text)
         ax.set_title(panel, fontsize=10 if own_legends else None)
         if within is not None and compared:
             lowest = min(_middle(value) for line in compared for value in line.values())
@@ -159,7 +163,7 @@ def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str
     """One horizontal bar with its interval for each name, the first at the top; 0 is a line.
 
     What one or two seeds gave has no interval, and a hollow marker; where none has one, "95 %" is left out of the
-    label and the title.
+    label and the title. A thin line is what the spread of other arms gives a single seed.
     """
     names = [_named(name, {0.0: value}) for name, value in values.items()]
     beyond = max(0, max(map(len, names), default=0) - _SHORT)
@@ -168,6 +172,9 @@ def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str
     places = range(len(values), 0, -1)
     ax.axvline(0.0, color="#555555", linewidth=1)
     for place, interval in zip(places, values.values(), strict=True):
+        ends = _pooled_ends(interval)
+        if ends is not None:
+            ax.hlines(place, *ends, **_THIN)
         ax.errorbar(
             interval.mean,
             place,
@@ -179,7 +186,8 @@ def bars(path: Path, values: Mapping[str, Interval], *, x_label: str, title: str
         )
     ax.set_yticks(list(places), names)
     ax.set_ylim(0.4, len(values) + 0.6)  # a marker on the frame would be cut
-    ax.set(xlabel=_truthful(x_label, values.values()), title=_truthful(title, values.values()))
+    thin = f"\n{_BY_SPREAD}" if any(map(_pooled_ends, values.values())) else ""
+    ax.set(xlabel=_truthful(x_label, values.values()) + thin, title=_truthful(title, values.values()))
     return save(fig, path)
 
 
@@ -194,8 +202,12 @@ def _draw_all(ax: "Axes", drawn: Mapping[str, Line], references: Mapping[str, Li
 
 
 def _draw(ax: "Axes", name: str, line: Line, style: Mapping[str, Any]) -> None:
-    """One line with its intervals; hollow where few seeds stand behind a point."""
+    """One line with its intervals; hollow where few seeds stand behind a point, with a thin one by others' spread."""
     xs = sorted(line)
+    for x in xs:
+        ends = _pooled_ends(line[x])
+        if ends is not None:
+            ax.vlines(x, *ends, **_THIN)
     hollow = [x for x in xs if _few(line[x])]
     size = 11 if style["marker"] == "*" else 5
     ax.errorbar(
@@ -221,6 +233,13 @@ def _named(name: str, line: Line) -> str:
     if not counts or not counts <= _FEW.keys():
         return name
     return name + (_FEW[counts.pop()] if len(counts) == 1 else _ONE_OR_TWO)
+
+
+def _pooled_ends(value: Interval | Quartiles) -> tuple[float, float] | None:
+    """The interval that the spread of other arms gives a single value, where it does."""
+    if not isinstance(value, Interval) or value.pooled is None:
+        return None
+    return value.mean - value.pooled, value.mean + value.pooled
 
 
 def _few(value: Interval | Quartiles) -> bool:

@@ -1,5 +1,6 @@
 """What a table or figure is made of: sections, claims, and the helpers that they share."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,15 +148,15 @@ def in_brackets(difference: Interval | None) -> str:
 
 
 def rivals(section: Section, store: Store, gallery: Gallery, arms: Sequence[str], tokens: int) -> None:
-    """A picture of the rivals' losses minus ∞-MoE's."""
-    found = {arm: difference for arm in arms if (difference := store.difference(arm, "infinity", tokens)) is not None}
+    """A picture of ∞-MoE's loss minus its rivals'."""
+    found = {arm: difference for arm in arms if (difference := store.difference("infinity", arm, tokens)) is not None}
     if found:
         name = section.command.split()[2]
         picture = gallery.bars(
             f"{name}.png",
             {label(arm): difference for arm, difference in found.items()},
-            x_label=f"held-out loss minus ∞-MoE's at {tokens_text(tokens)} tokens (nats; 95 %, paired by seed)",
-            title="Right of 0: ∞-MoE is better",
+            x_label=f"∞-MoE's held-out loss minus theirs, {tokens_text(tokens)} tokens (nats; 95 %, paired by seed)",
+            title="Left of 0: ∞-MoE is better",
         )
         section.pictures.append((section.title, picture))
 
@@ -178,6 +179,20 @@ def relative(
             if base is not None and keep(row):
                 found.setdefault(x(row), []).append(row["loss"] - base)
     return {at: interval(values) for at, values in found.items()}
+
+
+def at_tokens(run: Finished, name: str, tokens: float, within: float = 0.0) -> float:
+    """A figure of the training's course.
+
+    Args:
+        run: the run.
+        name: of the figure.
+        tokens: at the record nearest to so many.
+        within: the mean of all records that lie no farther off than so many tokens, too.
+    """
+    course = run.values["curve"]
+    off = [abs(at - tokens) for at in course["tokens"]]
+    return statistics.fmean(value for value, far in zip(course[name], off, strict=True) if far <= max(within, min(off)))
 
 
 def at_dials(row: Mapping[str, Any], **dials: Any) -> bool:

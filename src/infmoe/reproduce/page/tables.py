@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from infmoe import paper
 from infmoe.hf import model_cost
 from infmoe.recipes import recipe
-from infmoe.reproduce.arms import ARMS, RATE_FACTORS, arm_named, titled
-from infmoe.reproduce.page.accuracy import accuracy_claim, accuracy_table, mean_difference, points_text
+from infmoe.reproduce.arms import titled
+from infmoe.reproduce.page.accuracy import accuracy_claim, accuracy_table, mean_difference, near_guessing, points_text
+from infmoe.reproduce.page.budgets import equal_rates_note
 from infmoe.reproduce.page.figures import Gallery
 from infmoe.reproduce.page.section import (
     FAILS,
@@ -16,8 +17,10 @@ from infmoe.reproduce.page.section import (
     OPEN,
     Claim,
     Section,
+    at_tokens,
     better,
     command,
+    in_brackets,
     lies_above,
     markdown_table,
     mean_loss,
@@ -29,12 +32,13 @@ from infmoe.reproduce.page.section import (
     text_of,
     verdict_below,
 )
-from infmoe.reproduce.plan import Scale, tokens_text
+from infmoe.reproduce.plan import Scale, tokens_text, z_arms
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config
 
 _HIGH_ENTROPY = 0.85  # above it routing entropy counts as high
+_STABLE = 0.01  # what routing entropy may change by and still count as stable
 _SMALL = 0.1  # of the layer's work: what routing may take and still count as small
 
 
@@ -63,7 +67,7 @@ def table1(store: Store, gallery: Gallery) -> Section:
         *("model", "paper, small: act./total", "paper, medium", "paper: mean accuracy, small", "medium"),
         *("ours: act./total, M", "with W_z and routers, M", "held-out loss, nats", "∞-MoE minus it", "seeds"),
     )
-    stands_in = "; at this scale models score at chance there, so the loss stands in" if scale.name == "tiny" else ""
+    stands_in = f"; at this scale {near_guessing(store)}" if scale.name == "tiny" else ""
     section.body = markdown_table(head, rows) + (
         f"\n\nThe paper compares zero-shot accuracy{stands_in}. "
         "Its RACE-high figures near 51 % are not the usual metric: models of this size score 28 to 29 % on RACE in "
@@ -91,14 +95,16 @@ def table1(store: Store, gallery: Gallery) -> Section:
                 f"∞-MoE beats {name}, in held-out loss",
                 nats(difference),
                 verdict_below(difference),
-                _budget_note(store, rival) + _other_rate_note(store, rival),
+                "; ".join(n for n in (_budget_note(store, rival), equal_rates_note(store, "infinity", rival)) if n),
             )
         )
-        margin = mean_difference(store, "infinity", rival, scale.tokens, "margin")
+        margin = mean_difference(store, "infinity", rival, scale.tokens, "strength")
         section.claims.append(
             Claim(
                 f"∞-MoE against {name} in the right answer's margin, mean over the tasks",
-                nats(margin),
+                "–"
+                if margin is None
+                else f"{text_of(margin, sign=True)} standard deviations of the items{in_brackets(margin)}",
                 MISSING if margin is None else better(minus(margin)),
                 ours=True,
             )
@@ -119,20 +125,19 @@ def table2(store: Store, gallery: Gallery) -> Section:
     """The dimension of the index."""
     scale = store.scale
     section = Section("Table 2: the dimension of z", command("table2", scale))
-    names = _z_arms(scale)
+    names = z_arms(scale)
     rows, line = [], {}
     last = names[scale.z_dims[-1]]
     for z_dim, (paper_z, printed) in zip(scale.z_dims, paper.TABLE2.items(), strict=True):
         arm = names[z_dim]
-        loss = mean_loss(store, arm, scale.tokens)
-        if loss is not None:
-            line[float(z_dim)] = loss
         difference = store.difference(arm, last, scale.tokens) if arm != last else None
+        if difference is not None:
+            line[float(z_dim)] = difference
         rows.append(
             [
                 *((str(paper_z), f"{printed:.3f}") if paper.of_small(scale.name) else ("–", "–")),
                 str(z_dim),
-                text_of(loss),
+                text_of(mean_loss(store, arm, scale.tokens)),
                 text_of(difference, sign=True) if difference else "",
                 *_costs(store, arm),
                 seeds_text(store.runs(arm, scale.tokens)),
@@ -152,9 +157,11 @@ def table2(store: Store, gallery: Gallery) -> Section:
         picture = gallery.lines(
             "table2.png",
             [("", {"∞-MoE": line})],
+            references={f"d_z = {scale.z_dims[-1]}": {float(scale.z_dims[-1]): Interval(0.0, 0.0, scale.side_seeds)}},
             x_label="dimension of z",
-            y_label="held-out loss (nats per token)",
-            title=f"Table 2 at {tokens_text(scale.tokens)} tokens (95 % over seeds)",
+            y_label=f"loss minus that at d_z = {scale.z_dims[-1]} (nats)",
+            title=f"Table 2 at {tokens_text(scale.tokens)} tokens (95 %, paired by seed)",
+            levels=[0.0],
         )
         section.pictures.append((section.title, picture))
     behind = {z: store.difference(names[z], last, scale.tokens) for z in scale.z_dims[:-1]}
@@ -181,10 +188,6 @@ def _of_small(scale: Scale) -> str:
     return "" if paper.of_small(scale.name) else ", of the small model"
 
 
-def _z_arms(scale: Scale) -> dict[int, str]:
-    return {z: "infinity" if z == scale.z_dims[-1] else f"infinity-z{z}" for z in scale.z_dims}
-
-
 def table3(store: Store, gallery: Gallery) -> Section:
     """Routing entropy over training."""
     scale = store.scale
@@ -192,14 +195,16 @@ def table3(store: Store, gallery: Gallery) -> Section:
     section = Section("Table 3: routing entropy over training", command("table3", scale))
     runs = [run for run in store.runs("infinity", tokens) if not run.diverged]
     width = recipe("small/infinity").model["intermediate_size"]  # of the model that the paper's table is of
+    around = tokens / 32  # one step's statistics jump about by more than training moves them
+
+    def at(name: str, share: float) -> Interval | None:
+        return interval([at_tokens(run, name, share * tokens, around) for run in runs]) if runs else None
+
     rows = []
     for i, (step, printed) in enumerate(paper.TABLE3.items(), start=1):
         share = i / len(paper.TABLE3)
         units = f"{width**printed:,.0f} of {width}"
-        found = {
-            name: interval([_at(run, name, share * tokens) for run in runs]) if runs else None
-            for name in ("entropy", "effective_units", "dead_ratio")
-        }
+        found = {name: at(name, share) for name in ("entropy", "effective_units", "dead_ratio")}
         rows.append(
             [
                 *((f"{step:,}", f"{printed:.3f}", units) if paper.of_small(scale.name) else ("–", "–", "–")),
@@ -217,8 +222,9 @@ def table3(store: Store, gallery: Gallery) -> Section:
         f"The paper's last row is {width ** (printed - 1):.0%} of its units: stable, and far from balanced."
     )
     section.body = markdown_table(head, rows) + (
-        f"\n\nEffective units: exp of the entropy. {theirs} Ours is taken over {_stats_tokens(runs)} tokens of one "
-        "training step, averaged over layers, so a unit that is rare counts as never selected there."
+        f"\n\nEffective units: exp of the entropy. {theirs} Ours is taken over {_stats_tokens(runs)} tokens of a "
+        "training step, so a unit that is rare counts as never selected there, and averaged over layers and over the "
+        f"steps recorded within {around / 1e6:.2g}M tokens."
     )
     if runs:
         picture = gallery.lines(
@@ -229,21 +235,31 @@ def table3(store: Store, gallery: Gallery) -> Section:
                 ("units that two samples share", {"∞-MoE": _course(runs, "overlap_ratio")}),
             ],
             x_label="training tokens",
-            y_label="mean over layers",
-            title="What the router does (95 % over seeds)",
+            y_label=["entropy / log units", "rms σ / rms μ", "share of their units"],
+            title="What the router does, mean over layers (95 % over seeds)",
             few_ticks=True,
         )
         section.pictures.append((section.title, picture))
-    last = interval([_at(run, "entropy", tokens) for run in runs]) if runs else None
-    section.claims.append(
+    last, units_last = at("entropy", 1.0), at("effective_units", 1.0)
+    half = 0.5 * tokens
+    drifts = [at_tokens(r, "entropy", tokens, around) - at_tokens(r, "entropy", half, around) for r in runs]
+    drift = interval([abs(change) for change in drifts]) if drifts else None
+    printed_drift = paper.TABLE3[20_000] - paper.TABLE3[10_000]
+    section.claims += [
         Claim(
             f"routing entropy stays high (Table 3{_of_small(scale)}: 0.893 at the end; counted as high: above "
             f"{_HIGH_ENTROPY})",
             text_of(last),
             lies_above(last, _HIGH_ENTROPY),
-            "" if last is None else f"{_at(runs[0], 'effective_units', tokens):.0f} of {_width(runs)} units effective",
-        )
-    )
+            "" if last is None else f"{text_of(units_last, 0)} of {_width(runs)} units effective",
+        ),
+        Claim(
+            f"it “quickly stabilized” (Table 3: over the last half {printed_drift:+.3f}{_of_small(scale)}; counted as "
+            f"stable: a change of up to {_STABLE})",
+            "–" if drift is None else f"it changes by {text_of(drift)} over the last half{in_brackets(drift)}",
+            {HOLDS: FAILS, FAILS: HOLDS}.get(lies_above(drift, _STABLE), lies_above(drift, _STABLE)),
+        ),
+    ]
     return section
 
 
@@ -255,16 +271,9 @@ def _width(runs: Sequence[Finished]) -> int:
     return int(runs[0].values["config"]["model"]["intermediate_size"])
 
 
-def _at(run: Finished, name: str, tokens: float) -> float:
-    """A figure of the training's course, at the record nearest to so many tokens."""
-    course = run.values["curve"]
-    nearest = min(range(len(course["tokens"])), key=lambda i: abs(course["tokens"][i] - tokens))
-    return course[name][nearest]
-
-
 def _course(runs: Sequence[Finished], name: str) -> dict[float, Interval]:
     tokens = runs[0].values["curve"]["tokens"][::4]
-    return {float(t): interval([_at(run, name, t) for run in runs]) for t in tokens}
+    return {float(t): interval([at_tokens(run, name, t) for run in runs]) for t in tokens}
 
 
 def table5(store: Store, gallery: Gallery) -> Section:
@@ -342,7 +351,7 @@ def table6(store: Store, gallery: Gallery) -> Section:
     scale = store.scale
     section = Section("Table 6: sixteen experts", command("table6", scale))
     rows = []
-    for arm in ("moe16", "moe16-fine", "infinity"):
+    for arm in ("moe16", "moe16-fine", "moe16-fine-k8-scaled", "infinity"):
         printed = paper.TABLE6.get(arm) if paper.of_small(scale.name) else None
         runs = store.runs(arm, scale.tokens)
         rows.append(
@@ -361,8 +370,9 @@ def table6(store: Store, gallery: Gallery) -> Section:
     )
     notes = [
         "`moe16`: 16 experts as wide as the 4 of Table 1, top-2, so four times the parameters. `moe16-fine`: 16 "
-        "experts of the same total width as ∞-MoE, top-8. The paper "
-        "ran 16 experts, top-2, at equal active parameters: `moe16`; the other is ours.",
+        "experts of the same total width as ∞-MoE, top-8; `moe16-fine-k8-scaled`: the same with gates that sum to 8, "
+        "which starts its output at the size of a dense layer's, as ∞-MoE's does, and not at an eighth of it. The "
+        "paper ran 16 experts, top-2, at equal active parameters: `moe16`; the others are ours.",
         paper.none_at_this_size(scale.name, "Table 6"),
     ]
     section.body = f"{markdown_table(head, rows)}\n\n{' '.join(note for note in notes if note)}"
@@ -375,8 +385,27 @@ def table6(store: Store, gallery: Gallery) -> Section:
             _budget_note(store, "moe16"),
         )
     )
-    rivals(section, store, gallery, ("moe16", "moe16-fine"), scale.tokens)
+    more = store.difference("moe16", "moe", scale.tokens)
+    section.claims.append(
+        Claim(
+            "“when the number of experts increases, it becomes difficult to train each expert effectively” (abstract): "
+            "16 experts are no better than 4, each as wide",
+            nats(more),
+            MISSING if more is None else verdict_below(minus(more)),
+            _of_sixteen(store),
+        )
+    )
+    rivals(section, store, gallery, ("moe16", "moe16-fine", "moe16-fine-k8-scaled"), scale.tokens)
     return section
+
+
+def _of_sixteen(store: Store) -> str:
+    """What 16 experts have more of than 4."""
+    many, few = (store.runs(arm, store.scale.tokens) for arm in ("moe16", "moe"))
+    if not many or not few:
+        return ""
+    share = many[0].cost["total_with_wz"] / few[0].cost["total_with_wz"]
+    return f"16 take {share:.1f} times the parameters of 4; each sees a quarter of the tokens"
 
 
 def _costs(store: Store, arm: str) -> tuple[str, str]:
@@ -400,16 +429,6 @@ def _budget_note(store: Store, rival: str, tokens: int | None = None) -> str:
     }
     shares = [f"{ours[0].cost[key] / theirs[0].cost[key]:.2f} ({name})" for name, key in budgets.items()]
     return f"∞-MoE takes, over the rival: {', '.join(shares)}"
-
-
-def _other_rate_note(store: Store, rival: str) -> str:
-    """What is left of a difference where both arms run at the rate that their grids did not choose."""
-    ours, theirs = (f"{arm}-lr{RATE_FACTORS.get(arm, 1.0):g}x" for arm in ("infinity", rival))
-    if not {ours, theirs} <= ARMS.keys() or (gap := store.difference(ours, theirs, store.scale.tokens)) is None:
-        return ""
-    rates = {store.lr(arm_named(name)) for name in (ours, theirs)}
-    at = " and ".join(f"{rate:g}" for rate in sorted(rate for rate in rates if rate is not None))
-    return f"; at learning rate {at}: {nats(gap)}"
 
 
 def _every_task_claim() -> Claim:
