@@ -21,13 +21,15 @@ from infmoe.data.manifest import Manifest
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.hf.identity import fingerprint
-from infmoe.reproduce import measures, plan, work
+from infmoe.locks import is_locked
+from infmoe.reproduce import child, measures, plan, work
 from infmoe.reproduce.checks import expanded_model
 from infmoe.reproduce.command import Request, describe_arms, describe_plan, only, repeats, run_request
 from infmoe.reproduce.measures import Measure
 from infmoe.reproduce.plan import Group
 from infmoe.reproduce.store import Store
 from infmoe.train.config import load_config
+from infmoe.train.run_dir import Ending, Hold, read_ending
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def in_process(monkeypatch):
 
     # not the module itself, which git's answers come through
     names = {"Popen": Child, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
-    monkeypatch.setattr(work, "subprocess", types.SimpleNamespace(**names))
+    monkeypatch.setattr(child, "subprocess", types.SimpleNamespace(**names))
 
 
 def runs_of(request):
@@ -90,7 +92,7 @@ def test_what_is_missing_is_trained_and_what_is_done_is_not(request_, in_process
     assert "Table 6: sixteen experts" in out
     assert (request_.out / "tiny" / "table6.md").is_file()
 
-    monkeypatch.setattr(work.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(child.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("trained again"))
     assert run_request(request_) == 0
     assert runs_of(request_) == found
 
@@ -163,24 +165,28 @@ def test_zero_shot_scores_are_taken_of_the_models_that_are_there(request_, in_pr
     assert "put the file there" in error
 
 
-def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, mini_data, tmp_path, monkeypatch, request):
-    rarely = ("checkpoint.every=8", "eval.every=20")  # each checkpoint is hashed and synced
-    longer = dataclasses.replace(plan.SCALES["tiny"], tokens=256 * 40, settings=(*MINI.settings, *rarely))
-    monkeypatch.setitem(plan.SCALES, "tiny", longer)
-    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("infinity",), s.tokens, (1, 1))])
-    script = tmp_path / "worker.py"
-    script.write_text(
+def worker_script(path, scale):
+    """A file that is `infmoe` with the mini scale, changed as these words say, and one arm in Table 6."""
+    path.write_text(
         "import dataclasses, sys\n"
         f"sys.path.insert(0, {str(os.path.dirname(os.path.dirname(__file__)))!r})\n"
         "from fake_results import MINI\n"
         "from infmoe.reproduce import plan\n"
         "from infmoe.cli import main\n"
-        f"rarely = {rarely!r}\n"
-        "settings = (*MINI.settings, *rarely)\n"
-        "plan.SCALES['tiny'] = dataclasses.replace(MINI, lr_grid=(), tokens=256 * 40, settings=settings)\n"
+        f"plan.SCALES['tiny'] = dataclasses.replace(MINI, lr_grid=(), {scale})\n"
         "plan.EXPERIMENTS['table6'] = lambda s: [plan.Group(('infinity',), s.tokens, (1, 1))]\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
+    return path
+
+
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, mini_data, tmp_path, monkeypatch, request):
+    rarely = ("checkpoint.every=8", "eval.every=20")  # each checkpoint is hashed and synced
+    longer = dataclasses.replace(plan.SCALES["tiny"], tokens=256 * 40, settings=(*MINI.settings, *rarely))
+    monkeypatch.setitem(plan.SCALES, "tiny", longer)
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("infinity",), s.tokens, (1, 1))])
+    settings = f"tokens=256 * 40, settings=(*MINI.settings, *{rarely!r})"
+    script = worker_script(tmp_path / "worker.py", settings)
     killed = dataclasses.replace(request_, out=tmp_path / "killed" / "reproduce", work=tmp_path / "killed-runs")
     words = [sys.executable, script, *killed.worker_words(mini_data)]
     process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -188,8 +194,12 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, min
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not list(folder.glob("*/checkpoints/step-0000*")):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # the run is in a session of its own
     process.wait()
+    (lock,) = folder.glob("*/run.lock")
+    os.kill(int(lock.read_text()), signal.SIGKILL)
+    while is_locked(lock):
+        time.sleep(0.02)
     assert not runs_of(killed)
     assert list(folder.glob("*/checkpoints/step-*"))
     assert run_request(killed) == 0
@@ -198,6 +208,99 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, min
     (one,), (other,) = runs_of(killed).values(), runs_of(request_).values()
     assert one["measures"] == other["measures"]
     assert one["curve"] == other["curve"]
+
+
+# as accelerate's and torchrun do: nothing is handed on but the words, and 1 stands for whatever went wrong
+LAUNCHER = """
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+words = [sys.executable, "-m", "infmoe", *sys.argv[1:]]
+sys.exit(1 if subprocess.Popen(words, close_fds=True).wait() else 0)
+"""
+
+
+def test_behind_a_launcher_a_signal_stops_the_run_and_its_own_word_counts(request_, mini_data, tmp_path):
+    (tmp_path / "launch.py").write_text(LAUNCHER)
+    script = worker_script(tmp_path / "worker.py", "tokens=256 * 100_000")
+    launched = dataclasses.replace(request_, launch=f"{sys.executable} {tmp_path / 'launch.py'}")
+    process = subprocess.Popen([sys.executable, script, *launched.worker_words(mini_data)], stdout=subprocess.DEVNULL)
+    folder = request_.work / "tiny"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not list(folder.glob("*/checkpoints/step-0000*")):
+        time.sleep(0.02)
+    (lock,) = folder.glob("*/run.lock")
+    assert is_locked(lock)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    # not before it was over: the launcher was gone at once
+    assert not is_locked(lock)
+    assert read_ending(lock.parent) == Ending("stopped", signal.SIGTERM)
+    assert "stopped by a signal" in lock.parent.with_name(f"{lock.parent.name}.log").read_text()
+
+
+@pytest.fixture
+def small_run(request_, tmp_path):
+    """A run's folder and log, as `run_child` is given them."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run", tmp_path / "run.log"
+
+
+def says(folder, ending, *, then):
+    """A command that writes an ending into the run's folder, and does something else."""
+    text = json.dumps(dataclasses.asdict(ending)) if ending is not None else ""
+    write = f"open({str(folder / 'ended.json')!r}, 'w').write({text!r});" if ending is not None else ""
+    return [sys.executable, "-c", f"import os, signal, sys, time; {write} {then}"]
+
+
+@pytest.mark.parametrize(
+    ("said", "then", "ending"),
+    [
+        (Ending("finished"), "sys.exit(1)", Ending("finished")),
+        (Ending("diverged", message="the loss is nan"), "sys.exit(1)", Ending("diverged", message="the loss is nan")),
+        (Ending("stopped", 15), "sys.exit(1)", Ending("stopped", 15)),
+        (Ending("failed", message="no room"), "sys.exit(1)", Ending("failed", message="with exit code 1 (no room)")),
+        (None, "print('error: the loss is nan'); sys.exit(3)", Ending("diverged", message="the loss is nan")),
+        (None, "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", Ending("stopped", 2)),
+        (None, "print('oh'); sys.exit(5)", Ending("failed", message="with exit code 5 (oh)")),
+        (
+            None,
+            "sys.exit(0)",
+            Ending("failed", message="with exit code 0 before its end: a launcher has to wait for what it starts"),
+        ),
+    ],
+)
+def test_a_runs_own_word_goes_before_its_exit_code(small_run, said, then, ending):
+    folder, log = small_run
+    (folder / "ended.json").write_text(json.dumps(dataclasses.asdict(Ending("finished"))))  # the last time's
+    if "SIGINT" in then:
+        then = "signal.signal(signal.SIGINT, signal.SIG_DFL); " + then
+    with log.open("w") as held:
+        found = child.run_child(says(folder, said, then=then), folder, log, lock=held.fileno(), deadline=None)
+    assert found == ending
+
+
+def test_an_orphan_is_waited_for(small_run):
+    folder, log = small_run
+    holder = (
+        "import fcntl, os, time; file = open('run.lock', 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True);"
+        ' time.sleep(1); open(\'ended.json\', \'w\').write(\'{"how": "finished", "signal": 0, "message": ""}\')'
+    )
+    start = f"subprocess.Popen([sys.executable, '-c', {holder!r}], cwd={str(folder)!r}, stdout=-1).stdout.readline()"
+    command = [sys.executable, "-c", f"import subprocess, sys; {start}; import os; os._exit(1)"]
+    with log.open("w") as held:
+        found = child.run_child(command, folder, log, lock=held.fileno(), deadline=None)
+    assert found == Ending("finished")
+
+
+def test_what_another_process_trains_is_left_to_it_by_the_runs_own_lock_too(request_, monkeypatch):
+    spec = next(iter(Store(request_.out, plan.SCALES["tiny"]).missing(plan.groups("table6", plan.SCALES["tiny"]))))
+    trained = []
+    monkeypatch.setattr(work, "_train", lambda shop, spec, *rest: trained.append(spec.arm.name) or False)
+    (request_.work / "tiny" / spec.slug).mkdir(parents=True)
+    with Hold(request_.work / "tiny" / spec.slug) as hold:
+        hold.take()
+        assert run_request(request_) == 0
+    assert trained == ["moe16"]
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
@@ -227,8 +330,8 @@ def tuning(request_, monkeypatch):
 
 def test_a_tuned_run_starts_from_its_base_and_says_so(tuning, in_process, capsys, monkeypatch):
     commands = []
-    start = work.subprocess.Popen
-    monkeypatch.setattr(work.subprocess, "Popen", lambda words, **rest: commands.append(words) or start(words, **rest))
+    start = child.subprocess.Popen
+    monkeypatch.setattr(child.subprocess, "Popen", lambda words, **rest: commands.append(words) or start(words, **rest))
     assert run_request(dataclasses.replace(tuning, arms="infinity-keep4,infinity-sandwich-w0.25-tuned")) == 0
     assert "left out" not in capsys.readouterr().out
     base = tuning.work / "tiny" / "models" / BASE
@@ -335,9 +438,10 @@ def test_when_time_is_up_it_says_so_and_goes_on_later(request_, monkeypatch, cap
             raise subprocess.TimeoutExpired(self.args, timeout)
 
     names = {"Popen": Child, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
-    monkeypatch.setattr(work, "subprocess", types.SimpleNamespace(**names))
+    monkeypatch.setattr(child, "subprocess", types.SimpleNamespace(**names))
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * bool(up), sleep=time.sleep)
     monkeypatch.setattr(work, "time", clock)
+    monkeypatch.setattr(child, "time", clock)
     assert run_request(dataclasses.replace(request_, hours=1.0)) == 0
     out = capsys.readouterr().out
     assert "the same command goes on from here" in out

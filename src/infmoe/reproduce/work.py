@@ -1,7 +1,8 @@
 """Training and measuring what is missing, by one worker or by several side by side.
 
 A run is trained by `infmoe train` in a process of its own, so a cluster's launcher fits before it, and whatever
-kills this process leaves that run's checkpoints. A lock that the training process holds too keeps others off.
+kills this process leaves that run's checkpoints. A lock that the training process holds too keeps others off, and
+the run's own, where a launcher does not pass it on.
 """
 
 import contextlib
@@ -20,22 +21,19 @@ from typing import Any
 
 from infmoe import checkpoint as ckpt
 from infmoe.data import TokenData
-from infmoe.errors import DivergedError, InfMoEError
+from infmoe.errors import InfMoEError
 from infmoe.eval.loading import open_model
 from infmoe.eval.report import read_metrics
 from infmoe.hf import model_cost
+from infmoe.locks import is_locked, take_lock
 from infmoe.provenance import provenance
 from infmoe.reproduce.checks import expanded_model, run_identity
+from infmoe.reproduce.child import run_child
 from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, Context, own_settings, settings, wanted
 from infmoe.reproduce.plan import Group, RunSpec
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config
-from infmoe.train.run_dir import RUN_FILE
-
-try:
-    import fcntl
-except ImportError:  # no such thing on Windows: one worker at a time there
-    fcntl = None  # type: ignore[assignment]
+from infmoe.train.run_dir import LOCK_FILE, RUN_FILE
 
 _CURVE_POINTS = 64
 _WAIT_SECONDS = 10.0
@@ -108,7 +106,8 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
                     _say_once(shop, spec, obstacle, said)
                 continue
             with _lock(shop.work / f"{spec.slug}.lock") as lock:
-                if lock is None:
+                # the second is an orphan's: a launcher need not pass the first on
+                if lock is None or is_locked(shop.work / spec.slug / LOCK_FILE):
                     others_at_work = True
                     continue
                 if shop.store.fresh(spec) is None and not _train(shop, spec, lock, data):
@@ -196,17 +195,17 @@ def _missing_measures(shop: Workshop, spec: RunSpec, run: Finished | None) -> li
 def _lock(path: Path) -> Iterator[int | None]:
     """The lock's file descriptor; None where another process holds it, which may be an orphaned training run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield None
-                return
+        descriptor = take_lock(path)
+    except OSError as error:
+        raise InfMoEError(
+            f"cannot lock {path} ({error.strerror}): choose another --work, on a filesystem that has locks"
+        ) from error
+    try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _sweep(shop: Workshop) -> None:
@@ -237,44 +236,21 @@ def _train(shop: Workshop, spec: RunSpec, lock: int, data: TokenData) -> bool:
     command += [word for setting in spec.overrides() for word in ("--set", setting)]
     shop.say(f"training {spec.slug} ({folder})")
     begin = time.monotonic()
-    with log.open("ab") as output:
-        keep: dict[str, Any] = {"pass_fds": (lock,)} if fcntl is not None else {}
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **keep)
-        code = _wait(child, shop)
-    code = code if code >= 0 else 128 - code  # killed by a signal, as a shell would say it
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    ending = run_child(command, folder, log, lock=lock, deadline=shop.deadline)
+    if ending.how == "stopped":
         if shop.out_of_time:
             shop.say(f"time is up: {spec.slug} goes on from its checkpoint next time")
             return False
-        raise SystemExit(code)
-    lines = log.read_text(errors="replace").strip().splitlines()
-    last = lines[-1] if lines else "no output"
-    if code == DivergedError.exit_code:
-        shop.say(f"diverged {spec.slug}: {last}")
-        shop.store.put(spec, _record(shop, spec, folder, data) | {"diverged": last.removeprefix("error: ")})
+        raise SystemExit(128 + ending.signal)
+    if ending.how == "diverged":
+        shop.say(f"diverged {spec.slug}: {ending.message}")
+        shop.store.put(spec, _record(shop, spec, folder, data) | {"diverged": ending.message})
         _clear(shop, spec.slug)
         return True
-    if code:
-        raise InfMoEError(f"training {spec.slug} failed with exit code {code} ({last}); its log is {log}")
+    if ending.how != "finished":
+        raise InfMoEError(f"training {spec.slug} failed {ending.message}; its log is {log}")
     shop.say(f"trained  {spec.slug} in {time.monotonic() - begin:.0f} s")
     return True
-
-
-def _wait(child: subprocess.Popen, shop: Workshop) -> int:
-    """The exit code; SIGTERM, Ctrl-C and the deadline let the run write a checkpoint first."""
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    try:
-        while True:
-            try:
-                return child.wait(None if shop.deadline is None else max(0.1, shop.deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.terminate()
-                return child.wait()
-            except KeyboardInterrupt:  # the run has got it too
-                child.wait()
-                raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
