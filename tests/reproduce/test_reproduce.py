@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import io
 import json
@@ -22,7 +23,7 @@ from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.hf.identity import fingerprint
 from infmoe.locks import is_locked
-from infmoe.reproduce import child, measures, plan, work
+from infmoe.reproduce import child, command, measures, plan, work
 from infmoe.reproduce.checks import expanded_model
 from infmoe.reproduce.command import Request, describe_arms, describe_plan, only, repeats, run_request
 from infmoe.reproduce.measures import Measure
@@ -313,6 +314,22 @@ def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert run_request(request_) == 0
     assert trained == ["moe16"]
+
+
+def test_a_work_folder_without_locks_is_refused(request_, monkeypatch):
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(InfMoEError, match=r"cannot lock .*\.lock \(No locks available\): choose another --work"):
+        run_request(request_)
+
+
+def test_several_workers_are_refused_where_there_are_no_locks(request_, monkeypatch):
+    monkeypatch.setattr(command, "LOCKS", False)
+    monkeypatch.setattr(work, "start_workers", lambda *rest: pytest.fail("started"))
+    with pytest.raises(InfMoEError, match="leave --jobs out"):
+        run_request(dataclasses.replace(request_, jobs=2))
 
 
 BASE = "infinity-keep4-0.001024M-lr0.002-s1"

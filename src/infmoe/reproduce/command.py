@@ -15,6 +15,7 @@ from infmoe.data.manifest import Manifest
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf import model_cost
 from infmoe.hf.accounting import ModelCost
+from infmoe.locks import LOCKS
 from infmoe.progress import data_progress
 from infmoe.provenance import provenance, require_writable, write_json
 from infmoe.reproduce.arms import arm_named
@@ -174,6 +175,8 @@ def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> in
     from infmoe.reproduce.work import Workshop, start_workers, work_through
 
     if request.jobs > 1:
+        if not LOCKS:
+            raise InfMoEError("this system has no file locks to keep workers off each other's runs: leave --jobs out")
         return start_workers(request.worker_words(data), request.jobs)
     shop = Workshop(
         store=store,
