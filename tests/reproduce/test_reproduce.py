@@ -304,6 +304,95 @@ def test_what_another_process_trains_is_left_to_it_by_the_runs_own_lock_too(requ
     assert trained == ["moe16"]
 
 
+@pytest.fixture
+def three_measures(request_, in_process, monkeypatch):
+    """One arm, with a loss and two measures that count how often they are taken."""
+    taken = []
+    for name in ("one", "two"):
+        take = lambda context, name=name: taken.append(name) or [{"loss": context.spec.seed / 3}]  # noqa: E731
+        monkeypatch.setitem(measures.MEASURES, name, Measure(take, lambda *_: True))
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("dense",), s.tokens, (1, 1))])
+    return taken
+
+
+class Killed(BaseException):
+    """Nothing is cleaned up after it."""
+
+
+def dies(function, when, number):
+    """The function, in whose call of this number the process dies, before it does anything or after all of it."""
+    calls = []
+
+    def dying(*args):
+        calls.append(args)
+        if (when, len(calls)) == ("before", number):
+            raise Killed
+        result = function(*args)
+        if (when, len(calls)) == ("after", number):
+            raise Killed
+        return result
+
+    return dying
+
+
+def test_killed_anywhere_in_measuring_it_goes_on_with_what_is_left(
+    request_, three_measures, tmp_path, monkeypatch, capsys
+):
+    assert run_request(request_) == 0
+    (whole,) = runs_of(request_).values()
+    assert list(whole["measures"]) == ["held_out", "one", "two"]
+    steps = [(work, "_keep_model", 1), (work, "_clear", 1), *((Store, "put", number) for number in (1, 2, 3))]
+    for i, (place, name, number) in enumerate(steps):
+        for when in ("before", "after"):
+            asked = dataclasses.replace(
+                request_, out=tmp_path / f"{when}-{i}" / "reproduce", work=tmp_path / f"{when}-{i}-runs"
+            )
+            three_measures.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, dies(getattr(place, name), when, number))
+                with pytest.raises(Killed):
+                    run_request(asked)
+            assert run_request(asked) == 0
+            (found,) = runs_of(asked).values()
+            for key in ("measures", "curve", "config", "run"):
+                assert found[key] == whole[key], (name, number, when)
+            # what has been written is not taken again
+            written = {"_keep_model": 0, "_clear": 3, "put": number - (when == "before")}[name]
+            again = {"one", "two"} if written < 2 else {"two"} if written == 2 else set()
+            first = {"_keep_model": 0, "_clear": 2, "put": number - 1}[name]
+            assert len(three_measures) == first + len(again), (name, number, when)
+            assert [path.name for path in (asked.work / "tiny" / "models").iterdir()] == list(runs_of(asked))
+            assert not (asked.work / "tiny" / next(iter(runs_of(asked)))).exists()
+
+
+@pytest.mark.parametrize("how", ["time", "signal"])
+def test_between_measures_it_stops_when_time_is_up_or_a_signal_says_so(request_, three_measures, monkeypatch, how):
+    up = []
+
+    def take(context):
+        up.append(True)
+        if how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [{"loss": 1.0}]
+
+    monkeypatch.setitem(measures.MEASURES, "one", Measure(take, lambda *_: True))
+    if how == "time":
+        clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * bool(up), sleep=time.sleep)
+        monkeypatch.setattr(work, "time", clock)
+        assert run_request(dataclasses.replace(request_, hours=1.0)) == 0
+    else:
+        with pytest.raises(SystemExit) as stop:
+            run_request(request_)
+        assert stop.value.code == 128 + signal.SIGTERM
+    (found,) = runs_of(request_).values()
+    assert list(found["measures"]) == ["held_out", "one"]
+    monkeypatch.setattr(work, "_train", lambda *rest: pytest.fail("trained again"))
+    assert run_request(request_) == 0
+    (found,) = runs_of(request_).values()
+    assert list(found["measures"]) == ["held_out", "one", "two"]
+    assert len(up) == 1
+
+
 def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
     spec = next(iter(Store(request_.out, plan.SCALES["tiny"]).missing(plan.groups("table6", plan.SCALES["tiny"]))))
     lock = request_.work / "tiny" / f"{spec.slug}.lock"

@@ -34,6 +34,7 @@ from infmoe.reproduce.plan import Group, RunSpec
 from infmoe.reproduce.store import Finished, Store
 from infmoe.train.config import hf_config
 from infmoe.train.run_dir import LOCK_FILE, RUN_FILE
+from infmoe.train.signals import StopSignal
 
 _CURVE_POINTS = 64
 _WAIT_SECONDS = 10.0
@@ -254,10 +255,17 @@ def _train(shop: Workshop, spec: RunSpec, lock: int, data: TokenData) -> bool:
 
 
 def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
-    """Take what is not measured yet, write the run's file, and keep the model without its optimizer.
+    """Take what is not measured yet, one after the other, and keep the model without its optimizer.
+
+    The run is finished once its loss is there: its model is kept first, for without that it can't be measured again.
+    Then the file is written anew after each measure, so that a kill loses no more than the one in progress.
 
     Returns:
-        Whether there was something to do.
+        Whether there was something to do; where time was up, there may be more.
+
+    Raises:
+        InfMoEError: the model is not the run's.
+        SystemExit: a signal came while it was measured (its exit code).
     """
     run = shop.store.fresh(spec)
     if run is not None and run.diverged:
@@ -266,26 +274,34 @@ def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
     if not missing:
         return False
     folder = shop.work / spec.slug
-    source = folder if run is None else shop.model_dir(spec)
-    opened = open_model(source)
-    values = dict(run.values) if run is not None else _record(shop, spec, folder, data)
+    opened = open_model(folder if run is None else shop.model_dir(spec))
+    values = _record(shop, spec, folder, data) if run is None else dict(run.values)
     context = Context(opened, data, spec, shop.tasks)
-    measures = dict(values["measures"])
-    for name in missing:
-        measures[name] = MEASURES[name].take(context)
-        own = own_settings(name, spec.scale, shop.store.tasks or {})
-        if own is not None:
-            values["measured_with"] = values["measured_with"] | {name: own}
-    if ZERO_SHOT in missing:
-        # it may be taken long after training, by another commit
-        values |= {"provenance": values["provenance"] | {ZERO_SHOT: provenance() | {"command": shop.label}}}
-    if run is None:
-        _keep_model(opened.checkpoint, shop.model_dir(spec))  # first: without its model a run can't be measured again
-    shop.store.put(spec, values | {"measures": measures})
-    loss = measures["held_out"][0]["loss"]
-    shop.say(f"measured {spec.slug}: held-out loss {loss:.4f}")
+    with StopSignal() as stop:
+        for name in missing:
+            if values["measures"] and (shop.out_of_time or stop.number):
+                break
+            values = _with_measure(shop, values, name, context)
+            if run is None and name == missing[0]:
+                _keep_model(opened.checkpoint, shop.model_dir(spec))
+            shop.store.put(spec, values)
+    shop.say(f"measured {spec.slug}: held-out loss {values['measures']['held_out'][0]['loss']:.4f}")
     _clear(shop, spec.slug)
+    if stop.number:
+        raise SystemExit(128 + stop.number)
     return True
+
+
+def _with_measure(shop: Workshop, values: dict[str, Any], name: str, context: Context) -> dict[str, Any]:
+    """What a run's file holds with one measure more."""
+    more: dict[str, Any] = {"measures": values["measures"] | {name: MEASURES[name].take(context)}}
+    own = own_settings(name, context.spec.scale, shop.store.tasks or {})
+    if own is not None:
+        more["measured_with"] = values["measured_with"] | {name: own}
+    if name == ZERO_SHOT:
+        # it may be taken long after training, by another commit
+        more["provenance"] = values["provenance"] | {ZERO_SHOT: provenance() | {"command": shop.label}}
+    return values | more
 
 
 def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dict[str, Any]:
