@@ -87,7 +87,7 @@ def test_what_is_missing_is_trained_and_what_is_done_is_not(request_, in_process
     assert {row["gate_norm"] for row in moe["measures"]["gate_norms"]} == {"selected", "all", "trained"}
     # what is kept: the models, without the optimizer
     left = sorted(path.name for path in (request_.work / "tiny").iterdir())
-    assert left == ["models"]
+    assert left == ["data.json", "models"]
     assert sorted(p.name for p in (request_.work / "tiny" / "models").iterdir()) == list(found)
     out = capsys.readouterr().out
     assert "Table 6: sixteen experts" in out
@@ -315,6 +315,24 @@ def three_measures(request_, in_process, monkeypatch):
     return taken
 
 
+def test_finished_runs_that_cannot_be_measured_any_more_are_named(request_, in_process, monkeypatch, capsys):
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("dense",), s.tokens, (5, 5))] * 2)
+    assert run_request(request_) == 0
+    assert "not measured" not in capsys.readouterr().out
+    models = request_.work / "tiny" / "models"
+    shutil.move(models, tmp := models.with_name("kept"))
+    monkeypatch.setitem(measures.MEASURES, "later", Measure(lambda context: [{"loss": 1.0}], lambda *_: True))
+    assert run_request(request_) == 0
+    slugs = [f"dense-0.001024M-lr0.002-s{seed}" for seed in range(1, 6)]
+    line = f"not measured (later), for want of a model under {models}: 5 finished runs, {', '.join(slugs[:3])} and 2 "
+    line += f"more; to train one again, move its file out of {request_.out / 'tiny' / 'runs'}\n"
+    assert capsys.readouterr().out.count(line) == 1
+    shutil.move(tmp, models)
+    assert run_request(request_) == 0
+    assert "not measured" not in capsys.readouterr().out
+    assert all("later" in values["measures"] for values in runs_of(request_).values())
+
+
 class Killed(BaseException):
     """Nothing is cleaned up after it."""
 
@@ -484,6 +502,15 @@ def test_a_tuned_run_that_has_begun_needs_its_base_no_more(tuning, in_process, m
     assert trained == [TUNED]
 
 
+def test_a_first_checkpoint_that_was_killed_is_none(tuning, in_process, monkeypatch, capsys):
+    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
+    shutil.rmtree(tuning.work / "tiny" / "models" / BASE)
+    (tuning.work / "tiny" / TUNED / "checkpoints" / ".tmp-step-000001").mkdir(parents=True)
+    assert run_request(tuning) == 0
+    assert list(runs_of(tuning)) == ["dense-0.001024M-lr0.002-s1", BASE]
+    assert f"left out {TUNED}: " in capsys.readouterr().out
+
+
 def test_a_base_that_diverged_is_none(tuning, in_process, capsys):
     assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
     path = tuning.out / "tiny" / "runs" / f"{BASE}.json"
@@ -603,6 +630,68 @@ def test_other_data_is_refused(request_, tmp_path, mini_data):
     (folder / "data.json").write_text(json.dumps(DATA | {"sha256": "other"}))
     with pytest.raises(InfMoEError, match="were trained on other data"):
         run_request(request_)
+
+
+@pytest.fixture
+def dense(request_, in_process, monkeypatch):
+    """One finished run, and a measure that it lacks."""
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("dense",), s.tokens, (1, 1))])
+    assert run_request(request_) == 0
+    monkeypatch.setitem(measures.MEASURES, "later", Measure(lambda context: [{"loss": 1.0}], lambda *_: True))
+    return request_
+
+
+def test_a_kept_model_of_another_out_is_not_measured(dense, tmp_path, monkeypatch):
+    (values,) = runs_of(dense).values()
+    (model,) = (dense.work / "tiny" / "models").iterdir()
+    assert values["fingerprint"] == fingerprint(InfMoEForCausalLM.from_pretrained(model))
+    path = dense.out / "tiny" / "runs" / f"{model.name}.json"
+    path.write_text(json.dumps(values | {"fingerprint": "f" * 64}))
+    with pytest.raises(InfMoEError) as error:
+        run_request(dense)
+    assert f"{model} is not the model that {path} is of: give each --out a --work of its own" in str(error.value)
+    # a file from before there were any is gone on with
+    path.write_text(json.dumps({key: value for key, value in values.items() if key != "fingerprint"}))
+    assert run_request(dense) == 0
+    assert "later" in runs_of(dense)[model.name]["measures"]
+
+
+def test_a_model_of_before_a_default_changed_is_not_recorded(request_, in_process, monkeypatch):
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("dense",), s.tokens, (1, 1))])
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_measure", dies(work._measure, "before", 1))
+        with pytest.raises(Killed):
+            run_request(request_)
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "expanded_model", lambda config: expanded_model(config) | {"layer_norm_epsilon": 1e-6})
+        with pytest.raises(
+            InfMoEError, match=r"step-000004 is not the model that dense-.* \(other values of layer_norm"
+        ):
+            run_request(request_)
+        assert not runs_of(request_)
+    assert run_request(request_) == 0
+
+
+def test_a_base_of_another_out_is_not_started_from(tuning, in_process):
+    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
+    path = tuning.out / "tiny" / "runs" / f"{BASE}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "f" * 64}))
+    with pytest.raises(InfMoEError, match=f"{BASE} is not the model that {path} is of"):
+        run_request(dataclasses.replace(tuning, arms="infinity-sandwich-w0.25-tuned"))
+    assert not (tuning.work / "tiny" / TUNED).exists()
+
+
+def test_a_work_folder_of_other_data_is_refused_while_there_is_something_in_it(dense, tmp_path):
+    path = dense.work / "tiny" / "data.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {"sha256": "other"}))
+    other = dataclasses.replace(dense, out=tmp_path / "other" / "reproduce")
+    with pytest.raises(InfMoEError, match=r"are of other data \(.*data\.json\): give that, or another --work"):
+        run_request(other)
+    assert not other.out.exists() or not list(other.out.rglob("*.json"))
+    shutil.rmtree(dense.work / "tiny" / "models")
+    assert run_request(other) == 0
+    assert json.loads(path.read_text()) == known
 
 
 def test_arms_may_be_picked_by_name_and_shown_as_training_commands(request_, in_process, capsys):

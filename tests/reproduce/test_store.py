@@ -47,6 +47,7 @@ def test_what_is_put_is_found_again(store, mini):
         ),
         (lambda path: _edit(path, lambda v: v["measures"]["adaptive"][0].pop("rule")), "'adaptive' without rule"),
         (lambda path: _edit(path, lambda v: v["curve"].update(tokens=[])), "no course of training"),
+        (lambda path: _edit(path, lambda v: v.update(fingerprint=None)), "is damaged (no 'fingerprint')"),
         (lambda path: _edit(path, lambda v: v["measured_with"].update(windows=3)), "measured with other settings"),
         (lambda path: _edit(path, lambda v: v.update(measured_with=None)), "measured with other settings"),
         (lambda path: _edit(path, lambda v: v["measures"]["zero_shot"][3].pop("margin")), "'zero_shot' without margin"),

@@ -22,22 +22,25 @@ from typing import Any
 from infmoe import checkpoint as ckpt
 from infmoe.data import TokenData
 from infmoe.errors import InfMoEError
-from infmoe.eval.loading import open_model
+from infmoe.eval.loading import Opened, open_model
 from infmoe.eval.report import read_metrics
 from infmoe.hf import model_cost
+from infmoe.hf.configuration_infmoe import model_fields
+from infmoe.hf.identity import fingerprint
 from infmoe.locks import is_locked, take_lock
-from infmoe.provenance import provenance
+from infmoe.provenance import provenance, write_json
 from infmoe.reproduce.checks import expanded_model, run_identity
 from infmoe.reproduce.child import run_child
 from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, Context, own_settings, settings, wanted
 from infmoe.reproduce.plan import Group, RunSpec
-from infmoe.reproduce.store import Finished, Store
+from infmoe.reproduce.store import Finished, Store, read_json
 from infmoe.train.config import hf_config
 from infmoe.train.run_dir import LOCK_FILE, RUN_FILE
 from infmoe.train.signals import StopSignal
 
 _CURVE_POINTS = 64
 _WAIT_SECONDS = 10.0
+_NAMED = 3  # runs in a line on many
 # what a model folder needs to be opened; the optimizer's state stays behind
 _MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -90,6 +93,7 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
         SystemExit: a signal stopped training (its exit code); what was trained stays, and is gone on with.
     """
     data = TokenData.open(shop.data)
+    _claim_work(shop, describe_data(data))
     shop.store.claim_data(describe_data(data))
     if shop.tasks is not None:
         from infmoe.eval.zero_shot.files import file_hashes
@@ -127,6 +131,7 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
                 _say_once(shop, spec, obstacle, said)
             if left:
                 shop.say(f"left out, for want of a model to start from: {', '.join(spec.slug for spec, _ in left)}")
+            _say_unmeasured(shop, groups)
             return True
     return False
 
@@ -147,7 +152,7 @@ class _Obstacle:
 def _obstacle(shop: Workshop, spec: RunSpec) -> _Obstacle | None:
     """What keeps a run from being trained; None: nothing does, or it is finished."""
     base = shop.store.base(spec) if shop.store.get(spec) is None else None
-    if base is None or (shop.work / spec.slug / ckpt.FOLDER).is_dir():  # once begun it goes on by itself
+    if base is None or ckpt.checkpoints(shop.work / spec.slug):  # once begun it goes on by itself
         return None
     run = shop.store.get(base)
     if run is None:
@@ -178,12 +183,31 @@ def _base_at_work(shop: Workshop, spec: RunSpec) -> bool:
 
 def _todo(shop: Workshop, groups: Sequence[Group]) -> Iterator[RunSpec]:
     """What is still to be done: measures that finished runs lack come first, for they take minutes."""
+    yield from (run.spec for run in _unmeasured(shop, groups) if shop.model_dir(run.spec).is_dir())
+    yield from shop.store.missing(groups)
+
+
+def _unmeasured(shop: Workshop, groups: Sequence[Group]) -> Iterator[Finished]:
+    """Finished runs that lack a measure; a run may come more than once."""
     for group in groups:
         for name in group.trained:
             for run in shop.store.runs(name, group.tokens):
-                if not run.diverged and _missing_measures(shop, run.spec, run) and shop.model_dir(run.spec).is_dir():
-                    yield run.spec
-    yield from shop.store.missing(groups)
+                if not run.diverged and _missing_measures(shop, run.spec, run):
+                    yield run
+
+
+def _say_unmeasured(shop: Workshop, groups: Sequence[Group]) -> None:
+    """One line on finished runs that lack measures for good: their models are gone."""
+    lost = {run.spec.slug: run for run in _unmeasured(shop, groups) if not shop.model_dir(run.spec).is_dir()}
+    if not lost:
+        return
+    names = list(dict.fromkeys(name for run in lost.values() for name in _missing_measures(shop, run.spec, run)))
+    shown = ", ".join(list(lost)[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
+    runs = f"{len(lost)} finished run{'s' if len(lost) > 1 else ''}, {shown}"
+    shop.say(
+        f"not measured ({', '.join(names)}), for want of a model under {shop.work / 'models'}: {runs}; "
+        f"to train one again, move its file out of {shop.store.folder / 'runs'}"
+    )
 
 
 def _missing_measures(shop: Workshop, spec: RunSpec, run: Finished | None) -> list[str]:
@@ -207,6 +231,23 @@ def _lock(path: Path) -> Iterator[int | None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _claim_work(shop: Workshop, data: dict[str, Any]) -> None:
+    """Say what the models and unfinished runs in the work folder are trained on: their names don't.
+
+    Raises:
+        InfMoEError: those that are there were trained on something else.
+    """
+    path = shop.work / "data.json"
+    known = read_json(path).get("sha256") if path.exists() else None
+    if known == data["sha256"]:
+        return
+    if known is not None and (any((shop.work / "models").glob("*")) or any(shop.work.glob(f"*/{RUN_FILE}"))):
+        raise InfMoEError(
+            f"the models and unfinished runs in {shop.work} are of other data ({path}): give that, or another --work"
+        )
+    write_json(path, data)
 
 
 def _sweep(shop: Workshop) -> None:
@@ -233,6 +274,8 @@ def _train(shop: Workshop, spec: RunSpec, lock: int, data: TokenData) -> bool:
     folder, log = shop.work / spec.slug, shop.work / f"{spec.slug}.log"
     command = [*shop.launch, "train", spec.recipe, "--out", str(folder), "--data", str(shop.data), "--resume"]
     if (base := shop.store.base(spec)) is not None:
+        if not ckpt.checkpoints(folder):
+            _own_mark(shop, base, open_model(shop.model_dir(base), device="cpu"))
         command += ["--init", str(shop.model_dir(base))]
     command += [word for setting in spec.overrides() for word in ("--set", setting)]
     shop.say(f"training {spec.slug} ({folder})")
@@ -275,7 +318,8 @@ def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
         return False
     folder = shop.work / spec.slug
     opened = open_model(folder if run is None else shop.model_dir(spec))
-    values = _record(shop, spec, folder, data) if run is None else dict(run.values)
+    mark = _own_mark(shop, spec, opened)
+    values = _record(shop, spec, folder, data) | {"fingerprint": mark} if run is None else dict(run.values)
     context = Context(opened, data, spec, shop.tasks)
     with StopSignal() as stop:
         for name in missing:
@@ -290,6 +334,30 @@ def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
     if stop.number:
         raise SystemExit(128 + stop.number)
     return True
+
+
+def _own_mark(shop: Workshop, spec: RunSpec, opened: Opened) -> str:
+    """The fingerprint of a model, which is that of a run.
+
+    Raises:
+        InfMoEError: a default has changed since the run was begun, or it is another --out's model of the same name.
+    """
+    wanted, fields = expanded_model(spec.config()), model_fields(opened.model.config)
+    # in JSON's values, as those of `expanded_model` are: a list of layers is a tuple in a config
+    differing = [name for name, value in json.loads(json.dumps(fields)).items() if value != wanted.get(name)]
+    if differing:
+        raise InfMoEError(
+            f"{opened.checkpoint} is not the model that {spec.slug} stands for now (other values of "
+            f"{', '.join(differing)}): a default has changed since; move it away to train that run anew"
+        )
+    mark = fingerprint(opened.model)
+    run = shop.store.get(spec)
+    if run is not None and run.values.get("fingerprint", mark) != mark:  # older files have none
+        raise InfMoEError(
+            f"{opened.checkpoint} is not the model that {run.path} is of: give each --out a --work of its own, "
+            "or move the file away to train that run again"
+        )
+    return mark
 
 
 def _with_measure(shop: Workshop, values: dict[str, Any], name: str, context: Context) -> dict[str, Any]:
