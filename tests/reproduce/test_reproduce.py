@@ -16,8 +16,10 @@ import types
 
 import pytest
 from fake_results import DATA, MINI, fake_values, fill
+from tiny_run import documents
 
 from infmoe.cli import main
+from infmoe.data import MemorySource, TrainBPE, prepare
 from infmoe.data.manifest import Manifest
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
@@ -626,7 +628,8 @@ def test_data_that_is_read_more_than_once_is_said(mini, mini_data):
 
 def test_other_data_is_refused(request_, tmp_path, mini_data):
     folder = request_.out / "tiny"
-    folder.mkdir(parents=True)
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs" / "one.json").write_text("{}")
     (folder / "data.json").write_text(json.dumps(DATA | {"sha256": "other"}))
     with pytest.raises(InfMoEError, match="were trained on other data"):
         run_request(request_)
@@ -692,6 +695,15 @@ def test_a_work_folder_of_other_data_is_refused_while_there_is_something_in_it(d
     shutil.rmtree(dense.work / "tiny" / "models")
     assert run_request(other) == 0
     assert json.loads(path.read_text()) == known
+
+
+def test_data_without_a_held_out_part_claims_nothing(request_, tmp_path):
+    whole = tmp_path / "whole"
+    prepare(MemorySource(documents()), whole, tokenizer=TrainBPE(300), val_fraction=0.0)
+    with pytest.raises(InfMoEError) as error:
+        run_request(dataclasses.replace(request_, data=whole))
+    assert f"{whole} can't be trained and measured on (no documents and tokens of the split 'val')" in str(error.value)
+    assert not list(request_.out.rglob("*.json"))
 
 
 def test_arms_may_be_picked_by_name_and_shown_as_training_commands(request_, in_process, capsys):

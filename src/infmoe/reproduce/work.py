@@ -29,7 +29,7 @@ from infmoe.hf.configuration_infmoe import model_fields
 from infmoe.hf.identity import fingerprint
 from infmoe.locks import is_locked, take_lock
 from infmoe.provenance import provenance, write_json
-from infmoe.reproduce.checks import expanded_model, run_identity
+from infmoe.reproduce.checks import data_damage, expanded_model, run_identity
 from infmoe.reproduce.child import run_child
 from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, Context, own_settings, settings, wanted
 from infmoe.reproduce.plan import Group, RunSpec
@@ -93,8 +93,14 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
         SystemExit: a signal stopped training (its exit code); what was trained stays, and is gone on with.
     """
     data = TokenData.open(shop.data)
-    _claim_work(shop, describe_data(data))
-    shop.store.claim_data(describe_data(data))
+    described = describe_data(data)
+    if (damage := data_damage(described)) is not None:
+        raise InfMoEError(
+            f"{shop.data} can't be trained and measured on ({damage}): make it anew with `infmoe data`, "
+            "a part of it held out (--val-fraction)"
+        )
+    _claim_work(shop, described)
+    shop.store.claim_data(described)
     if shop.tasks is not None:
         from infmoe.eval.zero_shot.files import file_hashes
 
