@@ -25,13 +25,15 @@ from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.hf.identity import fingerprint
 from infmoe.locks import is_locked
+from infmoe.recipes import recipe
 from infmoe.reproduce import child, command, measures, plan, work
+from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.checks import expanded_model
-from infmoe.reproduce.command import Request, describe_arms, describe_plan, only, repeats, run_request
+from infmoe.reproduce.command import Request, describe_arms, describe_plan, only, repeats, run_request, smoke_settings
 from infmoe.reproduce.measures import Measure
-from infmoe.reproduce.plan import Group
+from infmoe.reproduce.plan import Group, RunSpec
 from infmoe.reproduce.store import Store
-from infmoe.train.config import load_config
+from infmoe.train.config import apply_overrides, load_config
 from infmoe.train.run_dir import Ending, Hold, read_ending
 
 
@@ -79,6 +81,7 @@ def test_what_is_missing_is_trained_and_what_is_done_is_not(request_, in_process
         assert values["seconds"] > 0
         assert values["config"]["data"]["dir"] is None
         assert values["model"] == expanded_model(load_config(values["config"]))
+        assert values["provenance"]["training"]["machine"] == values["provenance"]["machine"]
         assert str(request_.work) not in json.dumps(values)
         assert values["provenance"]["command"] == "infmoe reproduce table6 --scale tiny --data DIR"
     infinity, moe = found.values()
@@ -604,12 +607,17 @@ def test_a_signal_to_stop_ends_with_a_checkpoint_and_the_signals_code(request_, 
     [
         ({"data": None}, "give --corpus FILES to train on, or --data DIR"),
         ({"corpus": "x"}, "one of the two"),
+        ({"launch": '"accelerate launch'}, "--launch '\"accelerate launch' is no command (No closing quotation)"),
+        ({"launch": " "}, "--launch is empty"),
+        ({"hours": float("nan")}, "--hours nan is no time to stop after"),
+        ({"hours": 0.0}, "--hours 0 is no time to stop after"),
+        ({"hours": -1.0}, "--hours -1 is no time to stop after"),
         ({"name": "table4"}, "unknown table or figure 'table4'"),
         ({"scale": "huge"}, "unknown scale 'huge'; known: medium, small, tiny"),
         ({"name": "figure4", "arms": "moe"}, "figure4 trains no arms: leave --arms out"),
         ({"arms": "moe16,, infinity"}, "unknown arm ''; known: infinity, moe16"),
         ({"scale": "small", "data": None, "corpus": "x"}, "trains on prepared data: give --data DIR"),
-        ({"scale": "small", "data": None, "corpus": "x"}, "--subset sample-100BT"),  # 10B tokens, and what is held out
+        ({"scale": "small", "data": None, "corpus": "x"}, "--subset sample-350BT"),  # its longest run has 100B
         ({"name": "table5", "scale": "medium", "data": None, "corpus": "x"}, "--subset sample-350BT"),
     ],
 )
@@ -721,6 +729,8 @@ def test_arms_may_be_picked_by_name_and_shown_as_training_commands(request_, in_
     with pytest.raises(InfMoEError, match="unknown arm 'moe61'; did you mean 'moe16'"):
         run_request(dataclasses.replace(request_, arms="infinity,moe61"))
     assert picked.worker_words(request_.data)[-2:] == ["--arms", " moe16"]
+    said = dataclasses.replace(request_, arms="moe16, infinity", seeds=2).label
+    assert said == "infmoe reproduce table6 --scale tiny --seeds 2 --arms moe16,infinity --data DIR"
 
 
 def test_a_plan_ends_with_what_it_takes_in_all_and_what_is_left(mini, store):
@@ -775,6 +785,17 @@ def test_three_steps_of_each_arm(request_, monkeypatch):
     assert all(len(row["losses"]) == 3 for row in record["rows"])
 
 
+@pytest.mark.parametrize("scale", ["tiny", "small", "medium"])
+def test_three_steps_behind_a_launcher_have_rows_for_many_processes(request_, scale):
+    spec = RunSpec(plan.SCALES[scale], arm_named("infinity"), 10**6, 1e-3, 1)
+    launched = dataclasses.replace(request_, launch="accelerate launch -m infmoe")
+    config = apply_overrides(recipe(spec.recipe), [*spec.overrides(), *smoke_settings(launched)])
+    for processes in (1, 2, 8, 64):
+        assert config.accumulation(processes) >= 1
+    alone = apply_overrides(recipe(spec.recipe), [*spec.overrides(), *smoke_settings(request_)])
+    assert alone.batch_tokens == 1024
+
+
 def test_a_run_that_diverges_is_finished_and_the_rest_goes_on(request_, in_process, monkeypatch):
     import infmoe.train.loop as loop
 
@@ -799,3 +820,22 @@ def test_a_crash_is_named_with_its_log(request_, tmp_path):
 def test_workers_side_by_side_report_the_first_that_failed():
     assert work.start_workers(["recipes"], 2) == 0
     assert work.start_workers(["no-such-command"], 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("visible", "shares"),
+    [(None, ["0,2", "1"]), ("4,5,7", ["4,7", "5"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a,GPU-c", "GPU-b"])],
+)
+def test_workers_share_the_gpus(monkeypatch, visible, shares):
+    monkeypatch.setattr(work.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    seen = []
+    child_of = lambda words, env: seen.append(env["CUDA_VISIBLE_DEVICES"]) or types.SimpleNamespace(wait=lambda: 0)  # noqa: E731
+    monkeypatch.setattr(work, "subprocess", types.SimpleNamespace(Popen=child_of))
+    assert work.start_workers(["recipes"], 2) == 0
+    assert seen == shares
+    with pytest.raises(InfMoEError, match="--jobs 4 is more than the 3 GPUs here"):
+        work.start_workers(["recipes"], 4)
+    assert len(seen) == 2

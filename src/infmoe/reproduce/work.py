@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infmoe import checkpoint as ckpt
 from infmoe.data import TokenData
 from infmoe.errors import InfMoEError
@@ -384,6 +386,9 @@ def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dic
     config = spec.config()
     curve, seconds = _curve(read_metrics(folder))
     start: dict[str, Any] = {}
+    training = {"versions": trained["versions"], "commit": trained["git_commit"]}
+    if "machine" in trained:  # not in a run that was begun before it was written down
+        training["machine"] = trained["machine"]
     if (base := shop.store.base(spec)) is not None:
         # by content: where the base's model lay is this machine's alone, so `config` has nothing of it
         mark = trained["init"]["fingerprint"]
@@ -401,7 +406,7 @@ def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dic
         "provenance": provenance()
         | {
             "command": shop.label,
-            "training": {"versions": trained["versions"], "commit": trained["git_commit"]},
+            "training": training,
         },
     }
 
@@ -448,12 +453,33 @@ def _keep_model(checkpoint: Path, to: Path) -> None:
     beside.rename(to)
 
 
+def _gpu_shares(jobs: int) -> list[dict[str, str]]:
+    """What each worker's environment says of the GPUs that it may use; nothing where there are none."""
+    count = torch.cuda.device_count()
+    if not count:
+        return [{}] * jobs
+    if jobs > count:
+        raise InfMoEError(
+            f"--jobs {jobs} is more than the {count} GPUs here, and two runs on one would share it: take --jobs {count}"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[i::jobs])} for i in range(jobs)]
+
+
 def start_workers(command: Sequence[str], jobs: int) -> int:
-    """Run `jobs` workers side by side, each with its share of the cores; the first exit code that is not 0."""
+    """Run `jobs` workers side by side, each with its share of the cores and of the GPUs.
+
+    Returns:
+        The first exit code that is not 0.
+
+    Raises:
+        InfMoEError: there are GPUs, but fewer than workers.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = os.environ | dict.fromkeys(names, threads)
-    workers = [subprocess.Popen([sys.executable, "-m", "infmoe", *command], env=environment) for _ in range(jobs)]
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    words = [sys.executable, "-m", "infmoe", *command]
+    workers = [subprocess.Popen(words, env=environment | share) for share in _gpu_shares(jobs)]
 
     def stop(*_: object) -> None:
         for worker in workers:

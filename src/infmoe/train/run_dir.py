@@ -11,7 +11,7 @@ from typing import Any
 from infmoe import checkpoint as ckpt
 from infmoe.errors import InfMoEError
 from infmoe.locks import take_lock
-from infmoe.provenance import git_commit, versions
+from infmoe.provenance import git_commit, machine, versions
 from infmoe.train.config import RunConfig, differing_keys
 
 RUN_FILE = "run.json"
@@ -149,11 +149,12 @@ def _unwritable(out: Path, error: OSError) -> InfMoEError:
 
 
 def run_record(config: RunConfig, data_sha256: str) -> dict[str, Any]:
-    """What the run is: configuration, data, and the versions that ran it."""
+    """What the run is: configuration, data, and the versions and the machine that ran it."""
     return {
         "config": config.to_dict(),
         "data_sha256": data_sha256,
         "versions": versions(),
+        "machine": machine(),
         "git_commit": git_commit(),
     }
 
