@@ -285,6 +285,28 @@ def test_a_runs_own_word_goes_before_its_exit_code(small_run, said, then, ending
     assert found == ending
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_what_the_launcher_started(small_run, number):
+    folder, log = small_run
+    # it asks for its own end, as a user would who sees it train; the launcher does not pass signals on
+    write = f"open({str(folder / 'was-told')!r}, 'w').close()"
+    run = (
+        f"import os, signal, time; signal.signal({int(number)}, lambda *_: ({write}, os._exit(0)));"
+        f" os.kill({os.getpid()}, {int(number)}); time.sleep(60)"
+    )
+    launch = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {run!r}]).returncode)"
+    command = [sys.executable, "-c", launch]
+    expected = pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext()
+    begin = time.monotonic()
+    with log.open("w") as held, expected:
+        found = child.run_child(command, folder, log, lock=held.fileno(), deadline=None)
+        assert found == Ending("stopped", number)
+    assert time.monotonic() - begin < 30
+    while not (folder / "was-told").exists() and time.monotonic() - begin < 30:
+        time.sleep(0.02)
+    assert (folder / "was-told").exists()
+
+
 def test_an_orphan_is_waited_for(small_run):
     folder, log = small_run
     holder = (
