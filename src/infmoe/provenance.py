@@ -1,5 +1,6 @@
 """Where a measurement came from: what every file under `results/` says about its making."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -104,8 +105,23 @@ def require_writable(folder: Path, option: str = "--out") -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write readable JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write readable JSON, whole or not at all, and through to the disk.
+
+    Raises:
+        InfMoEError: it can't be written there; nothing half-written stays.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(values, indent=1) + "\n")
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w") as file:
+            file.write(json.dumps(values, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise InfMoEError(
+            f"cannot write {path} ({error.strerror}): make room there, or choose another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # it has its name by now, or its folder can't be made
+            beside.unlink()

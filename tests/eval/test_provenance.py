@@ -1,10 +1,14 @@
 """What a results file says about its making."""
 
+import errno
+import json
+import os
 import sys
 
 import pytest
 
-from infmoe.provenance import portable, provenance
+from infmoe.errors import InfMoEError
+from infmoe.provenance import portable, provenance, write_json
 
 
 @pytest.mark.parametrize(
@@ -29,3 +33,21 @@ def test_absolute_paths_lose_their_place(word, kept):
 def test_the_command_is_told_without_them(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["infmoe", "evaluate", "/home/me/runs/a", "--keep-ratio", "1/4"])
     assert provenance()["command"] == "infmoe evaluate a --keep-ratio 1/4"
+
+
+def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "runs" / "a.json"
+    write_json(path, {"x": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InfMoEError) as error:
+        write_json(path, {"x": 2})
+    assert f"cannot write {path} (No space left on device): " in str(error.value)
+    assert [found.name for found in path.parent.iterdir()] == ["a.json"]
+    assert json.loads(path.read_text()) == {"x": 1}
+    (tmp_path / "file").touch()
+    with pytest.raises(InfMoEError, match="cannot write"):
+        write_json(tmp_path / "file" / "a.json", {})

@@ -270,7 +270,8 @@ def test_a_diverged_run_needs_no_course_of_training(store):
     ],
 )
 def test_damaged_words_on_the_data_are_named(store, keys, value, words):
-    path = store.folder / "data.json"
+    path, spec = store.folder / "data.json", spec_of(store)
+    store.put(spec, fake_values(spec, 3.5))
     data = copy.deepcopy(DATA)
     set_at(data, keys, value)
     write_json(path, data)

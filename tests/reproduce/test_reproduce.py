@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import io
 import json
@@ -15,19 +16,25 @@ import types
 
 import pytest
 from fake_results import DATA, MINI, fake_values, fill
+from tiny_run import documents
 
 from infmoe.cli import main
+from infmoe.data import MemorySource, TrainBPE, prepare
 from infmoe.data.manifest import Manifest
 from infmoe.errors import InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.hf.identity import fingerprint
-from infmoe.reproduce import measures, plan, work
+from infmoe.locks import is_locked
+from infmoe.recipes import recipe
+from infmoe.reproduce import child, command, measures, plan, work
+from infmoe.reproduce.arms import arm_named
 from infmoe.reproduce.checks import expanded_model
-from infmoe.reproduce.command import Request, describe_arms, describe_plan, only, repeats, run_request
+from infmoe.reproduce.command import Request, describe_arms, describe_plan, only, repeats, run_request, smoke_settings
 from infmoe.reproduce.measures import Measure
-from infmoe.reproduce.plan import Group
+from infmoe.reproduce.plan import Group, RunSpec
 from infmoe.reproduce.store import Store
-from infmoe.train.config import load_config
+from infmoe.train.config import apply_overrides, load_config
+from infmoe.train.run_dir import Ending, Hold, read_ending
 
 
 @pytest.fixture
@@ -56,7 +63,7 @@ def in_process(monkeypatch):
 
     # not the module itself, which git's answers come through
     names = {"Popen": Child, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
-    monkeypatch.setattr(work, "subprocess", types.SimpleNamespace(**names))
+    monkeypatch.setattr(child, "subprocess", types.SimpleNamespace(**names))
 
 
 def runs_of(request):
@@ -74,6 +81,7 @@ def test_what_is_missing_is_trained_and_what_is_done_is_not(request_, in_process
         assert values["seconds"] > 0
         assert values["config"]["data"]["dir"] is None
         assert values["model"] == expanded_model(load_config(values["config"]))
+        assert values["provenance"]["training"]["machine"] == values["provenance"]["machine"]
         assert str(request_.work) not in json.dumps(values)
         assert values["provenance"]["command"] == "infmoe reproduce table6 --scale tiny --data DIR"
     infinity, moe = found.values()
@@ -84,13 +92,13 @@ def test_what_is_missing_is_trained_and_what_is_done_is_not(request_, in_process
     assert {row["gate_norm"] for row in moe["measures"]["gate_norms"]} == {"selected", "all", "trained"}
     # what is kept: the models, without the optimizer
     left = sorted(path.name for path in (request_.work / "tiny").iterdir())
-    assert left == ["models"]
+    assert left == ["data.json", "models"]
     assert sorted(p.name for p in (request_.work / "tiny" / "models").iterdir()) == list(found)
     out = capsys.readouterr().out
     assert "Table 6: sixteen experts" in out
     assert (request_.out / "tiny" / "table6.md").is_file()
 
-    monkeypatch.setattr(work.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(child.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("trained again"))
     assert run_request(request_) == 0
     assert runs_of(request_) == found
 
@@ -163,24 +171,28 @@ def test_zero_shot_scores_are_taken_of_the_models_that_are_there(request_, in_pr
     assert "put the file there" in error
 
 
-def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, mini_data, tmp_path, monkeypatch, request):
-    rarely = ("checkpoint.every=8", "eval.every=20")  # each checkpoint is hashed and synced
-    longer = dataclasses.replace(plan.SCALES["tiny"], tokens=256 * 40, settings=(*MINI.settings, *rarely))
-    monkeypatch.setitem(plan.SCALES, "tiny", longer)
-    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("infinity",), s.tokens, (1, 1))])
-    script = tmp_path / "worker.py"
-    script.write_text(
+def worker_script(path, scale):
+    """A file that is `infmoe` with the mini scale, changed as these words say, and one arm in Table 6."""
+    path.write_text(
         "import dataclasses, sys\n"
         f"sys.path.insert(0, {str(os.path.dirname(os.path.dirname(__file__)))!r})\n"
         "from fake_results import MINI\n"
         "from infmoe.reproduce import plan\n"
         "from infmoe.cli import main\n"
-        f"rarely = {rarely!r}\n"
-        "settings = (*MINI.settings, *rarely)\n"
-        "plan.SCALES['tiny'] = dataclasses.replace(MINI, lr_grid=(), tokens=256 * 40, settings=settings)\n"
+        f"plan.SCALES['tiny'] = dataclasses.replace(MINI, lr_grid=(), {scale})\n"
         "plan.EXPERIMENTS['table6'] = lambda s: [plan.Group(('infinity',), s.tokens, (1, 1))]\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
+    return path
+
+
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, mini_data, tmp_path, monkeypatch, request):
+    rarely = ("checkpoint.every=8", "eval.every=20")  # each checkpoint is hashed and synced
+    longer = dataclasses.replace(plan.SCALES["tiny"], tokens=256 * 40, settings=(*MINI.settings, *rarely))
+    monkeypatch.setitem(plan.SCALES, "tiny", longer)
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("infinity",), s.tokens, (1, 1))])
+    settings = f"tokens=256 * 40, settings=(*MINI.settings, *{rarely!r})"
+    script = worker_script(tmp_path / "worker.py", settings)
     killed = dataclasses.replace(request_, out=tmp_path / "killed" / "reproduce", work=tmp_path / "killed-runs")
     words = [sys.executable, script, *killed.worker_words(mini_data)]
     process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -188,8 +200,12 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, min
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not list(folder.glob("*/checkpoints/step-0000*")):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # the run is in a session of its own
     process.wait()
+    (lock,) = folder.glob("*/run.lock")
+    os.kill(int(lock.read_text()), signal.SIGKILL)
+    while is_locked(lock):
+        time.sleep(0.02)
     assert not runs_of(killed)
     assert list(folder.glob("*/checkpoints/step-*"))
     assert run_request(killed) == 0
@@ -198,6 +214,228 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_numbers(request_, min
     (one,), (other,) = runs_of(killed).values(), runs_of(request_).values()
     assert one["measures"] == other["measures"]
     assert one["curve"] == other["curve"]
+
+
+# as accelerate's and torchrun do: nothing is handed on but the words, and 1 stands for whatever went wrong
+LAUNCHER = """
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+words = [sys.executable, "-m", "infmoe", *sys.argv[1:]]
+sys.exit(1 if subprocess.Popen(words, close_fds=True).wait() else 0)
+"""
+
+
+def test_behind_a_launcher_a_signal_stops_the_run_and_its_own_word_counts(request_, mini_data, tmp_path):
+    (tmp_path / "launch.py").write_text(LAUNCHER)
+    script = worker_script(tmp_path / "worker.py", "tokens=256 * 100_000")
+    launched = dataclasses.replace(request_, launch=f"{sys.executable} {tmp_path / 'launch.py'}")
+    process = subprocess.Popen([sys.executable, script, *launched.worker_words(mini_data)], stdout=subprocess.DEVNULL)
+    folder = request_.work / "tiny"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not list(folder.glob("*/checkpoints/step-0000*")):
+        time.sleep(0.02)
+    (lock,) = folder.glob("*/run.lock")
+    assert is_locked(lock)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    # not before it was over: the launcher was gone at once
+    assert not is_locked(lock)
+    assert read_ending(lock.parent) == Ending("stopped", signal.SIGTERM)
+    assert "stopped by a signal" in lock.parent.with_name(f"{lock.parent.name}.log").read_text()
+
+
+@pytest.fixture
+def small_run(request_, tmp_path):
+    """A run's folder and log, as `run_child` is given them."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run", tmp_path / "run.log"
+
+
+def says(folder, ending, *, then):
+    """A command that writes an ending into the run's folder, and does something else."""
+    text = json.dumps(dataclasses.asdict(ending)) if ending is not None else ""
+    write = f"open({str(folder / 'ended.json')!r}, 'w').write({text!r});" if ending is not None else ""
+    return [sys.executable, "-c", f"import os, signal, sys, time; {write} {then}"]
+
+
+@pytest.mark.parametrize(
+    ("said", "then", "ending"),
+    [
+        (Ending("finished"), "sys.exit(1)", Ending("finished")),
+        (Ending("diverged", message="the loss is nan"), "sys.exit(1)", Ending("diverged", message="the loss is nan")),
+        (Ending("stopped", 15), "sys.exit(1)", Ending("stopped", 15)),
+        (Ending("failed", message="no room"), "sys.exit(1)", Ending("failed", message="with exit code 1 (no room)")),
+        (None, "print('error: the loss is nan'); sys.exit(3)", Ending("diverged", message="the loss is nan")),
+        (None, "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", Ending("stopped", 2)),
+        (None, "print('oh'); sys.exit(5)", Ending("failed", message="with exit code 5 (oh)")),
+        (
+            None,
+            "sys.exit(0)",
+            Ending("failed", message="with exit code 0 before its end: a launcher has to wait for what it starts"),
+        ),
+    ],
+)
+def test_a_runs_own_word_goes_before_its_exit_code(small_run, said, then, ending):
+    folder, log = small_run
+    (folder / "ended.json").write_text(json.dumps(dataclasses.asdict(Ending("finished"))))  # the last time's
+    if "SIGINT" in then:
+        then = "signal.signal(signal.SIGINT, signal.SIG_DFL); " + then
+    with log.open("w") as held:
+        found = child.run_child(says(folder, said, then=then), folder, log, lock=held.fileno(), deadline=None)
+    assert found == ending
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_what_the_launcher_started(small_run, number):
+    folder, log = small_run
+    # it asks for its own end, as a user would who sees it train; the launcher does not pass signals on
+    write = f"open({str(folder / 'was-told')!r}, 'w').close()"
+    run = (
+        f"import os, signal, time; signal.signal({int(number)}, lambda *_: ({write}, os._exit(0)));"
+        f" os.kill({os.getpid()}, {int(number)}); time.sleep(60)"
+    )
+    launch = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {run!r}]).returncode)"
+    command = [sys.executable, "-c", launch]
+    expected = pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext()
+    begin = time.monotonic()
+    with log.open("w") as held, expected:
+        found = child.run_child(command, folder, log, lock=held.fileno(), deadline=None)
+        assert found == Ending("stopped", number)
+    assert time.monotonic() - begin < 30
+    while not (folder / "was-told").exists() and time.monotonic() - begin < 30:
+        time.sleep(0.02)
+    assert (folder / "was-told").exists()
+
+
+def test_an_orphan_is_waited_for(small_run):
+    folder, log = small_run
+    holder = (
+        "import fcntl, os, time; file = open('run.lock', 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True);"
+        ' time.sleep(1); open(\'ended.json\', \'w\').write(\'{"how": "finished", "signal": 0, "message": ""}\')'
+    )
+    start = f"subprocess.Popen([sys.executable, '-c', {holder!r}], cwd={str(folder)!r}, stdout=-1).stdout.readline()"
+    command = [sys.executable, "-c", f"import subprocess, sys; {start}; import os; os._exit(1)"]
+    with log.open("w") as held:
+        found = child.run_child(command, folder, log, lock=held.fileno(), deadline=None)
+    assert found == Ending("finished")
+
+
+def test_what_another_process_trains_is_left_to_it_by_the_runs_own_lock_too(request_, monkeypatch):
+    spec = next(iter(Store(request_.out, plan.SCALES["tiny"]).missing(plan.groups("table6", plan.SCALES["tiny"]))))
+    trained = []
+    monkeypatch.setattr(work, "_train", lambda shop, spec, *rest: trained.append(spec.arm.name) or False)
+    (request_.work / "tiny" / spec.slug).mkdir(parents=True)
+    with Hold(request_.work / "tiny" / spec.slug) as hold:
+        hold.take()
+        assert run_request(request_) == 0
+    assert trained == ["moe16"]
+
+
+@pytest.fixture
+def three_measures(request_, in_process, monkeypatch):
+    """One arm, with a loss and two measures that count how often they are taken."""
+    taken = []
+    for name in ("one", "two"):
+        take = lambda context, name=name: taken.append(name) or [{"loss": context.spec.seed / 3}]  # noqa: E731
+        monkeypatch.setitem(measures.MEASURES, name, Measure(take, lambda *_: True))
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("dense",), s.tokens, (1, 1))])
+    return taken
+
+
+def test_finished_runs_that_cannot_be_measured_any_more_are_named(request_, in_process, monkeypatch, capsys):
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("dense",), s.tokens, (5, 5))] * 2)
+    assert run_request(request_) == 0
+    assert "not measured" not in capsys.readouterr().out
+    models = request_.work / "tiny" / "models"
+    shutil.move(models, tmp := models.with_name("kept"))
+    monkeypatch.setitem(measures.MEASURES, "later", Measure(lambda context: [{"loss": 1.0}], lambda *_: True))
+    assert run_request(request_) == 0
+    slugs = [f"dense-0.001024M-lr0.002-s{seed}" for seed in range(1, 6)]
+    line = f"not measured (later), for want of a model under {models}: 5 finished runs, {', '.join(slugs[:3])} and 2 "
+    line += f"more; to train one again, move its file out of {request_.out / 'tiny' / 'runs'}\n"
+    assert capsys.readouterr().out.count(line) == 1
+    shutil.move(tmp, models)
+    assert run_request(request_) == 0
+    assert "not measured" not in capsys.readouterr().out
+    assert all("later" in values["measures"] for values in runs_of(request_).values())
+
+
+class Killed(BaseException):
+    """Nothing is cleaned up after it."""
+
+
+def dies(function, when, number):
+    """The function, in whose call of this number the process dies, before it does anything or after all of it."""
+    calls = []
+
+    def dying(*args):
+        calls.append(args)
+        if (when, len(calls)) == ("before", number):
+            raise Killed
+        result = function(*args)
+        if (when, len(calls)) == ("after", number):
+            raise Killed
+        return result
+
+    return dying
+
+
+def test_killed_anywhere_in_measuring_it_goes_on_with_what_is_left(
+    request_, three_measures, tmp_path, monkeypatch, capsys
+):
+    assert run_request(request_) == 0
+    (whole,) = runs_of(request_).values()
+    assert list(whole["measures"]) == ["held_out", "one", "two"]
+    steps = [(work, "_keep_model", 1), (work, "_clear", 1), *((Store, "put", number) for number in (1, 2, 3))]
+    for i, (place, name, number) in enumerate(steps):
+        for when in ("before", "after"):
+            asked = dataclasses.replace(
+                request_, out=tmp_path / f"{when}-{i}" / "reproduce", work=tmp_path / f"{when}-{i}-runs"
+            )
+            three_measures.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, dies(getattr(place, name), when, number))
+                with pytest.raises(Killed):
+                    run_request(asked)
+            assert run_request(asked) == 0
+            (found,) = runs_of(asked).values()
+            for key in ("measures", "curve", "config", "run"):
+                assert found[key] == whole[key], (name, number, when)
+            # what has been written is not taken again
+            written = {"_keep_model": 0, "_clear": 3, "put": number - (when == "before")}[name]
+            again = {"one", "two"} if written < 2 else {"two"} if written == 2 else set()
+            first = {"_keep_model": 0, "_clear": 2, "put": number - 1}[name]
+            assert len(three_measures) == first + len(again), (name, number, when)
+            assert [path.name for path in (asked.work / "tiny" / "models").iterdir()] == list(runs_of(asked))
+            assert not (asked.work / "tiny" / next(iter(runs_of(asked)))).exists()
+
+
+@pytest.mark.parametrize("how", ["time", "signal"])
+def test_between_measures_it_stops_when_time_is_up_or_a_signal_says_so(request_, three_measures, monkeypatch, how):
+    up = []
+
+    def take(context):
+        up.append(True)
+        if how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [{"loss": 1.0}]
+
+    monkeypatch.setitem(measures.MEASURES, "one", Measure(take, lambda *_: True))
+    if how == "time":
+        clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * bool(up), sleep=time.sleep)
+        monkeypatch.setattr(work, "time", clock)
+        assert run_request(dataclasses.replace(request_, hours=1.0)) == 0
+    else:
+        with pytest.raises(SystemExit) as stop:
+            run_request(request_)
+        assert stop.value.code == 128 + signal.SIGTERM
+    (found,) = runs_of(request_).values()
+    assert list(found["measures"]) == ["held_out", "one"]
+    monkeypatch.setattr(work, "_train", lambda *rest: pytest.fail("trained again"))
+    assert run_request(request_) == 0
+    (found,) = runs_of(request_).values()
+    assert list(found["measures"]) == ["held_out", "one", "two"]
+    assert len(up) == 1
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
@@ -210,6 +448,22 @@ def test_a_run_that_another_process_trains_is_left_to_it(request_, monkeypatch):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert run_request(request_) == 0
     assert trained == ["moe16"]
+
+
+def test_a_work_folder_without_locks_is_refused(request_, monkeypatch):
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(InfMoEError, match=r"cannot lock .*\.lock \(No locks available\): choose another --work"):
+        run_request(request_)
+
+
+def test_several_workers_are_refused_where_there_are_no_locks(request_, monkeypatch):
+    monkeypatch.setattr(command, "LOCKS", False)
+    monkeypatch.setattr(work, "start_workers", lambda *rest: pytest.fail("started"))
+    with pytest.raises(InfMoEError, match="leave --jobs out"):
+        run_request(dataclasses.replace(request_, jobs=2))
 
 
 BASE = "infinity-keep4-0.001024M-lr0.002-s1"
@@ -227,8 +481,8 @@ def tuning(request_, monkeypatch):
 
 def test_a_tuned_run_starts_from_its_base_and_says_so(tuning, in_process, capsys, monkeypatch):
     commands = []
-    start = work.subprocess.Popen
-    monkeypatch.setattr(work.subprocess, "Popen", lambda words, **rest: commands.append(words) or start(words, **rest))
+    start = child.subprocess.Popen
+    monkeypatch.setattr(child.subprocess, "Popen", lambda words, **rest: commands.append(words) or start(words, **rest))
     assert run_request(dataclasses.replace(tuning, arms="infinity-keep4,infinity-sandwich-w0.25-tuned")) == 0
     assert "left out" not in capsys.readouterr().out
     base = tuning.work / "tiny" / "models" / BASE
@@ -273,6 +527,15 @@ def test_a_tuned_run_that_has_begun_needs_its_base_no_more(tuning, in_process, m
     monkeypatch.setattr(work, "_train", lambda shop, spec, *rest: trained.append(spec.slug) or False)
     run_request(dataclasses.replace(tuning, arms="infinity-sandwich-w0.25-tuned"))
     assert trained == [TUNED]
+
+
+def test_a_first_checkpoint_that_was_killed_is_none(tuning, in_process, monkeypatch, capsys):
+    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
+    shutil.rmtree(tuning.work / "tiny" / "models" / BASE)
+    (tuning.work / "tiny" / TUNED / "checkpoints" / ".tmp-step-000001").mkdir(parents=True)
+    assert run_request(tuning) == 0
+    assert list(runs_of(tuning)) == ["dense-0.001024M-lr0.002-s1", BASE]
+    assert f"left out {TUNED}: " in capsys.readouterr().out
 
 
 def test_a_base_that_diverged_is_none(tuning, in_process, capsys):
@@ -335,9 +598,10 @@ def test_when_time_is_up_it_says_so_and_goes_on_later(request_, monkeypatch, cap
             raise subprocess.TimeoutExpired(self.args, timeout)
 
     names = {"Popen": Child, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
-    monkeypatch.setattr(work, "subprocess", types.SimpleNamespace(**names))
+    monkeypatch.setattr(child, "subprocess", types.SimpleNamespace(**names))
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * bool(up), sleep=time.sleep)
     monkeypatch.setattr(work, "time", clock)
+    monkeypatch.setattr(child, "time", clock)
     assert run_request(dataclasses.replace(request_, hours=1.0)) == 0
     out = capsys.readouterr().out
     assert "the same command goes on from here" in out
@@ -365,12 +629,17 @@ def test_a_signal_to_stop_ends_with_a_checkpoint_and_the_signals_code(request_, 
     [
         ({"data": None}, "give --corpus FILES to train on, or --data DIR"),
         ({"corpus": "x"}, "one of the two"),
+        ({"launch": '"accelerate launch'}, "--launch '\"accelerate launch' is no command (No closing quotation)"),
+        ({"launch": " "}, "--launch is empty"),
+        ({"hours": float("nan")}, "--hours nan is no time to stop after"),
+        ({"hours": 0.0}, "--hours 0 is no time to stop after"),
+        ({"hours": -1.0}, "--hours -1 is no time to stop after"),
         ({"name": "table4"}, "unknown table or figure 'table4'"),
         ({"scale": "huge"}, "unknown scale 'huge'; known: medium, small, tiny"),
         ({"name": "figure4", "arms": "moe"}, "figure4 trains no arms: leave --arms out"),
         ({"arms": "moe16,, infinity"}, "unknown arm ''; known: infinity, moe16"),
         ({"scale": "small", "data": None, "corpus": "x"}, "trains on prepared data: give --data DIR"),
-        ({"scale": "small", "data": None, "corpus": "x"}, "--subset sample-100BT"),  # 10B tokens, and what is held out
+        ({"scale": "small", "data": None, "corpus": "x"}, "--subset sample-350BT"),  # its longest run has 100B
         ({"name": "table5", "scale": "medium", "data": None, "corpus": "x"}, "--subset sample-350BT"),
     ],
 )
@@ -389,10 +658,82 @@ def test_data_that_is_read_more_than_once_is_said(mini, mini_data):
 
 def test_other_data_is_refused(request_, tmp_path, mini_data):
     folder = request_.out / "tiny"
-    folder.mkdir(parents=True)
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs" / "one.json").write_text("{}")
     (folder / "data.json").write_text(json.dumps(DATA | {"sha256": "other"}))
     with pytest.raises(InfMoEError, match="were trained on other data"):
         run_request(request_)
+
+
+@pytest.fixture
+def dense(request_, in_process, monkeypatch):
+    """One finished run, and a measure that it lacks."""
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("dense",), s.tokens, (1, 1))])
+    assert run_request(request_) == 0
+    monkeypatch.setitem(measures.MEASURES, "later", Measure(lambda context: [{"loss": 1.0}], lambda *_: True))
+    return request_
+
+
+def test_a_kept_model_of_another_out_is_not_measured(dense, tmp_path, monkeypatch):
+    (values,) = runs_of(dense).values()
+    (model,) = (dense.work / "tiny" / "models").iterdir()
+    assert values["fingerprint"] == fingerprint(InfMoEForCausalLM.from_pretrained(model))
+    path = dense.out / "tiny" / "runs" / f"{model.name}.json"
+    path.write_text(json.dumps(values | {"fingerprint": "f" * 64}))
+    with pytest.raises(InfMoEError) as error:
+        run_request(dense)
+    assert f"{model} is not the model that {path} is of: give each --out a --work of its own" in str(error.value)
+    # a file from before there were any is gone on with
+    path.write_text(json.dumps({key: value for key, value in values.items() if key != "fingerprint"}))
+    assert run_request(dense) == 0
+    assert "later" in runs_of(dense)[model.name]["measures"]
+
+
+def test_a_model_of_before_a_default_changed_is_not_recorded(request_, in_process, monkeypatch):
+    monkeypatch.setitem(plan.EXPERIMENTS, "table6", lambda s: [Group(("dense",), s.tokens, (1, 1))])
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_measure", dies(work._measure, "before", 1))
+        with pytest.raises(Killed):
+            run_request(request_)
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "expanded_model", lambda config: expanded_model(config) | {"layer_norm_epsilon": 1e-6})
+        with pytest.raises(
+            InfMoEError, match=r"step-000004 is not the model that dense-.* \(other values of layer_norm"
+        ):
+            run_request(request_)
+        assert not runs_of(request_)
+    assert run_request(request_) == 0
+
+
+def test_a_base_of_another_out_is_not_started_from(tuning, in_process):
+    assert run_request(dataclasses.replace(tuning, arms="infinity-keep4")) == 0
+    path = tuning.out / "tiny" / "runs" / f"{BASE}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "f" * 64}))
+    with pytest.raises(InfMoEError, match=f"{BASE} is not the model that {path} is of"):
+        run_request(dataclasses.replace(tuning, arms="infinity-sandwich-w0.25-tuned"))
+    assert not (tuning.work / "tiny" / TUNED).exists()
+
+
+def test_a_work_folder_of_other_data_is_refused_while_there_is_something_in_it(dense, tmp_path):
+    path = dense.work / "tiny" / "data.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {"sha256": "other"}))
+    other = dataclasses.replace(dense, out=tmp_path / "other" / "reproduce")
+    with pytest.raises(InfMoEError, match=r"are of other data \(.*data\.json\): give that, or another --work"):
+        run_request(other)
+    assert not other.out.exists() or not list(other.out.rglob("*.json"))
+    shutil.rmtree(dense.work / "tiny" / "models")
+    assert run_request(other) == 0
+    assert json.loads(path.read_text()) == known
+
+
+def test_data_without_a_held_out_part_claims_nothing(request_, tmp_path):
+    whole = tmp_path / "whole"
+    prepare(MemorySource(documents()), whole, tokenizer=TrainBPE(300), val_fraction=0.0)
+    with pytest.raises(InfMoEError) as error:
+        run_request(dataclasses.replace(request_, data=whole))
+    assert f"{whole} can't be trained and measured on (no documents and tokens of the split 'val')" in str(error.value)
+    assert not list(request_.out.rglob("*.json"))
 
 
 def test_arms_may_be_picked_by_name_and_shown_as_training_commands(request_, in_process, capsys):
@@ -410,6 +751,8 @@ def test_arms_may_be_picked_by_name_and_shown_as_training_commands(request_, in_
     with pytest.raises(InfMoEError, match="unknown arm 'moe61'; did you mean 'moe16'"):
         run_request(dataclasses.replace(request_, arms="infinity,moe61"))
     assert picked.worker_words(request_.data)[-2:] == ["--arms", " moe16"]
+    said = dataclasses.replace(request_, arms="moe16, infinity", seeds=2).label
+    assert said == "infmoe reproduce table6 --scale tiny --seeds 2 --arms moe16,infinity --data DIR"
 
 
 def test_a_plan_ends_with_what_it_takes_in_all_and_what_is_left(mini, store):
@@ -464,6 +807,17 @@ def test_three_steps_of_each_arm(request_, monkeypatch):
     assert all(len(row["losses"]) == 3 for row in record["rows"])
 
 
+@pytest.mark.parametrize("scale", ["tiny", "small", "medium"])
+def test_three_steps_behind_a_launcher_have_rows_for_many_processes(request_, scale):
+    spec = RunSpec(plan.SCALES[scale], arm_named("infinity"), 10**6, 1e-3, 1)
+    launched = dataclasses.replace(request_, launch="accelerate launch -m infmoe")
+    config = apply_overrides(recipe(spec.recipe), [*spec.overrides(), *smoke_settings(launched)])
+    for processes in (1, 2, 8, 64):
+        assert config.accumulation(processes) >= 1
+    alone = apply_overrides(recipe(spec.recipe), [*spec.overrides(), *smoke_settings(request_)])
+    assert alone.batch_tokens == 1024
+
+
 def test_a_run_that_diverges_is_finished_and_the_rest_goes_on(request_, in_process, monkeypatch):
     import infmoe.train.loop as loop
 
@@ -488,3 +842,22 @@ def test_a_crash_is_named_with_its_log(request_, tmp_path):
 def test_workers_side_by_side_report_the_first_that_failed():
     assert work.start_workers(["recipes"], 2) == 0
     assert work.start_workers(["no-such-command"], 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("visible", "shares"),
+    [(None, ["0,2", "1"]), ("4,5,7", ["4,7", "5"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a,GPU-c", "GPU-b"])],
+)
+def test_workers_share_the_gpus(monkeypatch, visible, shares):
+    monkeypatch.setattr(work.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    seen = []
+    child_of = lambda words, env: seen.append(env["CUDA_VISIBLE_DEVICES"]) or types.SimpleNamespace(wait=lambda: 0)  # noqa: E731
+    monkeypatch.setattr(work, "subprocess", types.SimpleNamespace(Popen=child_of))
+    assert work.start_workers(["recipes"], 2) == 0
+    assert seen == shares
+    with pytest.raises(InfMoEError, match="--jobs 4 is more than the 3 GPUs here"):
+        work.start_workers(["recipes"], 4)
+    assert len(seen) == 2

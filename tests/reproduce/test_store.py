@@ -47,6 +47,7 @@ def test_what_is_put_is_found_again(store, mini):
         ),
         (lambda path: _edit(path, lambda v: v["measures"]["adaptive"][0].pop("rule")), "'adaptive' without rule"),
         (lambda path: _edit(path, lambda v: v["curve"].update(tokens=[])), "no course of training"),
+        (lambda path: _edit(path, lambda v: v.update(fingerprint=None)), "is damaged (no 'fingerprint')"),
         (lambda path: _edit(path, lambda v: v["measured_with"].update(windows=3)), "measured with other settings"),
         (lambda path: _edit(path, lambda v: v.update(measured_with=None)), "measured with other settings"),
         (lambda path: _edit(path, lambda v: v["measures"]["zero_shot"][3].pop("margin")), "'zero_shot' without margin"),
@@ -119,7 +120,26 @@ def test_a_tuned_run_says_which_model_it_started_from(store, key, value, words):
         store.get(spec)
 
 
+def test_what_runs_are_trained_on_may_change_while_there_are_none(store):
+    store.claim_data(DATA | {"sha256": "e" * 64})
+    assert store.data["sha256"] == "e" * 64
+    (store.folder / "data.json").write_text("{")
+    store.claim_data(DATA)
+    assert store.data == DATA
+
+
+def test_runs_without_a_word_on_their_data_are_named(store):
+    spec = spec_of(store)
+    store.put(spec, fake_values(spec, 3.5))
+    (store.folder / "data.json").unlink()
+    for ask in (lambda: store.data, lambda: store.claim_data(DATA), lambda: store.get(spec)):
+        with pytest.raises(InfMoEError, match=r"data\.json is missing, which says what the runs .* restore it"):
+            ask()
+
+
 def test_other_data_is_refused(store):
+    spec = spec_of(store)
+    store.put(spec, fake_values(spec, 3.5))
     store.claim_data(DATA)
     with pytest.raises(InfMoEError, match="were trained on other data"):
         store.claim_data(DATA | {"sha256": "e" * 64})

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from infmoe import checkpoint as ckpt
 from infmoe.checkpoint import resolve_checkpoint
 from infmoe.data import TokenData
-from infmoe.errors import InfMoEError
+from infmoe.errors import DivergedError, InfMoEError
 from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers.routing import NoiseKey, Routing
-from infmoe.train import loop, run, session
+from infmoe.train import loop, run, run_dir, session
 from infmoe.train.config import hf_config
 from infmoe.train.reporter import Reporter
+from infmoe.train.run_dir import Ending, Hold, read_ending
 from infmoe.train.signals import StopSignal
 
 
@@ -50,8 +51,50 @@ def finished(small, tmp_path):
     return out
 
 
+def test_how_a_run_ended_is_said_and_forgotten_when_it_goes_on(small, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert run(small(), out).exit_code == 0
+    assert read_ending(out) == Ending("finished")
+    seen = []
+    monkeypatch.setattr(loop, "_steps", lambda *_: seen.append(read_ending(out)) or loop.TrainResult(6, 143, None))
+    assert run(small(), out, resume=True).exit_code == 143
+    assert seen == [None]
+    assert read_ending(out) == Ending("stopped", 15)
+    for error, how in ((DivergedError("oh"), "diverged"), (InfMoEError("oh"), "failed")):
+        monkeypatch.setattr(loop, "_steps", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            run(small(), out, resume=True)
+        assert read_ending(out) == Ending(how, message="oh")
+
+
+def test_a_run_that_another_process_trains_is_refused(small, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with Hold(out) as hold:
+        hold.take()
+        with pytest.raises(InfMoEError, match="another process trains in"):
+            run(small(), out)
+        assert not (out / "run.json").exists()
+    assert run(small(), out).exit_code == 0
+
+
+def test_a_filesystem_without_locks_keeps_nobody_off(small, tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_dir, "take_lock", refuse)
+    assert run(small(), tmp_path / "run").exit_code == 0
+    assert read_ending(tmp_path / "run") == Ending("finished")
+
+
 def test_what_a_run_leaves(finished, small, data_dir):
-    assert sorted(p.name for p in finished.iterdir()) == ["checkpoints", "metrics.jsonl", "run.json"]
+    assert sorted(p.name for p in finished.iterdir()) == [
+        "checkpoints",
+        "ended.json",
+        "metrics.jsonl",
+        "run.json",
+        "run.lock",
+    ]
     assert [p.name for p in ckpt.checkpoints(finished)] == ["step-000004", "step-000006"]  # keep_last=2
     newest = resolve_checkpoint(finished)
     files = {p.name for p in newest.iterdir()}

@@ -81,7 +81,7 @@ def reproduce(
         str | None, typer.Option("--launch", help="What starts a training run, e.g. 'accelerate launch -m infmoe'.")
     ] = None,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="3 steps of 1,024 tokens of each arm, without validation, and stop.")
+        bool, typer.Option("--smoke", help="3 steps of 1,024 tokens (65,536 with --launch) of each arm, and stop.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their costs, and stop.")] = False,
     worker: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,

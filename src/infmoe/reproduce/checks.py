@@ -161,6 +161,8 @@ def _parts_damage(spec: RunSpec, values: Mapping[str, Any]) -> str | None:
         return "no 'model'"
     if "diverged" in values and (not isinstance(values["diverged"], str) or not values["diverged"]):
         return "no reason for 'diverged'"
+    if "fingerprint" in values and not isinstance(values["fingerprint"], str):  # older files have none
+        return "no 'fingerprint'"
     if spec.arm.init is not None and (damage := _start_damage(spec, values["run"].get("init"))) is not None:
         return damage
     if not isinstance(values["data"].get("sha256"), str):

@@ -1,6 +1,7 @@
 """`infmoe reproduce`: from the words of a command line to a table and a picture."""
 
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from infmoe.data.manifest import Manifest
 from infmoe.errors import InfMoEError, unknown_name
 from infmoe.hf import model_cost
 from infmoe.hf.accounting import ModelCost
+from infmoe.locks import LOCKS
 from infmoe.progress import data_progress
 from infmoe.provenance import provenance, require_writable, write_json
 from infmoe.reproduce.arms import arm_named
@@ -23,7 +25,8 @@ from infmoe.reproduce.store import Store
 from infmoe.train.config import hf_config
 
 VAL_FRACTION = 0.06
-_SMOKE = ("steps=3", "batch_tokens=1024", "micro_batch_size=1", "eval.every=null", "log.every=1")
+_SMOKE = ("steps=3", "micro_batch_size=1", "eval.every=null", "log.every=1")
+_SMOKE_TOKENS, _SMOKE_LAUNCHED_TOKENS = 2**10, 2**16  # a step's; the second has rows for many processes
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,14 @@ class Request:
             return self.worker
         source = "--corpus FILES" if self.corpus is not None else "--data DIR"
         tasks = " --tasks-dir DIR" if self.tasks is not None else ""
-        return f"infmoe reproduce {self.name} --scale {self.scale} {source}{tasks}"
+        seeds = "" if self.seeds is None else f" --seeds {self.seeds}"
+        arms = "" if self.arms is None else f" --arms {','.join(self.arm_names)}"
+        return f"infmoe reproduce {self.name} --scale {self.scale}{seeds}{arms} {source}{tasks}"
+
+    @property
+    def arm_names(self) -> list[str]:
+        """What `--arms` names."""
+        return [name.strip() for name in (self.arms or "").split(",")]
 
     def worker_words(self, data: Path) -> list[str]:
         """The command of one of several workers; it renders nothing."""
@@ -75,12 +85,15 @@ def run_request(request: Request) -> int:
     Raises:
         InfMoEError: an unknown name or scale, no data, a damaged result, or a training run that failed.
     """
+    launch_words(request)
+    if request.hours is not None and not 0 < request.hours < math.inf:
+        raise InfMoEError(f"--hours {request.hours:g} is no time to stop after: give a number above 0, or leave it out")
     scale = scale_named(request.scale)
     wanted = groups(request.name, scale, request.seeds)
     if request.arms is not None:
         if not any(group.arms for group in wanted):
             raise InfMoEError(f"{request.name} trains no arms: leave --arms out")
-        wanted = only(wanted, [name.strip() for name in request.arms.split(",")])
+        wanted = only(wanted, request.arm_names)
     store = Store(request.out, scale)
     if request.dry_run:
         print(describe_plan(store, wanted))
@@ -94,7 +107,7 @@ def run_request(request: Request) -> int:
     if wanted:
         require_writable(request.out)
         require_writable(request.work)
-        data = _data(request, scale, wanted)
+        data = _data(request, scale)
         if request.worker is None and (note := repeats(data, wanted)) is not None:
             print(note, file=sys.stderr)
         if request.smoke:
@@ -134,13 +147,16 @@ def repeats(data: Path, wanted: list[Group]) -> str | None:
     )
 
 
-def _subset(wanted: list[Group]) -> str:
-    """Of FineWeb's samples the smallest that is long enough, but for what is held out."""
-    longest = max(group.tokens for group in wanted)
+def _subset(scale: Scale) -> str:
+    """Of FineWeb's samples the smallest that is long enough for every run of a scale, but for what is held out.
+
+    Not for those that are wanted now alone: all runs of a scale are trained on the same data.
+    """
+    longest = max(group.tokens for group in groups("all", scale))
     return "sample-10BT" if longest < 9.5e9 else "sample-100BT" if longest < 9.5e10 else "sample-350BT"
 
 
-def _data(request: Request, scale: Scale, wanted: list[Group]) -> Path:
+def _data(request: Request, scale: Scale) -> Path:
     """The prepared data, made from the corpus where there is one."""
     if (request.corpus is None) == (request.data is None):
         raise InfMoEError(
@@ -151,7 +167,7 @@ def _data(request: Request, scale: Scale, wanted: list[Group]) -> Path:
     if scale.vocab is None:
         raise InfMoEError(
             f"scale {scale.name!r} trains on prepared data: give --data DIR, made by "
-            f"`infmoe data hub:HuggingFaceFW/fineweb --subset {_subset(wanted)} --tokenizer FOLDER --out DIR` "
+            f"`infmoe data hub:HuggingFaceFW/fineweb --subset {_subset(scale)} --tokenizer FOLDER --out DIR` "
             "with GPT-2's tokenizer"
         )
     from infmoe.data import parse_source, prepare
@@ -174,6 +190,8 @@ def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> in
     from infmoe.reproduce.work import Workshop, start_workers, work_through
 
     if request.jobs > 1:
+        if not LOCKS:
+            raise InfMoEError("this system has no file locks to keep workers off each other's runs: leave --jobs out")
         return start_workers(request.worker_words(data), request.jobs)
     shop = Workshop(
         store=store,
@@ -191,8 +209,22 @@ def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> in
 
 
 def launch_words(request: Request) -> list[str]:
-    """What starts a training run."""
-    return shlex.split(request.launch) if request.launch else [sys.executable, "-m", "infmoe"]
+    """What starts a training run.
+
+    Raises:
+        InfMoEError: `--launch` is no command.
+    """
+    if request.launch is None:
+        return [sys.executable, "-m", "infmoe"]
+    try:
+        words = shlex.split(request.launch)
+    except ValueError as error:
+        raise InfMoEError(
+            f"--launch {request.launch!r} is no command ({error}): give it as a shell takes it"
+        ) from error
+    if not words:
+        raise InfMoEError("--launch is empty: name what starts a training run, or leave it out")
+    return words
 
 
 def _render(store: Store, name: str) -> None:
@@ -269,8 +301,16 @@ def _recipe_lr(spec: RunSpec) -> float:
     return recipe(spec.recipe).optim.lr * spec.arm.lr_factor
 
 
+def smoke_settings(request: Request) -> list[str]:
+    """What three steps have in place of the run's own settings.
+
+    A launcher may start several processes, nobody here knows how many, and each needs rows of its own.
+    """
+    return [*_SMOKE, f"batch_tokens={_SMOKE_TOKENS if request.launch is None else _SMOKE_LAUNCHED_TOKENS}"]
+
+
 def smoke(request: Request, store: Store, wanted: list[Group], data: Path) -> None:
-    """Three steps of each arm at full width, of 1,024 tokens each and without validation; all else is the run's own.
+    """Three steps of each arm at full width, of a few rows each and without validation; all else is the run's own.
 
     But for the weights of those that start from a trained model: they are drawn, for there may be no model yet.
     """
@@ -280,7 +320,7 @@ def smoke(request: Request, store: Store, wanted: list[Group], data: Path) -> No
         folder = request.work / store.scale.name / f"smoke-{spec.arm.name}"
         shutil.rmtree(folder, ignore_errors=True)
         command = [*launch_words(request), "train", spec.recipe, "--out", str(folder), "--data", str(data)]
-        command += [word for setting in (*spec.overrides(), *_SMOKE) for word in ("--set", setting)]
+        command += [word for setting in (*spec.overrides(), *smoke_settings(request)) for word in ("--set", setting)]
         begin = time.monotonic()
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:

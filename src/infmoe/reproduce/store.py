@@ -73,10 +73,17 @@ class Store:
         return self.folder / "runs" / f"{spec.slug}.json"
 
     @property
+    def any_runs(self) -> bool:
+        """Whether there is the file of a run."""
+        return any((self.folder / "runs").glob("*.json"))
+
+    @property
     def data(self) -> dict[str, Any] | None:
         """What all runs were trained on; None before the first."""
         path = self.folder / "data.json"
         if not path.exists():
+            if self.any_runs:
+                raise InfMoEError(f"{path} is missing, which says what the runs beside it were trained on: restore it")
             return None
         data = read_json(path)
         if (damage := data_damage(data)) is not None:
@@ -84,15 +91,16 @@ class Store:
         return data
 
     def claim_data(self, data: dict[str, Any]) -> None:
-        """Say what the runs are trained on.
+        """Say what the runs are trained on; while there are none, anew.
 
         Raises:
-            InfMoEError: those that are there were trained on something else.
+            InfMoEError: those that are there were trained on something else, or nothing says on what.
         """
-        known = self.data
-        if known is None:
+        if not self.any_runs:
             write_json(self.folder / "data.json", data)
-        elif known["sha256"] != data["sha256"]:
+            return
+        known = self.data
+        if known is None or known["sha256"] != data["sha256"]:
             raise InfMoEError(
                 f"the runs in {self.folder} were trained on other data ({self.folder / 'data.json'}): "
                 "give that, or another --out"

@@ -1,7 +1,8 @@
 """Training and measuring what is missing, by one worker or by several side by side.
 
 A run is trained by `infmoe train` in a process of its own, so a cluster's launcher fits before it, and whatever
-kills this process leaves that run's checkpoints. A lock that the training process holds too keeps others off.
+kills this process leaves that run's checkpoints. A lock that the training process holds too keeps others off, and
+the run's own, where a launcher does not pass it on.
 """
 
 import contextlib
@@ -18,27 +19,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infmoe import checkpoint as ckpt
 from infmoe.data import TokenData
-from infmoe.errors import DivergedError, InfMoEError
-from infmoe.eval.loading import open_model
+from infmoe.errors import InfMoEError
+from infmoe.eval.loading import Opened, open_model
 from infmoe.eval.report import read_metrics
 from infmoe.hf import model_cost
-from infmoe.provenance import provenance
-from infmoe.reproduce.checks import expanded_model, run_identity
+from infmoe.hf.configuration_infmoe import model_fields
+from infmoe.hf.identity import fingerprint
+from infmoe.locks import is_locked, take_lock
+from infmoe.provenance import provenance, write_json
+from infmoe.reproduce.checks import data_damage, expanded_model, run_identity
+from infmoe.reproduce.child import run_child
 from infmoe.reproduce.measures import MEASURES, ZERO_SHOT, Context, own_settings, settings, wanted
 from infmoe.reproduce.plan import Group, RunSpec
-from infmoe.reproduce.store import Finished, Store
+from infmoe.reproduce.store import Finished, Store, read_json
 from infmoe.train.config import hf_config
-from infmoe.train.run_dir import RUN_FILE
-
-try:
-    import fcntl
-except ImportError:  # no such thing on Windows: one worker at a time there
-    fcntl = None  # type: ignore[assignment]
+from infmoe.train.run_dir import LOCK_FILE, RUN_FILE
+from infmoe.train.signals import StopSignal
 
 _CURVE_POINTS = 64
 _WAIT_SECONDS = 10.0
+_NAMED = 3  # runs in a line on many
 # what a model folder needs to be opened; the optimizer's state stays behind
 _MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -91,7 +95,14 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
         SystemExit: a signal stopped training (its exit code); what was trained stays, and is gone on with.
     """
     data = TokenData.open(shop.data)
-    shop.store.claim_data(describe_data(data))
+    described = describe_data(data)
+    if (damage := data_damage(described)) is not None:
+        raise InfMoEError(
+            f"{shop.data} can't be trained and measured on ({damage}): make it anew with `infmoe data`, "
+            "a part of it held out (--val-fraction)"
+        )
+    _claim_work(shop, described)
+    shop.store.claim_data(described)
     if shop.tasks is not None:
         from infmoe.eval.zero_shot.files import file_hashes
 
@@ -108,7 +119,8 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
                     _say_once(shop, spec, obstacle, said)
                 continue
             with _lock(shop.work / f"{spec.slug}.lock") as lock:
-                if lock is None:
+                # the second is an orphan's: a launcher need not pass the first on
+                if lock is None or is_locked(shop.work / spec.slug / LOCK_FILE):
                     others_at_work = True
                     continue
                 if shop.store.fresh(spec) is None and not _train(shop, spec, lock, data):
@@ -127,6 +139,7 @@ def work_through(shop: Workshop, groups: Sequence[Group]) -> bool:
                 _say_once(shop, spec, obstacle, said)
             if left:
                 shop.say(f"left out, for want of a model to start from: {', '.join(spec.slug for spec, _ in left)}")
+            _say_unmeasured(shop, groups)
             return True
     return False
 
@@ -147,7 +160,7 @@ class _Obstacle:
 def _obstacle(shop: Workshop, spec: RunSpec) -> _Obstacle | None:
     """What keeps a run from being trained; None: nothing does, or it is finished."""
     base = shop.store.base(spec) if shop.store.get(spec) is None else None
-    if base is None or (shop.work / spec.slug / ckpt.FOLDER).is_dir():  # once begun it goes on by itself
+    if base is None or ckpt.checkpoints(shop.work / spec.slug):  # once begun it goes on by itself
         return None
     run = shop.store.get(base)
     if run is None:
@@ -178,12 +191,31 @@ def _base_at_work(shop: Workshop, spec: RunSpec) -> bool:
 
 def _todo(shop: Workshop, groups: Sequence[Group]) -> Iterator[RunSpec]:
     """What is still to be done: measures that finished runs lack come first, for they take minutes."""
+    yield from (run.spec for run in _unmeasured(shop, groups) if shop.model_dir(run.spec).is_dir())
+    yield from shop.store.missing(groups)
+
+
+def _unmeasured(shop: Workshop, groups: Sequence[Group]) -> Iterator[Finished]:
+    """Finished runs that lack a measure; a run may come more than once."""
     for group in groups:
         for name in group.trained:
             for run in shop.store.runs(name, group.tokens):
-                if not run.diverged and _missing_measures(shop, run.spec, run) and shop.model_dir(run.spec).is_dir():
-                    yield run.spec
-    yield from shop.store.missing(groups)
+                if not run.diverged and _missing_measures(shop, run.spec, run):
+                    yield run
+
+
+def _say_unmeasured(shop: Workshop, groups: Sequence[Group]) -> None:
+    """One line on finished runs that lack measures for good: their models are gone."""
+    lost = {run.spec.slug: run for run in _unmeasured(shop, groups) if not shop.model_dir(run.spec).is_dir()}
+    if not lost:
+        return
+    names = list(dict.fromkeys(name for run in lost.values() for name in _missing_measures(shop, run.spec, run)))
+    shown = ", ".join(list(lost)[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
+    runs = f"{len(lost)} finished run{'s' if len(lost) > 1 else ''}, {shown}"
+    shop.say(
+        f"not measured ({', '.join(names)}), for want of a model under {shop.work / 'models'}: {runs}; "
+        f"to train one again, move its file out of {shop.store.folder / 'runs'}"
+    )
 
 
 def _missing_measures(shop: Workshop, spec: RunSpec, run: Finished | None) -> list[str]:
@@ -196,17 +228,34 @@ def _missing_measures(shop: Workshop, spec: RunSpec, run: Finished | None) -> li
 def _lock(path: Path) -> Iterator[int | None]:
     """The lock's file descriptor; None where another process holds it, which may be an orphaned training run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield None
-                return
+        descriptor = take_lock(path)
+    except OSError as error:
+        raise InfMoEError(
+            f"cannot lock {path} ({error.strerror}): choose another --work, on a filesystem that has locks"
+        ) from error
+    try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _claim_work(shop: Workshop, data: dict[str, Any]) -> None:
+    """Say what the models and unfinished runs in the work folder are trained on: their names don't.
+
+    Raises:
+        InfMoEError: those that are there were trained on something else.
+    """
+    path = shop.work / "data.json"
+    known = read_json(path).get("sha256") if path.exists() else None
+    if known == data["sha256"]:
+        return
+    if known is not None and (any((shop.work / "models").glob("*")) or any(shop.work.glob(f"*/{RUN_FILE}"))):
+        raise InfMoEError(
+            f"the models and unfinished runs in {shop.work} are of other data ({path}): give that, or another --work"
+        )
+    write_json(path, data)
 
 
 def _sweep(shop: Workshop) -> None:
@@ -233,55 +282,41 @@ def _train(shop: Workshop, spec: RunSpec, lock: int, data: TokenData) -> bool:
     folder, log = shop.work / spec.slug, shop.work / f"{spec.slug}.log"
     command = [*shop.launch, "train", spec.recipe, "--out", str(folder), "--data", str(shop.data), "--resume"]
     if (base := shop.store.base(spec)) is not None:
+        if not ckpt.checkpoints(folder):
+            _own_mark(shop, base, open_model(shop.model_dir(base), device="cpu"))
         command += ["--init", str(shop.model_dir(base))]
     command += [word for setting in spec.overrides() for word in ("--set", setting)]
     shop.say(f"training {spec.slug} ({folder})")
     begin = time.monotonic()
-    with log.open("ab") as output:
-        keep: dict[str, Any] = {"pass_fds": (lock,)} if fcntl is not None else {}
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **keep)
-        code = _wait(child, shop)
-    code = code if code >= 0 else 128 - code  # killed by a signal, as a shell would say it
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    ending = run_child(command, folder, log, lock=lock, deadline=shop.deadline)
+    if ending.how == "stopped":
         if shop.out_of_time:
             shop.say(f"time is up: {spec.slug} goes on from its checkpoint next time")
             return False
-        raise SystemExit(code)
-    lines = log.read_text(errors="replace").strip().splitlines()
-    last = lines[-1] if lines else "no output"
-    if code == DivergedError.exit_code:
-        shop.say(f"diverged {spec.slug}: {last}")
-        shop.store.put(spec, _record(shop, spec, folder, data) | {"diverged": last.removeprefix("error: ")})
+        raise SystemExit(128 + ending.signal)
+    if ending.how == "diverged":
+        shop.say(f"diverged {spec.slug}: {ending.message}")
+        shop.store.put(spec, _record(shop, spec, folder, data) | {"diverged": ending.message})
         _clear(shop, spec.slug)
         return True
-    if code:
-        raise InfMoEError(f"training {spec.slug} failed with exit code {code} ({last}); its log is {log}")
+    if ending.how != "finished":
+        raise InfMoEError(f"training {spec.slug} failed {ending.message}; its log is {log}")
     shop.say(f"trained  {spec.slug} in {time.monotonic() - begin:.0f} s")
     return True
 
 
-def _wait(child: subprocess.Popen, shop: Workshop) -> int:
-    """The exit code; SIGTERM, Ctrl-C and the deadline let the run write a checkpoint first."""
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    try:
-        while True:
-            try:
-                return child.wait(None if shop.deadline is None else max(0.1, shop.deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.terminate()
-                return child.wait()
-            except KeyboardInterrupt:  # the run has got it too
-                child.wait()
-                raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
-    """Take what is not measured yet, write the run's file, and keep the model without its optimizer.
+    """Take what is not measured yet, one after the other, and keep the model without its optimizer.
+
+    The run is finished once its loss is there: its model is kept first, for without that it can't be measured again.
+    Then the file is written anew after each measure, so that a kill loses no more than the one in progress.
 
     Returns:
-        Whether there was something to do.
+        Whether there was something to do; where time was up, there may be more.
+
+    Raises:
+        InfMoEError: the model is not the run's.
+        SystemExit: a signal came while it was measured (its exit code).
     """
     run = shop.store.fresh(spec)
     if run is not None and run.diverged:
@@ -290,26 +325,59 @@ def _measure(shop: Workshop, spec: RunSpec, data: TokenData) -> bool:
     if not missing:
         return False
     folder = shop.work / spec.slug
-    source = folder if run is None else shop.model_dir(spec)
-    opened = open_model(source)
-    values = dict(run.values) if run is not None else _record(shop, spec, folder, data)
+    opened = open_model(folder if run is None else shop.model_dir(spec))
+    mark = _own_mark(shop, spec, opened)
+    values = _record(shop, spec, folder, data) | {"fingerprint": mark} if run is None else dict(run.values)
     context = Context(opened, data, spec, shop.tasks)
-    measures = dict(values["measures"])
-    for name in missing:
-        measures[name] = MEASURES[name].take(context)
-        own = own_settings(name, spec.scale, shop.store.tasks or {})
-        if own is not None:
-            values["measured_with"] = values["measured_with"] | {name: own}
-    if ZERO_SHOT in missing:
-        # it may be taken long after training, by another commit
-        values |= {"provenance": values["provenance"] | {ZERO_SHOT: provenance() | {"command": shop.label}}}
-    if run is None:
-        _keep_model(opened.checkpoint, shop.model_dir(spec))  # first: without its model a run can't be measured again
-    shop.store.put(spec, values | {"measures": measures})
-    loss = measures["held_out"][0]["loss"]
-    shop.say(f"measured {spec.slug}: held-out loss {loss:.4f}")
+    with StopSignal() as stop:
+        for name in missing:
+            if values["measures"] and (shop.out_of_time or stop.number):
+                break
+            values = _with_measure(shop, values, name, context)
+            if run is None and name == missing[0]:
+                _keep_model(opened.checkpoint, shop.model_dir(spec))
+            shop.store.put(spec, values)
+    shop.say(f"measured {spec.slug}: held-out loss {values['measures']['held_out'][0]['loss']:.4f}")
     _clear(shop, spec.slug)
+    if stop.number:
+        raise SystemExit(128 + stop.number)
     return True
+
+
+def _own_mark(shop: Workshop, spec: RunSpec, opened: Opened) -> str:
+    """The fingerprint of a model, which is that of a run.
+
+    Raises:
+        InfMoEError: a default has changed since the run was begun, or it is another --out's model of the same name.
+    """
+    wanted, fields = expanded_model(spec.config()), model_fields(opened.model.config)
+    # in JSON's values, as those of `expanded_model` are: a list of layers is a tuple in a config
+    differing = [name for name, value in json.loads(json.dumps(fields)).items() if value != wanted.get(name)]
+    if differing:
+        raise InfMoEError(
+            f"{opened.checkpoint} is not the model that {spec.slug} stands for now (other values of "
+            f"{', '.join(differing)}): a default has changed since; move it away to train that run anew"
+        )
+    mark = fingerprint(opened.model)
+    run = shop.store.get(spec)
+    if run is not None and run.values.get("fingerprint", mark) != mark:  # older files have none
+        raise InfMoEError(
+            f"{opened.checkpoint} is not the model that {run.path} is of: give each --out a --work of its own, "
+            "or move the file away to train that run again"
+        )
+    return mark
+
+
+def _with_measure(shop: Workshop, values: dict[str, Any], name: str, context: Context) -> dict[str, Any]:
+    """What a run's file holds with one measure more."""
+    more: dict[str, Any] = {"measures": values["measures"] | {name: MEASURES[name].take(context)}}
+    own = own_settings(name, context.spec.scale, shop.store.tasks or {})
+    if own is not None:
+        more["measured_with"] = values["measured_with"] | {name: own}
+    if name == ZERO_SHOT:
+        # it may be taken long after training, by another commit
+        more["provenance"] = values["provenance"] | {ZERO_SHOT: provenance() | {"command": shop.label}}
+    return values | more
 
 
 def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dict[str, Any]:
@@ -318,6 +386,9 @@ def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dic
     config = spec.config()
     curve, seconds = _curve(read_metrics(folder))
     start: dict[str, Any] = {}
+    training = {"versions": trained["versions"], "commit": trained["git_commit"]}
+    if "machine" in trained:  # not in a run that was begun before it was written down
+        training["machine"] = trained["machine"]
     if (base := shop.store.base(spec)) is not None:
         # by content: where the base's model lay is this machine's alone, so `config` has nothing of it
         mark = trained["init"]["fingerprint"]
@@ -335,7 +406,7 @@ def _record(shop: Workshop, spec: RunSpec, folder: Path, data: TokenData) -> dic
         "provenance": provenance()
         | {
             "command": shop.label,
-            "training": {"versions": trained["versions"], "commit": trained["git_commit"]},
+            "training": training,
         },
     }
 
@@ -382,12 +453,33 @@ def _keep_model(checkpoint: Path, to: Path) -> None:
     beside.rename(to)
 
 
+def _gpu_shares(jobs: int) -> list[dict[str, str]]:
+    """What each worker's environment says of the GPUs that it may use; nothing where there are none."""
+    count = torch.cuda.device_count()
+    if not count:
+        return [{}] * jobs
+    if jobs > count:
+        raise InfMoEError(
+            f"--jobs {jobs} is more than the {count} GPUs here, and two runs on one would share it: take --jobs {count}"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[i::jobs])} for i in range(jobs)]
+
+
 def start_workers(command: Sequence[str], jobs: int) -> int:
-    """Run `jobs` workers side by side, each with its share of the cores; the first exit code that is not 0."""
+    """Run `jobs` workers side by side, each with its share of the cores and of the GPUs.
+
+    Returns:
+        The first exit code that is not 0.
+
+    Raises:
+        InfMoEError: there are GPUs, but fewer than workers.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = os.environ | dict.fromkeys(names, threads)
-    workers = [subprocess.Popen([sys.executable, "-m", "infmoe", *command], env=environment) for _ in range(jobs)]
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    words = [sys.executable, "-m", "infmoe", *command]
+    workers = [subprocess.Popen(words, env=environment | share) for share in _gpu_shares(jobs)]
 
     def stop(*_: object) -> None:
         for worker in workers:

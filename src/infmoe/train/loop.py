@@ -8,19 +8,20 @@ B rows, T tokens.
 
 import math
 import signal
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from infmoe.errors import DivergedError
+from infmoe.errors import DivergedError, InfMoEError
 from infmoe.train.config import RunConfig
 from infmoe.train.elastic import Pass, divergence, passes, set_elastic
 from infmoe.train.evaluate import validate
 from infmoe.train.optim import lr_ratio, set_lr
 from infmoe.train.reporter import Reporter
+from infmoe.train.run_dir import Ending, Hold
 from infmoe.train.session import Session, seed_dropout
 from infmoe.train.signals import StopSignal
 from infmoe.train.stats import add_stats, summarize
@@ -45,45 +46,60 @@ class TrainResult:
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> TrainResult:
     """Train a model; see `infmoe.train.run`."""
-    session = Session.start(config, out, resume)
-    optimizer, accelerator = session.optimizer, session.accelerator
+    with Hold(out) as hold:
+        session = Session.start(config, out, resume, hold)
+        reporter = Reporter(
+            out,
+            first_step=session.first_step,
+            num_steps=config.steps,
+            batch_tokens=config.batch_tokens,
+            tensorboard=config.log.tensorboard,
+            active=session.accelerator.is_main_process,
+        )
+        with session, reporter, StopSignal() as stop:
+            try:
+                result = _steps(session, reporter, stop)
+            except InfMoEError as error:
+                with suppress(OSError):  # the disk is full, perhaps
+                    hold.end(Ending("diverged" if isinstance(error, DivergedError) else "failed", message=str(error)))
+                raise
+            # before a launcher's next signal may end this process
+            stopped_by = result.exit_code - 128 if result.exit_code else 0
+            hold.end(Ending("stopped", stopped_by) if stopped_by else Ending("finished"))
+    return result
+
+
+def _steps(session: Session, reporter: Reporter, stop: StopSignal) -> TrainResult:
+    """Every step that is left, or those before a signal stops them."""
+    config, optimizer, accelerator = session.config, session.optimizer, session.accelerator
     checkpoint, val_loss, stopped_by = session.checkpoint, None, 0
-    reporter = Reporter(
-        out,
-        first_step=session.first_step,
-        num_steps=config.steps,
-        batch_tokens=config.batch_tokens,
-        tensorboard=config.log.tensorboard,
-        active=accelerator.is_main_process,
-    )
-    with session, reporter, StopSignal() as stop:
-        for step in range(session.first_step + 1, config.steps + 1):
-            last = step == config.steps
-            logged = last or step % config.log.every == 0
-            lr = config.optim.lr * lr_ratio(step - 1, config.steps, config.schedule)
-            set_lr(optimizer, lr)
-            losses, stats = forward_backward(session, step - 1, with_stats=logged)
-            grad_norm = accelerator.clip_grad_norm_(session.model.parameters(), config.optim.clip_norm or math.inf)
-            loss, aux_loss, norm, stopped_by = agree(session, losses, grad_norm, stop)
-            check_finite(step, loss, norm, lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            reporter.step(step, loss)
-            if logged:
-                figures = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": norm}
-                reporter.log(step, figures | {"routing": summarize(stats, accelerator)})
-            reporter.pause_clock()
-            if config.eval.every and (last or (step % config.eval.every == 0 and not stopped_by)):
-                result = validate(session)
-                val_loss = result["val_loss"]
-                reporter.validation(step, result)
-            if last or stopped_by or step % config.checkpoint.every == 0:
-                reporter.sync()
-                checkpoint = session.save(step)
-            reporter.resume_clock()
-            if stopped_by:
-                reporter.say(f"stopped by a signal after step {step}; continue with --resume")
-                break
+    for step in range(session.first_step + 1, config.steps + 1):
+        last = step == config.steps
+        logged = last or step % config.log.every == 0
+        lr = config.optim.lr * lr_ratio(step - 1, config.steps, config.schedule)
+        set_lr(optimizer, lr)
+        losses, stats = forward_backward(session, step - 1, with_stats=logged)
+        grad_norm = accelerator.clip_grad_norm_(session.model.parameters(), config.optim.clip_norm or math.inf)
+        loss, aux_loss, norm, stopped_by = agree(session, losses, grad_norm, stop)
+        check_finite(step, loss, norm, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        reporter.step(step, loss)
+        if logged:
+            figures = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": norm}
+            reporter.log(step, figures | {"routing": summarize(stats, accelerator)})
+        reporter.pause_clock()
+        if config.eval.every and (last or (step % config.eval.every == 0 and not stopped_by)):
+            result = validate(session)
+            val_loss = result["val_loss"]
+            reporter.validation(step, result)
+        if last or stopped_by or step % config.checkpoint.every == 0:
+            reporter.sync()
+            checkpoint = session.save(step)
+        reporter.resume_clock()
+        if stopped_by:
+            reporter.say(f"stopped by a signal after step {step}; continue with --resume")
+            break
     taken = step if session.first_step < config.steps else session.first_step
     return TrainResult(taken, 128 + stopped_by if stopped_by else 0, checkpoint, val_loss)
 

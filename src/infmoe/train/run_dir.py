@@ -1,17 +1,22 @@
 """The run's folder: who owns it, what may resume in it."""
 
+import contextlib
 import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from infmoe import checkpoint as ckpt
 from infmoe.errors import InfMoEError
-from infmoe.provenance import git_commit, versions
+from infmoe.locks import take_lock
+from infmoe.provenance import git_commit, machine, versions
 from infmoe.train.config import RunConfig, differing_keys
 
 RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
+ENDED_FILE = "ended.json"
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,76 @@ class Start:
     checkpoint: Path | None = None
 
 
-def open_run(out: Path, record: dict[str, Any], *, resume: bool, say: Callable[[str], None]) -> Start:
+@dataclass(frozen=True)
+class Ending:
+    """How training ended, the last time.
+
+    Attributes:
+        how: "finished", "stopped" by a signal, "diverged", or "failed".
+        signal: what stopped it, or 0.
+        message: why it diverged or failed.
+    """
+
+    how: str
+    signal: int = 0
+    message: str = ""
+
+
+def read_ending(out: Path) -> Ending | None:
+    """How training in `out` ended by its own word; None: it was killed, or has not come so far."""
+    try:
+        said = json.loads((out / ENDED_FILE).read_text())
+        return Ending(str(said["how"]), int(said["signal"]), str(said["message"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Hold:
+    """A run's folder while it is trained in: its main process keeps others off, and says at the end how it went.
+
+    An exit code says less: a launcher that started the process has one of its own.
+    """
+
+    def __init__(self, out: Path):
+        self._out = out
+        self._taken = False
+        self._lock: int | None = None
+
+    def take(self) -> None:
+        """Keep other processes off, and forget how the last one ended.
+
+        Raises:
+            InfMoEError: another process trains in the folder.
+        """
+        try:
+            self._lock = take_lock(self._out / LOCK_FILE)
+        except OSError:  # a filesystem without locks: nobody is kept off
+            pass
+        else:
+            if self._lock is None:
+                raise InfMoEError(f"another process trains in {self._out}: wait for it, or choose another --out")
+            with contextlib.suppress(OSError):  # for whoever wants to stop it by hand
+                os.ftruncate(self._lock, 0)
+                os.write(self._lock, f"{os.getpid()}\n".encode())
+        self._taken = True
+        (self._out / ENDED_FILE).unlink(missing_ok=True)
+
+    def end(self, ending: Ending) -> None:
+        """Write down how it went; on the main process, for the others have taken nothing."""
+        if self._taken:
+            ckpt.write_text(self._out / ENDED_FILE, json.dumps(asdict(ending)) + "\n")
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+
+def open_run(
+    out: Path, record: dict[str, Any], *, resume: bool, say: Callable[[str], None], hold: Hold | None = None
+) -> Start:
     """Claim `out` for this run, or find where the run in it goes on.
 
     Args:
@@ -35,39 +109,52 @@ def open_run(out: Path, record: dict[str, Any], *, resume: bool, say: Callable[[
         record: what `run_record` says about this run; where it started from is added when it goes on.
         resume: continue the run in `out`; with nothing there yet, start it.
         say: takes lines for the reader.
+        hold: is taken before anything is written; None: nobody is kept off.
 
     Raises:
-        InfMoEError: `out` holds a run and `resume` is off, or holds another run than this one.
+        InfMoEError: `out` holds a run and `resume` is off, or holds another run than this one, or one that another
+            process trains.
     """
     run_file = out / RUN_FILE
-    start = Start()
+    start, old = Start(), None
     if run_file.exists():
         old = _read(run_file)
         _refuse_other_run(out, old, record, resume)
+    elif (out / ckpt.FOLDER).exists() or (out / ckpt.MANIFEST).exists() or (out / "config.json").exists():
+        raise InfMoEError(f"{out} holds a model but no {RUN_FILE}, so it is no run to go on with: choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if hold is not None:
+            hold.take()
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    if old is not None:
         found = ckpt.latest(out, say)
         if found is not None:
             record |= {"init": old["init"]} if old["init"] else {}
             start = Start(ckpt.read_state(found)["step"], found)
         elif ckpt.checkpoints(out):
             raise InfMoEError(f"{out} holds no checkpoint that verifies: restore one, or start in another --out")
-    elif (out / ckpt.FOLDER).exists() or (out / ckpt.MANIFEST).exists() or (out / "config.json").exists():
-        raise InfMoEError(f"{out} holds a model but no {RUN_FILE}, so it is no run to go on with: choose another --out")
     if resume:
         say(f"resuming {out} at step {start.step}" if start.checkpoint else f"no checkpoint in {out}: starting anew")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         ckpt.write_text(run_file, json.dumps(record, indent=2) + "\n")
     except OSError as error:
-        raise InfMoEError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+        raise _unwritable(out, error) from error
     return start
 
 
+def _unwritable(out: Path, error: OSError) -> InfMoEError:
+    return InfMoEError(f"cannot write to {out}: {error.strerror}; choose another --out")
+
+
 def run_record(config: RunConfig, data_sha256: str) -> dict[str, Any]:
-    """What the run is: configuration, data, and the versions that ran it."""
+    """What the run is: configuration, data, and the versions and the machine that ran it."""
     return {
         "config": config.to_dict(),
         "data_sha256": data_sha256,
         "versions": versions(),
+        "machine": machine(),
         "git_commit": git_commit(),
     }
 

@@ -34,7 +34,7 @@ from infmoe.train.config import RunConfig, hf_config
 from infmoe.train.elastic import check_elastic
 from infmoe.train.initial import describe_start, open_initial
 from infmoe.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from infmoe.train.run_dir import Start, open_run, run_record
+from infmoe.train.run_dir import Hold, Start, open_run, run_record
 
 R = TypeVar("R")
 
@@ -72,8 +72,11 @@ class Session:
     checkpoint: Path | None
 
     @staticmethod
-    def start(config: RunConfig, out: Path, resume: bool) -> "Session":
-        """Build everything, restored where `resume` finds a checkpoint; mistakes surface before any write."""
+    def start(config: RunConfig, out: Path, resume: bool, hold: Hold | None = None) -> "Session":
+        """Build everything, restored where `resume` finds a checkpoint; mistakes surface before any write.
+
+        The main process takes `hold`, where there is one.
+        """
         data, model_config = _open_data(config)
         order = DataOrder(data.num_windows("train", config.window, at_least=max(1, config.batch_rows)), config.seed)
         num_val_windows = _num_val_windows(config, data)
@@ -87,7 +90,7 @@ class Session:
                 opened = open_initial(config.init, model_config, data)
                 initial.append(opened)
                 record["init"] = {"checkpoint": str(opened.checkpoint), "fingerprint": fingerprint(opened.model)}
-            return open_run(out, record, resume=resume, say=ckpt.to_stderr)
+            return open_run(out, record, resume=resume, say=ckpt.to_stderr, hold=hold)
 
         begin = on_main(accelerator, claim)
 

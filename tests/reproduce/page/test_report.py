@@ -466,6 +466,36 @@ def test_check_fails_when_the_page_or_a_result_changes(filled, tmp_path, monkeyp
     assert page.read_text() == text
 
 
+@pytest.fixture
+def small(store, mini):
+    """A store with two runs."""
+    fill(store, {"infinity": 3.4, "moe": 3.6}, mini.tokens, seeds=1)
+    return store
+
+
+def test_a_page_elsewhere_links_to_its_pictures_and_so_does_one_of_linked_results(small, tmp_path):
+    results = small.folder.parent.parent
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "here").symlink_to(results, target_is_directory=True)
+    for given, page in (
+        (results, tmp_path / "a" / "b" / "page.md"),
+        (tmp_path / "links" / "here", tmp_path / "page.md"),
+    ):
+        assert not write_report(given, page)
+        assert write_report(given, page, check=True)
+        pictures = re.findall(r"!\[.*\]\((.+\.png)\)", page.read_text())
+        assert pictures
+        assert all((page.parent / picture).is_file() for picture in pictures)
+    page.write_bytes(b"\xff\xfe")
+    assert not write_report(results, page, check=True)
+
+
+def test_results_whose_data_nothing_names_are_refused(small):
+    (small.folder / "data.json").unlink()
+    with pytest.raises(InfMoEError, match=r"data\.json is missing"):
+        render_page(small.folder.parent.parent)
+
+
 def test_runs_that_were_trained_twice_say_what_a_difference_is_worth(store, mini):
     fill(store, {"infinity": 3.4, "moe": 3.6}, mini.tokens, seeds=3)
     results = store.folder.parent.parent

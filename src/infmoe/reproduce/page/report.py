@@ -1,6 +1,7 @@
 """`docs/evidence.md`: every table and figure from what lies under `results/`, nothing typed by hand."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,26 +63,34 @@ def write_report(results: Path, page: Path, *, check: bool = False) -> bool:
     Raises:
         InfMoEError: a result is damaged or of another configuration; or there are none.
     """
-    text = render_page(results, draw=not check)
-    same = page.is_file() and page.read_text() == text
+    text = render_page(results, page.parent, draw=not check)
+    same = page.is_file() and page.read_bytes() == text.encode()
     if not check and not same:
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(text)
+        page.write_bytes(text.encode())
     return same
 
 
-def render_page(results: Path, *, draw: bool = True) -> str:
-    """The page's text; its pictures are drawn beside the results."""
-    found = [scale for name, scale in SCALES.items() if (results / "reproduce" / name / "data.json").is_file()]
+def render_page(results: Path, beside: Path | None = None, *, draw: bool = True) -> str:
+    """The page's text; its pictures are drawn beside the results.
+
+    Args:
+        results: the folder that holds `reproduce/`.
+        beside: the page's folder, which its links start from; None: `docs` beside the results.
+        draw: False: the pictures are named, and not drawn.
+    """
+    beside = results.parent / "docs" if beside is None else beside
+    stores = [Store(results / "reproduce", scale) for scale in SCALES.values()]
+    found = [store.scale for store in stores if store.data is not None]
     if not found:
         raise InfMoEError(f"{results / 'reproduce'} holds no results: make some with `infmoe reproduce`")
     parts = [_TITLE, _INTRODUCTION]
     for scale in found:
-        parts += _scale_parts(results, scale, draw)
+        parts += _scale_parts(results, scale, beside, draw)
     return "\n\n".join(parts) + "\n"
 
 
-def _scale_parts(results: Path, scale: Scale, draw: bool) -> list[str]:
+def _scale_parts(results: Path, scale: Scale, beside: Path, draw: bool) -> list[str]:
     store = Store(results / "reproduce", scale)
     made = {name: render_section(name, store, draw=draw) for name in SECTIONS}
     claims = [claim for name, section in made.items() if name != _OWN_TABLE for claim in section.claims]
@@ -101,7 +110,7 @@ def _scale_parts(results: Path, scale: Scale, draw: bool) -> list[str]:
         for title, picture in section.pictures:
             if not draw and not picture.is_file():
                 raise InfMoEError(f"{picture} is missing: run `infmoe report`")
-            parts.append(f"![{title}](../{_relative(picture, results.parent)})")
+            parts.append(f"![{title}]({_link(picture, beside)})")
         parts.append(f"`{section.command}`")
     parts += ["### Learning rates", _learning_rates(store)]
     if spread := one_seed(store):
@@ -123,8 +132,9 @@ def write_section(store: Store, name: str, section: Section) -> Path:
     return path
 
 
-def _relative(path: Path, root: Path) -> str:
-    return path.resolve().relative_to(root.resolve()).as_posix()
+def _link(path: Path, beside: Path) -> str:
+    """A link to a file from a page in the folder `beside`; neither need lie in the project, and links are followed."""
+    return Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix()
 
 
 def _setting(store: Store) -> str:
