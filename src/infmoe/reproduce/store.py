@@ -49,6 +49,12 @@ class Finished:
         return self.values["measures"].get(name)
 
     @property
+    def processor(self) -> str:
+        """Of the machine that trained it; in older files, of the one that measured it, which was the same."""
+        made = self.values["provenance"]
+        return made["training"].get("machine", made["machine"])["cpu"]
+
+    @property
     def cost(self) -> dict[str, int]:
         """Parameters and FLOPs (see `ModelCost`)."""
         return self.values["cost"]

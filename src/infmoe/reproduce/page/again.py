@@ -59,7 +59,7 @@ def again(results: Path, store: Store, runs: Sequence[Finished]) -> str:
         return ""
     rows = []
     for run, twin in pairs:
-        cells = [text for one in (twin, run) for text in (_machine(one), f"{one.loss:.4f}")]
+        cells = [text for one in (twin, run) for text in (one.processor, f"{one.loss:.4f}")]
         rows.append([run.spec.slug, *cells, f"{run.loss - twin.loss:+.4f}"])
     differences = [run.loss - twin.loss for run, twin in pairs]
     rms = math.sqrt(sum(d * d for d in differences) / len(differences))
@@ -73,7 +73,3 @@ def again(results: Path, store: Store, runs: Sequence[Finished]) -> str:
         f"less than others; the second training is of a later commit.\n\n{markdown_table(head, rows)}\n\n"
         f"`{command('all', store.scale)} --out results/reproduce/{FOLDER}`, on another machine"
     )
-
-
-def _machine(run: Finished) -> str:
-    return run.values["provenance"]["machine"]["cpu"]

@@ -164,7 +164,7 @@ def _setting(store: Store) -> str:
         )
     made = [run.values["provenance"] for run in runs]
     for what, found in (
-        ("Machines", {p["machine"]["cpu"] for p in made}),
+        ("Machines", {run.processor for run in runs}),
         ("torch", {p["versions"]["torch"] for p in made}),
         ("commits", {commit[:7] for p in made if (commit := p["training"]["commit"]) is not None}),
     ):
