@@ -29,6 +29,10 @@ TABLE5: dict[str, tuple[tuple[float, ...], float]] = {
 }
 # arm -> "PPL", which is a cross-entropy in nats
 TABLE6 = {"moe16": 3.294, "infinity": 3.238}
+# What others print of GPT-2 small: nats on FineWeb after 10.26B tokens, dense, with the paper's batch, learning rate
+# and warm-up (llm.c, as modded-nanogpt's record of 2024-10-13 logs it); accuracy on RACE in percent (ReMoE, 2412.14711)
+DENSE_ON_FINEWEB = 3.272
+RACE_OF_OTHERS = (28, 29)
 FIGURE2_K = (1, 2, 3, 4, 8)
 # tokens -> arm -> HellaSwag accuracy in percent: Figure 3 draws it, Tables 1 and 5 print its ends
 FIGURE3 = {

@@ -178,11 +178,20 @@ def _missed_rates(store: Store) -> str:
         return ""
     return (
         f"\n\nThe grids are of {tokens_text(scale.tune_tokens)} tokens. At {tokens_text(scale.tokens)}, {len(missed)} "
-        f"of {len(gaps)} arms do better at the other rate than at the grid's choice"
+        f"of {len(gaps)} arms do better at the other rate than at the grid's choice{_decided(list(gaps.values()))}"
         + (f" (by, at the rate in brackets: {'; '.join(missed)})" if missed else "")
         + f"; arms that were run at the choice alone may too, and every run of {tokens_text(scale.long_tokens)} tokens "
         "takes the same choice."
     )
+
+
+def _decided(gaps: Sequence[Interval]) -> str:
+    """How many differences of one seed lie beyond the spread of the arms that have more."""
+    pooled = [gap for gap in gaps if gap.pooled is not None]
+    if not pooled:
+        return ""
+    beyond = sum(gap.mean < -gap.pooled for gap in pooled if gap.pooled is not None)
+    return f", {beyond} of them beyond ± {pooled[0].pooled:.3f}"
 
 
 def _longer(store: Store) -> str:
