@@ -71,7 +71,8 @@ def table1(store: Store, gallery: Gallery) -> Section:
     stands_in = f"; at this scale {near_guessing(store)}" if scale.name == "tiny" else ""
     section.body = markdown_table(head, rows) + (
         f"\n\nThe paper compares zero-shot accuracy{stands_in}. Its RACE-high figures near 51 % are not the usual "
-        f"metric: models of this size score {low} to {high} % on RACE elsewhere (ReMoE, arXiv 2412.14711). Of its means over seven tasks the items alone make a standard error of "
+        f"metric: models of this size score {low} to {high} % on RACE elsewhere ("
+        "ReMoE, arXiv 2412.14711). Of its means over seven tasks the items alone make a standard error of "
         "about half a point, and its runs are one each."
     )
     printed = {arm: row[1] for arm, row in paper.TABLE1[paper.SIZES[scale.name]].items()}
