@@ -144,7 +144,9 @@ def test_the_alpha_dial_is_drawn_at_every_k_and_leaves_the_first_alone(store, mi
         next(x for x in body.splitlines() if x.startswith(t)) for t in ("| loss, nats | k′", "| moe16-fine-k4-scaled:")
     )
     (half,) = [
-        line for line in body.splitlines() if line.startswith("| moe16-fine-k4-scaled: plain top-4 of 16, α = 0.5 | 3")
+        line
+        for line in body.splitlines()
+        if line.startswith("| moe16-fine-k4-scaled: 16 narrow experts, plain top-4, α = 0.5 | 3")
     ]
     ks = [int(cell.split()[-1]) for cell in head.split("|")[2:-2]]
     cells = dict(zip(ks, half.split("|")[2:-2], strict=True))

@@ -239,7 +239,7 @@ def figure3(store: Store, gallery: Gallery) -> Section:
     parts = [
         markdown_table(head, rows),
         "Every size is a run of its own, its learning rate's cosine as long as the run. The paper draws "
-        f"{_TASK} accuracy{f'; at this scale {near_guessing(store)}' if scale.name == 'tiny' else ''}.",
+        f"{_TASK} accuracy{f'; {near_guessing(store)}' if scale.name == 'tiny' else ''}.",
         _accuracy_table(store, accuracies),
     ]
     section.body = "\n\n".join(parts)

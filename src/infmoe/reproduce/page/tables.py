@@ -68,7 +68,7 @@ def table1(store: Store, gallery: Gallery) -> Section:
         *("model", "paper, small: act./total", "paper, medium", "paper: mean accuracy, small", "medium"),
         *("ours: act./total, M", "with W_z and routers, M", "held-out loss, nats", "∞-MoE minus it", "seeds"),
     )
-    stands_in = f"; at this scale {near_guessing(store)}" if scale.name == "tiny" else ""
+    stands_in = f"; {near_guessing(store)}" if scale.name == "tiny" else ""
     section.body = markdown_table(head, rows) + (
         f"\n\nThe paper compares zero-shot accuracy{stands_in}. Its RACE-high figures near 51 % are not the usual "
         f"metric: models of this size score {low} to {high} % on RACE elsewhere ("
