@@ -45,7 +45,7 @@ def write_checkpoint(run_dir: Path, step: int, fill: Callable[[Path], None]) -> 
         _seal(tmp)
         _discard(final)  # only there if it did not verify: no run reaches the same step twice otherwise
         tmp.rename(final)
-        _sync(final.parent)
+        to_disk(final.parent)
     except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's error in its own
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InfMoEError(
@@ -186,20 +186,31 @@ def training_data(checkpoint: Path) -> Path:
     Args:
         checkpoint: a run folder, or one of its checkpoints.
 
+    Returns:
+        The folder; from here where it lies below, so that what is measured does not say where on the machine it was.
+
     Raises:
-        InfMoEError: no run says, or the data is gone.
+        InfMoEError: no run says, the data is gone, or other data has taken its place.
     """
     folder = checkpoint.resolve()
     for place in (folder, *folder.parents[:2]):
         run_file = place / "run.json"
         if run_file.is_file():
             try:
-                data = json.loads(run_file.read_text())["config"]["data"]["dir"]
-            except (ValueError, KeyError, TypeError) as error:
+                record = json.loads(run_file.read_text())
+                data, known = record["config"]["data"]["dir"], record.get("data_sha256")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InfMoEError(f"{run_file} is not readable: give --data") from error
-            if isinstance(data, str) and Path(data).is_dir():
-                return Path(data)
-            raise InfMoEError(f"the data that the run was trained on ({data}) is gone: give --data")
+            if not isinstance(data, str):
+                raise InfMoEError(f"{run_file} does not say what the run was trained on: give --data")
+            found = Path(data).absolute()  # runs of before have a path from where they were started
+            if not found.is_dir():
+                raise InfMoEError(f"the data that the run was trained on ({found}) is gone: give --data")
+            manifest = found / MANIFEST  # the data's own
+            if known is not None and manifest.is_file() and _sha256(manifest) != known:
+                raise InfMoEError(f"{found} is not the data that the run was trained on: give --data")
+            here = Path.cwd()
+            return found.relative_to(here) if found.is_relative_to(here) else found
     raise InfMoEError(f"{checkpoint} does not say what it was trained on: give --data")
 
 
@@ -212,21 +223,21 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old or the new one, never half."""
     tmp = path.with_name(_TMP + path.name)
     tmp.write_text(text)
-    _sync(tmp)
+    to_disk(tmp)
     tmp.replace(path)
-    _sync(path.parent)
+    to_disk(path.parent)
 
 
 def _seal(folder: Path) -> None:
     """Write the manifest and force everything to disk."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(path)
+        to_disk(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
-    _sync(manifest)
-    _sync(folder)
+    to_disk(manifest)
+    to_disk(folder)
 
 
 def _discard(folder: Path) -> None:
@@ -242,7 +253,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """See that a file or a folder outlives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

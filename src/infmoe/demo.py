@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from infmoe.data import prepare
 from infmoe.errors import InfMoEError
@@ -20,6 +21,7 @@ VAL_FRACTION = 0.05
 WINDOWS = 64  # held-out windows per point of the sweep
 TIMING_ROUNDS = 20
 NEW_TOKENS = 90
+_DRAWN = {"loss", "delta_se", "is_reference", "flops_ideal", "num_samples", "keep_ratio", "decode_ms"}
 PROMPTS = (
     "def read_lines(path):\n    ",
     "class Counter:\n    def __init__(self",
@@ -85,9 +87,9 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
         _say("     the same command goes on from there")
         raise SystemExit(result.exit_code)
 
-    if finished and (report / "sweep.json").is_file():
+    sweep = _sweep_there(report / "sweep.json") if finished else None
+    if sweep is not None:
         _say(f"3/4  the sweep is there already ({report / 'sweep.json'})")
-        sweep = json.loads((report / "sweep.json").read_text())
     else:
         _say("3/4  sweeping K and the keep ratio, all from the one checkpoint")
         sweep = sweep_checkpoint(
@@ -152,6 +154,17 @@ def run_demo(out: Path, *, again: bool = False, steps: int | None = None) -> Pat
         f"  {command} params small/infinity"
     )
     return page
+
+
+def _sweep_there(path: Path) -> dict[str, Any] | None:
+    """What an earlier demo measured; None: nothing, or nothing that can be read, so that it is measured anew."""
+    try:
+        sweep = json.loads(path.read_text())
+        rows = sweep["points"]
+        whole = all(row.keys() >= _DRAWN for row in rows) and any(row["is_reference"] for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return sweep if whole else None
 
 
 def _discard_run(run_dir: Path) -> None:

@@ -27,14 +27,25 @@ def data_progress(*, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
-def point_progress(total: int, *, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
-    """A bar over the points of a sweep; yields the callback to call after each."""
+def step_progress(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A bar over equal steps; yields the callback that takes one, with what the bar is to say.
+
+    It is drawn by that callback alone: a thread that draws would share the processor with what is timed.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("evaluating", total=total)
-        yield lambda point: bar.update(task, advance=1, description=point.label())
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task(what, total=total)
+        bar.refresh()
+        yield lambda said: bar.update(task, advance=1, description=said, refresh=True)
+
+
+@contextmanager
+def point_progress(total: int, *, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
+    """A bar over the points of a sweep; yields the callback to call after each."""
+    with step_progress("evaluating", total, quiet=quiet) as step:
+        yield lambda point: step(point.label())

@@ -2,17 +2,19 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from infmoe.checkpoint import is_sealed
+from infmoe.checkpoint import is_sealed, to_stderr
 from infmoe.errors import InfMoEError
 
 PACKAGES = ("infmoe", "torch", "transformers", "accelerate", "numpy", "tokenizers", "safetensors", "lm_eval")
@@ -102,6 +104,35 @@ def require_writable(folder: Path, option: str = "--out") -> None:
         probe.unlink()
     except OSError as error:
         raise InfMoEError(f"cannot write to {folder} ({error.strerror}): choose another {option}") from error
+
+
+def set_aside(*paths: Path) -> None:
+    """Copy results that others are about to take the place of, sweep.json to sweep.1.json, and say so.
+
+    Args:
+        paths: the files of one result, which get one number.
+
+    Raises:
+        InfMoEError: they can't be copied; what was there is as it was.
+    """
+    there = [path for path in paths if path.is_file()]
+    if not there:
+        return
+
+    def numbered(path: Path, number: int) -> Path:
+        return path.with_suffix(f".{number}{path.suffix}")
+
+    free = next(n for n in itertools.count(1) if not any(numbered(path, n).exists() for path in paths))
+    try:
+        for path in there:
+            shutil.copy2(path, numbered(path, free))
+    except OSError as error:
+        for path in there:
+            numbered(path, free).unlink(missing_ok=True)
+        raise InfMoEError(
+            f"cannot keep {there[0]} beside the new one ({error.strerror}): make room there, or choose another --out"
+        ) from error
+    to_stderr(f"kept what was there before: {', '.join(str(numbered(path, free)) for path in there)}")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """`infmoe bench` as a command: what it prints, writes and draws."""
 
+import errno
 import json
+import sys
 
 import pytest
 
@@ -35,6 +37,23 @@ def test_the_last_line_is_the_result(name, small, capsys, tmp_path):
     assert picture.is_file() == (name in figures.PICTURES)
     if picture.is_file():
         assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_folder_takes_the_result_under_the_benchs_name(small, capsys, tmp_path):
+    assert main(["bench", "router", "--quick", "--out", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "router.json").read_text())
+
+
+def test_the_result_is_printed_where_it_cannot_be_written(small, capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("infmoe.provenance.write_json", full)
+    assert main(["bench", "router", "--quick", "--out", str(tmp_path / "router.json")]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["rows"]
+    assert said.err == "error: No space left on device\n"
 
 
 def test_json_prints_nothing_else(small, capsys):
@@ -93,3 +112,11 @@ def test_a_budget_is_shared_by_what_is_left(monkeypatch):
     now[0] = 11.0
     assert budget.share() == 0.0
     assert common.Budget(None, 4).share() is None
+
+
+def test_a_run_that_fails_is_named_in_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\necho first >&2\necho 'error: no room' >&2\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    assert main(["bench", "resume", "--quick"]) == 2
+    assert capsys.readouterr().err == "error: training in whole ended with 3: error: no room\n"

@@ -63,6 +63,11 @@ def test_params_are_the_papers(cli, name):
         assert shown[key] == f"{counts[key]:,}"
 
 
+def test_the_routers_flops_stand_below_those_that_they_are_part_of(cli):
+    rows = [line.split()[0] for line in cli("params", "tiny/infinity").out.splitlines()]
+    assert rows[rows.index("ffn_flops_router") - 2 :][:2] == ["flops_executed", "flops_ideal"]
+
+
 def test_params_takes_settings(cli):
     narrow = json.loads(cli("params", "tiny/infinity", "--set", "model.num_samples=1", "--json").out)
     assert narrow["active"] < json.loads(cli("params", "tiny/infinity", "--json").out)["active"]
@@ -176,11 +181,36 @@ def test_every_command_on_a_model_takes_its_options(cli, tiny_run, command):
     assert "unknown mask_scale 'wide'" in outcome.err
 
 
+def test_schedules_as_the_frontier_prints_them(cli, tiny_run, tmp_path):
+    few = ("--windows", "4", "--num-samples", "2,2|1", "--keep-ratio", "1/4,1/4|1/8")
+    found = evaluated(cli("evaluate", tiny_run.run, *few, "--json"))["points"]
+    dials = [(2, 0.25), (2, [0.25, 0.125]), ([2, 1], 0.25), ([2, 1], [0.25, 0.125])]
+    assert [(p["num_samples"], p["keep_ratio"]) for p in found] == dials
+    assert len({p["loss"] for p in found}) == 4
+    outcome = cli("sweep", tiny_run.run, *few, "--rounds", "4", "--out", tmp_path)
+    assert [line.split("  ")[0] for line in outcome.out.splitlines()[1:5]] == [
+        *("K=2 keep=1/4 *", "K=2 keep=1/4|1/8", "K=2|1 keep=1/4", "K=2|1 keep=1/4|1/8"),
+    ]
+    assert (tmp_path / "sweep.png").is_file()
+    alone = cli("sweep", tiny_run.run, *few[:2], "--keep-ratio", "1/4|1/8", "--rounds", "4", "--out", tmp_path)
+    assert alone.code == 0
+    modes = ("--keep-ratio", "1/4", "--num-samples", "1", "--mode", "mu,sample")
+    assert cli("sweep", tiny_run.run, *few[:2], *modes, "--rounds", "4", "--out", tmp_path).code == 0
+    assert "--mode takes one mode here" in cli("frontier", tiny_run.run, *modes, "--out", tmp_path / "none").err
+
+
 def test_evaluate_by_the_mean(cli, tiny_run):
     words = ("evaluate", tiny_run.run, "--windows", "8", "--keep-ratio", "1/8,1/4", "--mode", "mu", "--json")
     first, other = (evaluated(cli(*words, "--seed", seed))["points"] for seed in (0, 1))
     assert first == other
     assert [point["mode"] for point in first] == ["mu", "mu"]
+    both = evaluated(cli(*words[:-3], "--mode", "sample,mu", "--json"))["points"]
+    assert [(point["mode"], point["num_samples"]) for point in both] == [("sample", 2)] * 2 + [("mu", None)] * 2
+    assert [point["loss"] for point in both[2:]] == [point["loss"] for point in first]
+    turned = evaluated(cli(*words[:-3], "--mode", "mu, sample,mu", "--keep-ratio", "1/4,1/8", "--json"))["points"]
+    (reference,) = [point for point in turned if point["is_reference"]]
+    assert (reference["mode"], reference["keep_ratio"]) == ("sample", 0.25)  # the model's own, wherever it stands
+    assert len(turned) == 4
 
 
 def test_evaluate_table(cli, tiny_run):
@@ -218,7 +248,17 @@ def test_sweep(cli, tiny_run, tmp_path):
     assert [point["num_samples"] for point in written["points"]] == [1, 2]
     assert all(point["decode_ms"] > 0 for point in written["points"])
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert evaluated(cli("sweep", tiny_run.run, *grid, "--out", tmp_path / "out", "--json"))["timing_rounds"] == 4
+    assert evaluated(cli("sweep", tiny_run.run, *grid, "--out", tmp_path / "json", "--json"))["timing_rounds"] == 4
+
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    quick = ("sweep", tiny_run.run, "--num-samples", "1", *grid[2:], "--out", tmp_path / "out", "--json")
+    first, second = cli(*quick), cli(*quick)
+    kept = [", ".join(str(tmp_path / "out" / f"sweep.{n}.{end}") for end in ("json", "png")) for n in (1, 2)]
+    assert [first.err, second.err] == [f"kept what was there before: {names}\n" for names in kept]
+    assert (tmp_path / "out" / "sweep.1.json").read_bytes() == before["sweep.json"]
+    assert (tmp_path / "out" / "sweep.1.png").read_bytes() == before["sweep.png"]
+    assert json.loads((tmp_path / "out" / "sweep.2.json").read_text())["points"] == json.loads(first.out)["points"]
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["points"] == json.loads(second.out)["points"]
 
 
 @pytest.mark.parametrize(("variant", "count"), [("dense", 1), ("moe", 4)])
@@ -263,6 +303,16 @@ def test_demo(cli, tmp_path, monkeypatch):
     assert "is trained already" in second.out
     assert "step 2/2" not in second.out
     assert (checkpoint.stat().st_ino, checkpoint.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+
+    sweep = out / "report" / "sweep.json"
+    assert "the sweep is there already" in second.out
+    for damaged in (sweep.read_text()[:100], '{"points": [{}]}'):
+        sweep.write_text(damaged)
+        mended = cli("demo", "--steps", "2", "--out", out)
+        assert mended.code == 0
+        assert "is trained already" in mended.out
+        assert "the sweep is there already" not in mended.out
+        assert len(json.loads(sweep.read_text())["points"]) > 4
 
     longer = cli("demo", "--steps", "3", "--out", out)
     assert longer.code == 2

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers import tiny_model
 from tiny_run import RUN_SETTINGS, documents, settings
 
@@ -67,6 +68,7 @@ def contents(folder):
         (["data", "stdlib", "--out", "x", "--tokenizer", "bpe:9"], "vocab size 9 is out of range"),
         (["data", "stdlib", "--out", "x", "--tokenizer", "gpt9"], "unknown tokenizer 'gpt9'"),
         (["data", "stdlib", "--out", "x", "--val-fraction", "1.5"], "val fraction 1.5"),
+        (["data", "stdlib", "--out", "x", "--max-documents", "9"], "max documents 9 is for a dataset of the Hub"),
         (["bench", "speed"], "speed"),
     ],
 )
@@ -227,8 +229,13 @@ def test_data_without_a_validation_split(mistake, tiny_run, tmp_path):
         tokenizer=str(tiny_run.checkpoint),
         val_fraction=0,
     )
-    line = mistake("evaluate", tiny_run.run, "--data", tmp_path / "data")
-    assert "has no val split: prepare the data with a --val-fraction above 0" in line
+    for command in ("evaluate", "sweep", "frontier"):
+        line = mistake(command, tiny_run.run, "--data", tmp_path / "data")
+        assert "has no val split: give other --data, prepared with a --val-fraction above 0" in line
+    words = ("train", "tiny/infinity", "--data", tmp_path / "data", "--out", tmp_path / "run", *SMALL)
+    line = mistake(*words)
+    assert "has no val split: train without evaluation (--set eval.every=null), or on data prepared with a" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_vocabularies(mistake, tiny_run, tmp_path):
@@ -315,6 +322,24 @@ def test_what_the_system_refuses(mistake, monkeypatch, error, line):
 
     monkeypatch.setattr("infmoe.recipes.recipe_names", fail)
     assert mistake("recipes") == f"error: {line}"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["evaluate", "--batch-size", "64"], "give a smaller --batch-size or --dtype bfloat16 or --device cpu"),
+        (["generate"], "give --dtype bfloat16 or --device cpu"),
+        (["budgets"], "give fewer --rows or --dtype bfloat16 or --device cpu"),
+    ],
+)
+def test_a_full_device(mistake, tiny_run, monkeypatch, words, named):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr("infmoe.checkpoint.latest", full)
+    assert mistake(words[0], tiny_run.run, *words[1:]) == f"error: the device's memory is full: {named}"
+    monkeypatch.setattr("infmoe.recipes.recipe_names", full)
+    assert mistake("recipes") == "error: the device's memory is full: take one with more"
 
 
 def test_a_full_disk_under_a_sweep(mistake, tiny_run, tmp_path, monkeypatch):

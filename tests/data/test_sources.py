@@ -5,6 +5,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,6 +80,28 @@ def test_hub_dataset_is_streamed_from_a_local_stand_in(tmp_path: Path) -> None:
     assert list(source.documents()) == ["document 0", "document 1"]
 
 
+def test_hub_dataset_that_is_a_script(tmp_path: Path) -> None:
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("import datasets\n")
+    with pytest.raises(InfMoEError, match=r"cannot load .*scripted' from the Hub.*: Dataset scripts are no longer"):
+        list(HubSource(str(tmp_path / "scripted")).documents())
+
+
+def test_hub_record_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "train-0.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
+    (tmp_path / "train-1.jsonl").write_text('{"text": "z"\n')
+    documents = HubSource(str(tmp_path)).documents()
+    assert [next(documents), next(documents)] == ["x", "y"]
+    with pytest.raises(InfMoEError, match=rf"cannot read '{tmp_path}' from the Hub, record 2; try again"):
+        next(documents)
+
+
+def test_records_beyond_the_last_wanted_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "train-0.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "train-1.jsonl").write_text('{"text": "z"\n')
+    assert list(HubSource(str(tmp_path), max_documents=1).documents()) == ["x"]
+
+
 def test_hub_options_reach_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
 
@@ -87,9 +110,42 @@ def test_hub_options_reach_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None
         return [{"body": "x"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    source = parse_source("hub:some/one", subset="small", split="test", text_field="body")
+    source = parse_source("hub:some/one", subset="small", split="test", text_field="body", max_documents=3)
+    assert source == HubSource("some/one", "small", "test", "body", 3)
     assert list(source.documents()) == ["x"]
     assert calls == [(("some/one",), {"name": "small", "split": "test", "streaming": True})]
+
+
+@pytest.mark.parametrize("source", ["stdlib", "a.txt"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"subset": "small"}, "subset 'small' is for a dataset of the Hub"),
+        ({"split": "train"}, "split 'train' is for a dataset of the Hub"),
+        ({"max_documents": 3}, "max documents 3 is for a dataset of the Hub"),
+        ({"text_field": "text"}, r"text field 'text' is for \.jsonl, \.ndjson, \.parquet and the Hub: leave it out"),
+    ],
+)
+def test_options_that_would_do_nothing(
+    source: str, option: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("x")
+    with pytest.raises(InfMoEError, match=message):
+        parse_source(source, **option)
+
+
+def test_a_text_field_is_for_records_among_other_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.jsonl").write_text('{"body": "y"}')
+    assert list(parse_source(str(tmp_path), text_field="body").documents()) == ["x", "y"]
+
+
+@pytest.mark.parametrize("name", ["stdlib", "hub:a/b"])
+def test_sources_that_stand_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(InfMoEError, match=f"'{name}': stands alone: name no other source beside it"):
+        parse_source([str(tmp_path / "a.txt"), name])
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,26 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import fake_profile
 import pytest
+import torch
+from helpers import tiny_config
+from tiny_run import documents
 from typer.main import get_command
 
 from infmoe.cli import app, main
-from infmoe.data import TokenData
-from infmoe.hf import model_cost
+from infmoe.data import MemorySource, TokenData, TrainBPE, prepare
+from infmoe.hf import InfMoEConfig, InfMoEForCausalLM, model_cost
 from infmoe.recipes import recipe
 from infmoe.reproduce.page.section import MISSING
-from infmoe.train.config import apply_overrides, hf_config
+from infmoe.train.config import apply_overrides, hf_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -34,6 +39,25 @@ def test_the_readme_fits_its_size():
 def test_readme_python_runs(block, capsys):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert "Error" not in capsys.readouterr().out
+
+
+def test_elastic_python_runs(tmp_path, monkeypatch, capsys):
+    """Its blocks in order, as they are printed, beside a run's checkpoint and profile, its tokenizer and its data."""
+    monkeypatch.chdir(tmp_path)
+    data = prepare(MemorySource(documents()), "data", tokenizer=TrainBPE(300), val_fraction=0.3)
+    ends = {"bos_token_id": data.eot_id, "eos_token_id": data.eot_id}
+    config = tiny_config(vocab_size=data.vocab_size, max_position_embeddings=128, **ends)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = InfMoEForCausalLM(config).eval().to(device)
+    checkpoint = tmp_path / "runs" / "a" / "checkpoints" / "step-000600"
+    model.save_pretrained(checkpoint)
+    for file in (tmp_path / "data" / "tokenizer").glob("*.json"):
+        shutil.copyfile(file, checkpoint / file.name)
+    fake_profile.written(tmp_path / "runs" / "a", model)
+    blocks = re.findall(r"```python\n(.*?)```", ELASTIC, re.S)
+    assert len(blocks) == 2
+    exec(compile("\n".join(blocks), "docs/elastic.md", "exec"), {"__name__": "elastic"})
+    assert capsys.readouterr().out.startswith("K=8 keep=1/4 ")  # the lowest loss of all, as all meet the budget
 
 
 def commands(page: str) -> list[tuple[str, ...]]:
@@ -73,6 +97,7 @@ def test_commands_fit_together(page, vocabularies, runs, count):
         elif words[0] == "train":
             config = apply_overrides(recipe(given["recipe"]), given["set_"] or [])
             assert config.model["vocab_size"] == vocabularies[str(given["data_dir"])], words
+            assert given["init"] is None or given["init"] in runs, words
             config.accumulation(8 if "small/" in given["recipe"] else 1)
             runs.add(str(given["out"]))
         elif "recipe" in given:
@@ -90,15 +115,36 @@ def test_what_the_readme_installs_is_there():
     assert "hf download openai-community/gpt2 tokenizer.json --local-dir gpt2\n" in README
 
 
-def test_settings_in_the_text_exist():
-    in_readme = re.findall(r"--set '?([\w.]+=[^'`\s]+)", README.split("A model trained at")[1])
+def test_settings_in_the_tables_exist():
     in_tables = [
         cell.split() for cell in re.findall(r"`((?:elastic|model)\.[^`]*=[^`]*)`", ELASTIC.split("## Which")[1])
     ]
-    assert len(in_readme) == 6
     assert len(in_tables) >= 3
-    for settings in (in_readme, *in_tables):
+    for settings in in_tables:
         apply_overrides(recipe("tiny/infinity"), settings)
+
+
+@pytest.mark.parametrize(
+    ("out", "measured", "init"),
+    [
+        ("runs/one", "infinity-keep4-5M-lr0.002-s1", None),
+        ("runs/tuned", "infinity-sandwich-w0.25-tuned-1M-lr0.001-s1", "runs/one"),
+        ("runs/e", "infinity-sandwich-quarter-w0.25-from0.8-5M-lr0.002-s1", None),
+    ],
+)
+def test_the_elastic_commands_are_what_was_measured(out, measured, init):
+    """All that decides the weights but the seed, the vocabulary and the attention's kernel."""
+    (given,) = [parsed(words) for words in commands(ELASTIC) if str(parsed(words).get("out")) == out]
+    printed = apply_overrides(recipe(given["recipe"]), given["set_"]).to_dict()
+    ran = json.loads((ROOT / "results" / "reproduce" / "tiny" / "runs" / f"{measured}.json").read_text())
+    assert given["init"] == init
+    assert ran["run"].get("init", {}).get("arm") == (init and "infinity-keep4")
+    trained = load_config(ran["config"]).to_dict()  # with what has come to a run's settings since
+    for name in ("steps", "batch_tokens", "precision", "optim", "schedule", "elastic"):
+        assert printed[name] == trained[name], name
+    others = {"vocab_size", "attn_implementation"}
+    models = [InfMoEConfig(**config["model"]).to_dict() for config in (printed, ran["config"])]
+    assert {name for name in models[0] if models[0][name] != models[1].get(name)} <= others
 
 
 def test_the_readme_runs_from_text_to_text(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_run import TinyRun, make
 
+from infmoe.cli import main
 from infmoe.data import TokenData
 from infmoe.eval.heldout import HeldOut
 from infmoe.eval.loading import Opened, open_model
@@ -31,3 +32,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from zero_shot_helpers import write_files  # needs the `eval` extra
 
     return write_files(tmp_path_factory.mktemp("bench") / "files")
+
+
+@pytest.fixture(scope="session")
+def profile_dir(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `infmoe frontier` writes, of a few settings; for tests that only read it."""
+    out = tmp_path_factory.mktemp("profile")
+    words = ["frontier", str(tiny_run.run), "--out", str(out), "--num-samples", "1,2", "--keep-ratio", "1/8,1/2"]
+    assert main([*words, "--windows", "8", "--rounds", "2", "--schedules", "2", "--budgets", "3"]) == 0
+    return out

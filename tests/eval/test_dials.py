@@ -5,26 +5,28 @@ from helpers import tiny_config
 
 from infmoe.errors import InfMoEError
 from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios, parse_setting
-from infmoe.eval.sweep import default_grid
+from infmoe.eval.sweep import default_grid, points_of
 from infmoe.layers.point import Point, ratio_text
 
 
 def test_lists():
     assert parse_ints("1,2, 8", "--k") == (1, 2, 8)
     assert parse_ratios("0.0625,1/4, .5,1", "--r") == (0.0625, 0.25, 0.5, 1.0)
+    assert parse_ints("4|2,3", "--k") == ((4, 2), 3)
+    assert parse_ratios("1/4, 1/4|1/8|1", "--r") == (0.25, (0.25, 0.125, 1.0))
     assert parse_ints(None, "--k") is None
     assert parse_ratios(None, "--r") is None
     assert parse_mode("mu") == "mu"
     assert parse_mode(None) is None
 
 
-@pytest.mark.parametrize("text", ["", "1,", "two", "1.5", "1/2", "1 2"])
+@pytest.mark.parametrize("text", ["", "1,", "two", "1.5", "1/2", "1 2", "1|", "1|,2"])
 def test_no_integers(text):
     with pytest.raises(InfMoEError, match="--k takes integers separated by commas"):
         parse_ints(text, "--k")
 
 
-@pytest.mark.parametrize("text", ["", "1,", "half", "1/0", "nan", "inf", "1e999", "1//2"])
+@pytest.mark.parametrize("text", ["", "1,", "half", "1/0", "nan", "inf", "1e999", "1//2", "1/2|"])
 def test_no_numbers(text):
     with pytest.raises(InfMoEError, match="--r takes numbers separated by commas"):
         parse_ratios(text, "--r")
@@ -49,6 +51,19 @@ def test_no_setting(text, message):
 def test_an_unknown_mode_finds_the_nearest():
     with pytest.raises(InfMoEError, match="did you mean 'antithetic'"):
         parse_mode("antithetik")
+    with pytest.raises(InfMoEError, match="--mode takes one mode here, got 'sample,mu'"):
+        parse_mode("sample,mu")
+
+
+def test_sampled_points_and_the_mean_stand_side_by_side():
+    points = points_of(tiny_config(), "1,2", "1/8,1/4", None, "sample, mu,sample")
+    assert [point.label() for point in points] == [
+        *("K=1 keep=1/8", "K=1 keep=1/4", "K=2 keep=1/8", "K=2 keep=1/4", "mu keep=1/8", "mu keep=1/4"),
+    ]
+    shown = points_of(tiny_config(), None, "1/4", None, "mu,antithetic", full_grid=True)
+    assert shown == [Point(None, 0.25, mode="mu"), *(Point(k, 0.25, mode="antithetic") for k in (1, 2, 4, 8))]
+    with pytest.raises(InfMoEError, match="unknown mode 'nu'"):
+        points_of(tiny_config(), None, None, None, "sample,nu")
 
 
 def test_labels():

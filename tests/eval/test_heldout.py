@@ -111,5 +111,5 @@ def test_windows_are_spread_over_the_split(tiny_run):
 
 def test_a_split_without_two_windows_is_refused(tiny_run):
     data = TokenData.open(tiny_run.data)
-    with pytest.raises(InfMoEError, match="2 are needed"):
+    with pytest.raises(InfMoEError, match="2 are needed: give other --data with more text or a larger --val-fraction"):
         HeldOut.from_data(data, data.info("val").tokens, 10)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,13 +147,43 @@ def test_a_broken_run_file(tiny_run, tmp_path, text):
         open_model(run).data()
 
 
-def test_data_that_is_gone(tiny_run, tmp_path):
-    run = shutil.copytree(tiny_run.run, tmp_path / "run")
-    record = json.loads((run / "run.json").read_text())
-    record["config"]["data"]["dir"] = str(tmp_path / "gone")
-    (run / "run.json").write_text(json.dumps(record))
-    with pytest.raises(InfMoEError, match="is gone: give --data"):
-        open_model(run).data()
+@pytest.fixture
+def says_data(tiny_run, tmp_path):
+    """A copy of the run whose record names another folder."""
+
+    def change(folder, **more):
+        run = shutil.copytree(tiny_run.run, tmp_path / "run", dirs_exist_ok=True)
+        record = json.loads((tiny_run.run / "run.json").read_text())
+        record["config"]["data"]["dir"] = folder
+        (run / "run.json").write_text(json.dumps(record | more))
+        return run
+
+    return change
+
+
+def test_data_that_is_gone(says_data, tmp_path, monkeypatch):
+    with pytest.raises(InfMoEError, match=f"{tmp_path / 'gone'}.* is gone: give --data"):
+        open_model(says_data(str(tmp_path / "gone"))).data()
+    with pytest.raises(InfMoEError, match="does not say what the run was trained on: give --data"):
+        open_model(says_data(None)).data()
+    monkeypatch.chdir(tmp_path)  # a run of before paths were stored whole
+    with pytest.raises(InfMoEError, match=f"{tmp_path / 'gone'}.* is gone: give --data"):
+        open_model(says_data("gone")).data()
+
+
+def test_other_data_in_its_place(says_data, tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run.data, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert open_model(says_data("data")).data().folder == Path("data")
+    assert open_model(says_data(str(tmp_path / "data"))).data().folder == Path("data")  # nothing of this machine
+    manifest = tmp_path / "data" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    for run in (says_data("data"), says_data(str(tmp_path / "data"))):
+        with pytest.raises(InfMoEError, match=f"{tmp_path / 'data'} is not the data that the run was trained on: give"):
+            open_model(run).data()
+        assert open_model(run).data(tmp_path / "data").folder == tmp_path / "data"  # on purpose
+    run = says_data("data", data_sha256=None)
+    assert open_model(run).data().folder == Path("data")  # it did not say
 
 
 def test_options_in_place_of_the_checkpoints(tmp_path):

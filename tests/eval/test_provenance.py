@@ -3,12 +3,13 @@
 import errno
 import json
 import os
+import shutil
 import sys
 
 import pytest
 
 from infmoe.errors import InfMoEError
-from infmoe.provenance import portable, provenance, write_json
+from infmoe.provenance import portable, provenance, set_aside, write_json
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,26 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path, monkeypatc
     (tmp_path / "file").touch()
     with pytest.raises(InfMoEError, match="cannot write"):
         write_json(tmp_path / "file" / "a.json", {})
+
+
+def test_what_is_replaced_is_kept_whole_or_stays(tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "a.json", tmp_path / "a.png"
+    set_aside(first, second)
+    assert capsys.readouterr().err == ""
+    first.write_text("old")
+    set_aside(first, second)
+    assert capsys.readouterr().err == f"kept what was there before: {tmp_path / 'a.1.json'}\n"
+    second.write_text("picture")
+
+    def full(source, target):
+        target.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(InfMoEError, match=f"cannot keep {first} .*No space left"):
+        set_aside(first, second)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a.json": "old",
+        "a.1.json": "old",
+        "a.png": "picture",
+    }

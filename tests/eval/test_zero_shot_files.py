@@ -243,6 +243,27 @@ def test_a_switch_model_with_a_capacity_is_refused(tiny_run):
     model = model_of("switch", capacity_factor=1.0)
     with pytest.raises(InfMoEError, match="drops tokens by what stands beside them"):
         harness.InfMoELM(opened_with(model, tiny_run))
+    with pytest.raises(InfMoEError, match="unknown model argument 'capacity_factor'"):
+        harness.InfMoELM(opened_with(model, tiny_run), capacity_factor="null")
+
+
+def test_lm_evals_command_line_opens_with_a_type_and_options(tiny_run, tmp_path):
+    from lm_eval.api.registry import get_model
+
+    saved = tmp_path / "switch"
+    model_of("switch", capacity_factor=1.0).save_pretrained(saved)
+    shutil.copyfile(tiny_run.checkpoint / "tokenizer.json", saved / "tokenizer.json")
+    make = get_model("infmoe").create_from_arg_string
+    with pytest.raises(InfMoEError, match=r"--model_args pretrained=DIR,capacity_factor=null"):
+        make(f"pretrained={saved}")
+    made = make(f"pretrained={saved},capacity_factor=null,balance_loss_weight=0.5,dtype=bfloat16")
+    assert made.model.config.capacity_factor is None
+    assert made.model.config.balance_loss_weight == 0.5
+    assert made.model.dtype == torch.bfloat16
+    with pytest.raises(InfMoEError, match="option of ffn='switch'"):
+        make(f"pretrained={saved},rank_damping=0.5")
+    with pytest.raises(InfMoEError, match="unknown dtype 'float16'"):
+        make(f"pretrained={saved},dtype=float16")
 
 
 def test_accuracy_per_character_is_lm_evals(tiny_run, files):

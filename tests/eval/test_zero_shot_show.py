@@ -6,10 +6,8 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="the `eval` extra is not installed")
 
-from infmoe.cli import main
-from infmoe.errors import InfMoEError
 from infmoe.eval import plots
-from infmoe.eval.zero_shot import run, show
+from infmoe.eval.zero_shot import show
 
 TASKS = {"BoolQ": 0.5, "ARC-e": 0.25}
 
@@ -104,6 +102,24 @@ def test_each_dial_has_a_panel_of_accuracy_margin_and_change(drawn):
     assert [text.get_text() for text in fig.legends[0].get_texts()] == list(TASKS)
 
 
+def test_schedules_are_drawn_over_the_tasks(drawn):
+    schedule = {"num_samples": 1, "keep_ratio": (0.25, 0.125)}
+    fig = drawn(result([{"num_samples": 1, "keep_ratio": 0.25}, schedule], {"num_samples": 1, "keep_ratio": 0.25}))
+    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == list(TASKS)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["point 0", "point 1"]
+    # one in every point is no dial that was varied
+    every = [schedule, schedule | {"num_samples": 2}]
+    assert drawn(result(every, schedule)).axes[0].get_xlabel() == "samples per token, K"
+
+
+def test_long_labels_keep_the_columns():
+    scored = result([{"num_samples": 1}, {"num_samples": 2}], {"num_samples": 2})
+    scored["points"][1]["label"] = "K=1 keep=" + "|".join(["3/16"] * 8)
+    lines = show.table(scored).splitlines()
+    ends = {line.index("±") for line in lines if line.startswith(("point 0", "K=1"))}
+    assert len(ends) == 1
+
+
 def test_the_bars_are_the_intervals(drawn):
     fig = drawn(result([{"num_experts_per_tok": k} for k in (1, 2)], {"num_experts_per_tok": 2}))
     accuracy, margin, change = fig.axes
@@ -167,20 +183,6 @@ def test_a_task_that_stopped_half_way_is_shown_where_it_was_scored():
     lines = show.table(scored).splitlines()
     assert next(line for line in lines if line.startswith("point 0")).split()[2:] == ["30.0", "±", "2.0", "–"]
     assert not [line for line in lines if line.startswith("point 1")]
-
-
-def test_sampled_points_and_the_mean_stand_side_by_side(opened):
-    points = run._points(opened.model.config, "1,2", "1/8,1/4", None, "sample,mu")
-    assert [point.label() for point in points] == [
-        *("K=1 keep=1/8", "K=1 keep=1/4", "K=2 keep=1/8", "K=2 keep=1/4", "mu keep=1/8", "mu keep=1/4"),
-    ]
-    with pytest.raises(InfMoEError, match="unknown mode 'nu'"):
-        run._points(opened.model.config, None, None, None, "sample,nu")
-
-
-def test_several_modes_are_for_tasks(tiny_run, capsys):
-    assert main(["evaluate", str(tiny_run.run), "--mode", "sample,mu"]) == 2
-    assert "unknown mode 'sample,mu'" in capsys.readouterr().err
 
 
 def test_the_table_says_what_was_cut_left_out_and_compared():

@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 
 from infmoe.errors import InfMoEError
 from infmoe.hf import identity
-from infmoe.hf.budget import Profile, profile_name, upper_increase, upper_p95s, upper_quantile
+from infmoe.hf.bounds import upper_increase, upper_p95s, upper_quantile
+from infmoe.hf.budget import Profile, profile_name
 from infmoe.hf.identity import fingerprint
 from infmoe.ops import dispatch
 
@@ -363,3 +364,9 @@ def test_damaged_profiles_are_one_line_with_the_command(tmp_path, content, named
     assert f"`infmoe frontier DIR --data DATA --out {tmp_path}`" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_profile_that_can_not_be_read_is_not_called_missing(tmp_path):
+    (tmp_path / profile_name(1)).mkdir()
+    with pytest.raises(InfMoEError, match=r"^cannot read .*frontier.json \(Is a directory\): make it with"):
+        Profile.load(tmp_path)

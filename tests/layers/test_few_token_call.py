@@ -7,13 +7,12 @@ import weakref
 
 import pytest
 import torch
-from helpers import make_layer, routing
+from helpers import backend_of_the_environment, make_layer, routing
 from torch import nn
 
 from infmoe.layers import Routing
 from infmoe.layers.few_token_call import _REMEMBERED, CallMemory
 from infmoe.layers.linear import Linear
-from infmoe.ops import dispatch
 from infmoe.ops.masked_ffn import compiled
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="no compiled kernels here")
@@ -246,7 +245,7 @@ def test_a_module_that_does_more_than_its_class_says_is_called(name, how):
     assert not remembers(layer, x, given)
 
 
-def test_surroundings_are_part_of_the_setting(monkeypatch):
+def test_surroundings_are_part_of_the_setting():
     layer, x = layer_and_input()
     given = Routing(key=SPARSE.key, num_samples=2, keep_ratio=0.25)
     settle(layer, x, given)
@@ -256,15 +255,13 @@ def test_surroundings_are_part_of_the_setting(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert not remembers(layer, x, given)
         assert layer(x, given).y_BTD.dtype == torch.bfloat16
-    with dispatch.backend("eager"):
+    with backend_of_the_environment("eager"):
         assert not remembers(layer, x, given)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     assert not remembers(layer, x, given)
     torch.set_num_threads(threads)
     assert remembers(layer, x, given)
-    monkeypatch.setattr(dispatch, "_forgotten", dispatch.generation() + 1)  # the machine's own calibrations stay
-    assert not remembers(layer, x, given)
 
 
 def test_another_number_of_tokens_or_another_dial_is_another_setting():

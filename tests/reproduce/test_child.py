@@ -52,11 +52,19 @@ def test_a_runs_own_word_goes_before_its_exit_code(small_run, said, then, ending
         then = "signal.signal(signal.SIGINT, signal.SIG_DFL); " + then
     with log.open("w") as held:
         found = child.run_child(says(folder, said, then=then), folder, log, lock=held.fileno(), deadline=None)
-    assert found == ending
+    assert found == (ending, 0)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal: a shell's job in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_what_the_launcher_started(small_run, number):
+def test_a_signal_reaches_what_the_launcher_started(small_run, ctrl_c, number):
     folder, log = small_run
     # it asks for its own end, as a user would who sees it train; the launcher does not pass signals on
     write = f"open({str(folder / 'was-told')!r}, 'w').close()"
@@ -70,11 +78,27 @@ def test_a_signal_reaches_what_the_launcher_started(small_run, number):
     begin = time.monotonic()
     with log.open("w") as held, expected:
         found = child.run_child(command, folder, log, lock=held.fileno(), deadline=None)
-        assert found == Ending("stopped", number)
+        assert found == (Ending("stopped", number), number)
     assert time.monotonic() - begin < 30
     while not (folder / "was-told").exists() and time.monotonic() - begin < 30:
         time.sleep(0.02)
     assert (folder / "was-told").exists()
+
+
+def test_a_signal_that_comes_too_late_for_the_run_is_told(small_run):
+    folder, log = small_run
+    command = says(folder, Ending("finished"), then=f"os.kill({os.getpid()}, signal.SIGTERM); time.sleep(0.5)")
+    with log.open("w") as held:
+        found = child.run_child(command, folder, log, lock=held.fileno(), deadline=None)
+    assert found == (Ending("finished"), signal.SIGTERM)
+
+
+def test_the_deadline_is_no_signal(small_run):
+    folder, log = small_run
+    command = says(folder, None, then="time.sleep(60)")
+    with log.open("w") as held:
+        found = child.run_child(command, folder, log, lock=held.fileno(), deadline=time.monotonic() + 0.5)
+    assert found == (Ending("stopped", signal.SIGTERM), 0)
 
 
 def test_an_orphan_is_waited_for(small_run):
@@ -87,4 +111,4 @@ def test_an_orphan_is_waited_for(small_run):
     command = [sys.executable, "-c", f"import subprocess, sys; {start}; import os; os._exit(1)"]
     with log.open("w") as held:
         found = child.run_child(command, folder, log, lock=held.fileno(), deadline=None)
-    assert found == Ending("finished")
+    assert found == (Ending("finished"), 0)

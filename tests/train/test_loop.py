@@ -22,6 +22,7 @@ from infmoe.hf import InfMoEForCausalLM
 from infmoe.layers.routing import NoiseKey, Routing
 from infmoe.train import loop, run, run_dir, session
 from infmoe.train.config import hf_config
+from infmoe.train.description import describe
 from infmoe.train.reporter import Reporter
 from infmoe.train.run_dir import Ending, Hold, read_ending
 from infmoe.train.signals import StopSignal
@@ -65,6 +66,25 @@ def test_how_a_run_ended_is_said_and_forgotten_when_it_goes_on(small, tmp_path, 
         with pytest.raises(type(error)):
             run(small(), out, resume=True)
         assert read_ending(out) == Ending(how, message="oh")
+
+
+@pytest.mark.parametrize("where", ["_steps", "Session.start"])
+def test_a_device_that_is_too_small_ends_the_run_in_a_line(small, tmp_path, monkeypatch, where):
+    start = loop.Session.start
+
+    def full(*args):
+        if where == "Session.start":
+            start(*args)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(loop.Session if where == "Session.start" else loop, where.rpartition(".")[2], full)
+    with pytest.raises(
+        InfMoEError, match="a smaller micro_batch_size than 4 or gradient_checkpointing=true or"
+    ) as said:
+        run(small("micro_batch_size=4"), tmp_path / "run")
+    assert read_ending(tmp_path / "run") == Ending("failed", message=str(said.value))
+    with pytest.raises(InfMoEError, match=r"another --out with a smaller model$"):
+        run(small("micro_batch_size=1", "gradient_checkpointing=true"), tmp_path / "least")
 
 
 def test_a_run_that_another_process_trains_is_refused(small, tmp_path):
@@ -186,6 +206,36 @@ def test_auxiliary_loss_is_told_apart(small, tmp_path):
     assert heavy["aux_loss"] == pytest.approx(2 * 0.5, rel=0.1)  # two layers near balance
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("model.num_experts_per_tok=1",), True),
+        (("model.num_experts_per_tok=[1,1]",), True),
+        (("model.num_experts_per_tok=[1,2]",), True),
+        (("model.num_experts_per_tok=[2,2]",), False),
+        (("model.num_experts_per_tok=1", "model.gate_norm=all"), False),
+        (("model.num_experts_per_tok=1", "model.expert_router=hash"), False),
+        (("model.num_experts_per_tok=1", "model.gate_norm=trained"), True),
+        (("model.num_experts_per_tok=1", "model.gate_norm=trained", "model.trained_experts_per_tok=2"), False),
+        (("model.num_experts_per_tok=1", "elastic.num_experts_per_tok=[1]"), True),
+        (("model.num_experts_per_tok=1", "elastic.num_experts_per_tok=[1,2]"), False),
+    ],
+)
+def test_a_router_that_the_text_does_not_train_is_remarked(settings, said, small, tmp_path, capsys):
+    config = small("steps=1", *settings, variant="moe")
+    run(config, tmp_path)
+    assert ("so the text does not train such a layer's router" in capsys.readouterr().err) == said
+    assert ("so the text does not train such a layer's router" in describe(config)) == said
+    # only the balance loss reaches the router where it is said
+    model = InfMoEForCausalLM(hf_config(config))
+    ids = torch.randint(model.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
+    output = model(ids, labels=ids)
+    (output.loss - output.aux_loss).backward()
+    moved = [float(h.mlp.router.weight.grad.abs().max()) for h in model.transformer.h if h.mlp.router]
+    if "elastic" not in settings[-1]:  # whose other steps take two
+        assert any(grad < 1e-7 for grad in moved) == said
+
+
 def interrupt_after(monkeypatch, step: int) -> None:
     """Raise SIGINT while `step` is computed."""
     forward_backward = loop.forward_backward
@@ -255,6 +305,15 @@ def test_resume_refuses_other_data(small, finished, data_dir, tmp_path):
     manifest.write_text(manifest.read_text() + "\n")
     with pytest.raises(InfMoEError, match=r"other values of the contents of data\.dir"):
         run(small(f"data.dir={tmp_path / 'data'}"), finished, resume=True)
+
+
+def test_the_data_is_named_from_anywhere(small, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(data_dir.parent)
+    run(small("data.dir=data", "steps=1"), tmp_path / "run")
+    for record in (tmp_path / "run" / "run.json", resolve_checkpoint(tmp_path / "run") / ckpt.TRAINER_STATE):
+        assert json.loads(record.read_text())["config"]["data"]["dir"] == str(data_dir)
+    monkeypatch.chdir(tmp_path)
+    assert ckpt.training_data(tmp_path / "run") == data_dir
 
 
 def test_a_folder_that_holds_a_run_is_refused(small, finished, tmp_path, monkeypatch):

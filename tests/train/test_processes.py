@@ -1,16 +1,21 @@
 """Runs that are killed, signalled, or spread over processes."""
 
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_process import state_after_a_step
 
 from infmoe import checkpoint as ckpt
+from infmoe.hf import InfMoEForCausalLM
+from infmoe.train.config import hf_config
 
 
 def logged_steps(out: Path) -> list[dict]:
@@ -105,3 +110,45 @@ def test_two_processes_train_as_one(variant, settings, small, start_training, tm
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["routing"] == pytest.approx(b["routing"], rel=1e-3)
+
+
+def test_a_sharded_optimizer_trains_as_a_whole_one_and_either_goes_on_from_the_other(small, start_training, tmp_path):
+    """ZeRO-1: the same weights and the same state in the checkpoint, to the last bit."""
+    # the map to σ has no gradient at z = μ, so neither has it a state
+    settings = ("micro_batch_size=4", "model.train_wz=false", "model.routing_mode=mu", "model.wz_lr_factor=0.5")
+    whole, sharded = small(*settings), small(*settings, "optim.zero_stage=1")
+    half = {name: tmp_path / name for name in ("whole", "sharded", "then whole", "then sharded")}
+    assert wait(start_training(whole, half["whole"], ranks=2)) == [0, 0]
+    assert wait(start_training(sharded, half["sharded"], ranks=2)) == [0, 0]
+    for name, config in (("then whole", whole), ("then sharded", sharded)):
+        source = half["sharded" if config is whole else "whole"]
+        shutil.copytree(source, half[name], ignore=shutil.ignore_patterns("step-000006"))
+        assert ckpt.resolve_checkpoint(half[name]).name == "step-000004"
+        assert wait(start_training(config, half[name], ranks=2, resume=True)) == [0, 0]
+    expected = load_file(ckpt.resolve_checkpoint(half["whole"]) / ckpt.OPTIMIZER)
+    assert expected
+    for out in half.values():
+        assert same(weights(out), weights(half["whole"])), out
+        assert same(load_file(ckpt.resolve_checkpoint(out) / ckpt.OPTIMIZER), expected), out
+    # one process has nobody to share with
+    shutil.copytree(half["sharded"], tmp_path / "one", ignore=shutil.ignore_patterns("step-000006"))
+    assert wait(start_training(sharded, tmp_path / "one", resume=True)) == [0]
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(tensor, weights(half["whole"])[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_sharded_optimizer_keeps_a_share_of_the_state(small, tmp_path):
+    """Two processes hold each parameter's state once between them, about as much each."""
+    context = multiprocessing.get_context("spawn")
+    results, init = context.Queue(), f"file://{tmp_path}/rendezvous"
+    config = small("optim.zero_stage=1").to_dict()
+    processes = [
+        context.Process(target=state_after_a_step, args=(config, init, rank, results), daemon=True) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    held = [results.get(timeout=60) for _ in processes]
+    assert wait(processes) == [0, 0]
+    model = InfMoEForCausalLM(hf_config(small()))
+    assert sorted([*held[0], *held[1]]) == sorted(name for name, _ in model.named_parameters())
+    assert max(sum(h.values()) for h in held) < 0.6 * 2 * sum(p.numel() for p in model.parameters())

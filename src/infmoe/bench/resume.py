@@ -42,7 +42,10 @@ def kill_and_resume(*, quick: bool = False) -> Measured:
             ]
 
         def finish(out: Path, *more: str) -> str:
-            subprocess.run(command(out, *more), check=True, capture_output=True)
+            done = subprocess.run(command(out, *more), capture_output=True, text=True)
+            if done.returncode:
+                said = done.stderr.strip().splitlines() or ["it says nothing"]
+                raise InfMoEError(f"training in {out.name} ended with {done.returncode}: {said[-1]}")
             return hashlib.sha256((resolve_checkpoint(out) / "model.safetensors").read_bytes()).hexdigest()
 
         reference = finish(folder / "whole")

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        message = _mendable(error)
+        message = _mendable(error) or _out_of_memory(error, words)
         if message is None:
             raise
         print(f"error: {_in_options(' '.join(message.splitlines()), words)}", file=sys.stderr)
@@ -57,6 +57,24 @@ def _in_options(message: str, words: Sequence[str]) -> str:
         if "_" in name:  # any other is a word like others
             message = re.sub(rf"(?<![\w.'/-]){re.escape(name)}(?![\w.'/=-])", option, message)
     return message
+
+
+def _out_of_memory(error: Exception, words: Sequence[str]) -> str | None:
+    """What to lower where the device's memory is full; None: that is not what happened."""
+    torch = sys.modules.get("torch")  # whoever raised it has imported it
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return None
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperGroup)
+    options = {name for parameter in command.commands[words[0]].params for name in parameter.opts}
+    remedies = {
+        "--batch-size": "a smaller --batch-size",
+        "--rows": "fewer --rows",
+        "--dtype": "--dtype bfloat16",
+        "--device": "--device cpu",
+    }
+    known = [remedy for option, remedy in remedies.items() if option in options]
+    return f"the device's memory is full: {'give ' if known else ''}{' or '.join(known) or 'take one with more'}"
 
 
 def _mendable(error: Exception) -> str | None:

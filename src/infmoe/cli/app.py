@@ -19,15 +19,31 @@ SamplesOption = Annotated[
     str | None, typer.Option("--num-samples", metavar="K,..", help="Expert samples per token, e.g. 1,2,4.")
 ]
 KeepOption = Annotated[
-    str | None, typer.Option("--keep-ratio", metavar="R,..", help="Neurons kept per sample, e.g. 1/16,0.25.")
+    str | None,
+    typer.Option(
+        "--keep-ratio",
+        metavar="R,..",
+        help="Neurons kept per sample, e.g. 1/16,0.25; one for each layer: '1/4|1/8|...'.",
+    ),
 ]
 ExpertsOption = Annotated[
     str | None,
-    typer.Option("--num-experts-per-tok", metavar="k,..", help="Experts per token of a discrete MoE."),
+    typer.Option(
+        "--num-experts-per-tok", metavar="k,..", help="Experts per token of a discrete MoE; by layer: '4|2|...'."
+    ),
 ]
 ModeOption = Annotated[
     str | None,
     typer.Option("--mode", help="sample, mu (z = mu, deterministic), antithetic or qmc; default: the model's."),
+]
+ModesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mode",
+        metavar="MODE,..",
+        help="sample, mu (z = mu, deterministic), antithetic or qmc; several, sample,mu: side by side. "
+        "Default: the model's.",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the routing noise.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: CUDA if there is any.")]

@@ -15,7 +15,8 @@ def bench(
     name: Annotated[str, typer.Argument(help="Which measurement; 'list' names them.")] = "list",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points and rounds, for a first look.")] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the result to this JSON file too, its picture beside it.")
+        Path | None,
+        typer.Option("--out", help="Write the result to this file or folder too, as JSON; its picture beside it."),
     ] = None,
     tasks_dir: Annotated[
         Path | None, typer.Option(*TASKS_DIR, help="The zero-shot tasks' files, for zero_shot.")
@@ -37,19 +38,21 @@ def bench(
             print(f"{known:<12}{text}")
         return
     if out is not None:
+        out = out / f"{name}.json" if out.is_dir() else out
         require_writable(out.parent)
     result = run_bench(name, quick=quick, data_dir=tasks_dir)
     if not as_json:
         from infmoe.bench.common import table
 
         print(table(result["rows"]))
+    # before anything is written, which may fail; the last line is for programs, whatever stands above it
+    print(json.dumps(result), flush=True)
     if out is not None:
         from infmoe.bench.figures import PICTURES
 
         write_json(out, result)
         if name in PICTURES:
             PICTURES[name](result["rows"], out.with_suffix(".png"))
-    print(json.dumps(result))  # the last line is for programs, whatever stands above it
 
 
 @app.command()

@@ -26,7 +26,7 @@ def demo(
 def data(
     source: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="'stdlib', files, folders or globs, or 'hub:NAME'."),
+        typer.Argument(metavar="SOURCE...", help="Files, folders or globs; or 'stdlib' or 'hub:NAME' alone."),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     tokenizer: Annotated[
@@ -34,9 +34,14 @@ def data(
         typer.Option("--tokenizer", help="'bpe:N' trains one of N tokens (tiny: 2048); or a tokenizer.json or folder."),
     ] = "bpe:2048",
     val_fraction: Annotated[float, typer.Option("--val-fraction", help="Share of documents held out.")] = 0.01,
-    text_field: Annotated[str, typer.Option("--text-field", help="Field of jsonl, parquet and Hub records.")] = "text",
+    text_field: Annotated[
+        str | None, typer.Option("--text-field", help="Field of jsonl, parquet and Hub records; default: text.")
+    ] = None,
     subset: Annotated[str | None, typer.Option("--subset", help="Configuration of a Hub dataset.")] = None,
-    split: Annotated[str, typer.Option("--split", help="Split of a Hub dataset.")] = "train",
+    split: Annotated[str | None, typer.Option("--split", help="Split of a Hub dataset; default: train.")] = None,
+    max_documents: Annotated[
+        int | None, typer.Option("--max-documents", min=1, help="Stop after so many records of a Hub dataset.")
+    ] = None,
     shard_tokens: Annotated[int, typer.Option("--shard-tokens", min=1, help="Tokens per shard.")] = 100_000_000,
     as_json: Json = False,
 ) -> None:
@@ -44,7 +49,7 @@ def data(
     from infmoe.data import parse_source, prepare
     from infmoe.progress import data_progress
 
-    parsed = parse_source(source, subset=subset, split=split, text_field=text_field)
+    parsed = parse_source(source, subset=subset, split=split, text_field=text_field, max_documents=max_documents)
     with data_progress(quiet=as_json) as progress:
         made = prepare(
             parsed,
@@ -81,7 +86,9 @@ def train(
         str | None,
         typer.Option("--init", metavar="DIR", help="Start from a trained model's weights (--set init=)."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint, or start where there is none.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its costs, and stop.")] = False,
 ) -> None:
     """Train a model; under torchrun or `accelerate launch` on several processes."""
@@ -134,11 +141,11 @@ def params(
         "total_with_wz": "every parameter",
         "active_with_wz": "the paper's active, W_z and discrete router added",
         "active_union": "used per token, counted by the union of independent masks",
-        "flops_executed": "forward, per token, what runs now",
+        "flops_executed": "forward, per token, no masked neuron skipped; the sparse path, in decoding, runs less",
         "flops_ideal": "forward, per token, if only the union ran",
-        "bytes_executed": "weights read for one token at batch 1, float32",
+        "ffn_flops_router": "of both, FFN routing: router maps and W_z z",
+        "bytes_executed": "weights read for one token at batch 1, float32, no masked neuron skipped",
         "bytes_ideal": "the same if only the union were read",
-        "ffn_flops_router": "of these, FFN routing: router maps and W_z z",
     }
     for name, note in notes.items():
         print(f"{name:<18}{counts[name]:>15,}  {note}")

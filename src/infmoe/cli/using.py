@@ -20,6 +20,7 @@ from infmoe.cli.app import (
     KeepOption,
     ModelDir,
     ModeOption,
+    ModesOption,
     SamplesOption,
     SeedOption,
     SetOption,
@@ -133,7 +134,7 @@ def evaluate(
     num_samples: SamplesOption = None,
     keep_ratio: KeepOption = None,
     num_experts_per_tok: ExpertsOption = None,
-    mode: ModeOption = None,
+    mode: ModesOption = None,
     windows: Annotated[
         int | None, typer.Option("--windows", min=2, help="Held-out windows of the model's context; default: 256.")
     ] = None,
@@ -231,7 +232,7 @@ def sweep(
     num_samples: SamplesOption = None,
     keep_ratio: KeepOption = None,
     num_experts_per_tok: ExpertsOption = None,
-    mode: ModeOption = None,
+    mode: ModesOption = None,
     windows: WindowsOption = 128,
     batch_size: BatchOption = 16,
     rounds: Annotated[int, typer.Option("--rounds", min=4, help="Timing rounds, all points interleaved.")] = 40,
@@ -248,7 +249,7 @@ def sweep(
     from infmoe.checkpoint import results_folder
     from infmoe.eval.plots import plot_sweep
     from infmoe.eval.sweep import sweep_checkpoint
-    from infmoe.provenance import write_json
+    from infmoe.provenance import set_aside, write_json
 
     out = out or results_folder(model_dir)
     result = sweep_checkpoint(
@@ -269,11 +270,13 @@ def sweep(
         out=out,
         quiet=as_json,
     )
-    write_json(out / "sweep.json", result)
-    picture = plot_sweep(result["points"], out / "sweep.png", title=f"{model_dir}: one checkpoint, its dials")
+    figures, picture = out / "sweep.json", out / "sweep.png"
+    set_aside(figures, picture)
+    write_json(figures, result)
+    plot_sweep(result["points"], picture, title=f"{model_dir}: one checkpoint, its dials")
     show_points(result, as_json)
     if not as_json:
-        print(f"\npicture: {picture}\nfigures: {out / 'sweep.json'}")
+        print(f"\npicture: {picture}\nfigures: {figures}")
 
 
 @app.command()
@@ -312,12 +315,24 @@ def frontier(
     """Measure loss and time per token over the dials on this machine; `generate` chooses by it."""
     from infmoe.checkpoint import results_folder, write_text
     from infmoe.eval.frontier import measure_frontier
+    from infmoe.eval.generation import DEFAULT_NEW_TOKENS
     from infmoe.eval.plots import plot_frontier
     from infmoe.eval.report import markdown_points
-    from infmoe.hf.budget import profile_name
-    from infmoe.provenance import write_json
+    from infmoe.hf.budget import REACH, profile_name
+    from infmoe.layers.point import Point
+    from infmoe.provenance import set_aside, write_json
 
     place = out or results_folder(model_dir)
+    profile = place / profile_name(rows)
+    table, picture = profile.with_suffix(".md"), profile.with_suffix(".png")
+
+    def save(result: dict[str, Any]) -> None:
+        set_aside(profile, table, picture)
+        write_json(profile, result)
+        note = "MFLOPs per token, forward; • quicker than all that are better; * the reference of Δ"
+        write_text(table, f"{markdown_points(result['points'])}\n\n{note}\n")
+        plot_frontier(result, picture, title=f"{model_dir}: what a token's time buys")
+
     result = measure_frontier(
         model_dir,
         data_dir=data_dir,
@@ -339,21 +354,28 @@ def frontier(
         out=place,
         only_own=out is None,
         quiet=as_json,
+        save=save,
     )
-    profile = place / profile_name(rows)
-    write_json(profile, result)
-    note = "MFLOPs per token, forward; • quicker than all that are better; * the reference of Δ"
-    write_text(profile.with_suffix(".md"), f"{markdown_points(result['points'])}\n\n{note}\n")
-    picture = plot_frontier(result, profile.with_suffix(".png"), title=f"{model_dir}: what a token's time buys")
+    if budgets:
+        write_json(profile, result)
     show_points(result, as_json)
     if not as_json:
         print("• on the frontier: no other setting is quicker and better")
-        print(f"picture: {picture}\ntable: {profile.with_suffix('.md')}")
+        print(f"picture: {picture}\ntable: {table}")
         show_budgets(result.get("budgets", ()))
+        if all(Point.of(row) == Point() for row in result["points"]):
+            print(f"profile: {profile}, of the one setting that there is")
+            return
+        if rows > 1:
+            print(f"profile: {profile}, for `model.generate` with {rows} prompts at once")
+            return
         words = ["infmoe", "generate", str(model_dir), "--latency-budget-ms", _example(result)]
         for option, value in (("--device", device), ("--dtype", dtype), ("--profile", out)):
             words += [] if value is None else [option, str(value)]
         words += [word for override in set_ or () for word in ("--set", override)]
+        told = REACH * result["cached_tokens"][1]  # positions that the profile says something about
+        if told < min(1 + DEFAULT_NEW_TOKENS, result["window"]):
+            words += ["--max-new-tokens", str(told - 1)]
         print(f"profile: {profile}; e.g. `{shlex.join(words)}`")
 
 
@@ -373,7 +395,7 @@ def budgets(
     as_json: Json = False,
 ) -> None:
     """Generate under latency budgets of the profile that is there: does it still hold?"""
-    from infmoe.eval.frontier import budgets_name, try_budgets
+    from infmoe.eval.budgets import budgets_name, try_budgets
     from infmoe.provenance import write_json
 
     result = try_budgets(
@@ -386,6 +408,7 @@ def budgets(
         dtype=dtype,
         overrides=set_ or (),
         out=out,
+        quiet=as_json,
     )
     path = (out or Path(result["profile"]).parent) / budgets_name(rows)
     write_json(path, result)

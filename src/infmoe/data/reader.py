@@ -75,13 +75,21 @@ class TokenData:
         """Documents, tokens, bytes of text and shards of a split."""
         return self.manifest.splits[split]
 
-    def num_windows(self, split: Split, length: int, *, at_least: int = 1) -> int:
+    def num_windows(
+        self,
+        split: Split,
+        length: int,
+        *,
+        at_least: int = 1,
+        remedy: str = "shorten the context, shrink the batch or prepare more text",
+    ) -> int:
         """How many windows of `length` tokens a split holds.
 
         Args:
             split: "train" or "val".
             length: tokens per window, at least 1.
             at_least: how many windows the caller needs, for instance one batch.
+            remedy: what helps the caller where there are fewer.
 
         Raises:
             InfMoEError: the split holds fewer than `at_least` windows.
@@ -91,7 +99,7 @@ class TokenData:
             tokens = self.info(split).tokens
             raise InfMoEError(
                 f"the {split} split of {self.folder} has {tokens} tokens, so {count} windows of {length}, "
-                f"and {at_least} are needed: shorten the context, shrink the batch or prepare more text"
+                f"and {at_least} are needed: {remedy}"
             )
         return count
 

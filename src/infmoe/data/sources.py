@@ -11,7 +11,7 @@ import platform
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from infmoe.errors import InfMoEError
 
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _INSTALL = "pip install 'infmoe[data]'"
+_JSON_LINES = (".jsonl", ".ndjson")
+_RECORDS = (*_JSON_LINES, ".parquet")
 
 
 class Source(Protocol):
@@ -104,7 +106,7 @@ class FileSource:
             InfMoEError: a file cannot be read, is no UTF-8 text, or holds a record without text.
         """
         for path in self._files():
-            if path.suffix in {".jsonl", ".ndjson"}:
+            if path.suffix in _JSON_LINES:
                 yield from _jsonl(path, self.text_field)
             elif path.suffix == ".parquet":
                 yield from _parquet(path, self.text_field)
@@ -138,45 +140,69 @@ class HubSource:
         """See `Source.documents`.
 
         Raises:
-            InfMoEError: `datasets` is not installed, or the dataset cannot be loaded or has no such column.
+            InfMoEError: `datasets` is not installed, or the dataset cannot be loaded or read, or has no such column.
         """
         try:
             import datasets
         except ImportError as error:
             raise InfMoEError(f"reading from the Hub needs the `datasets` package: {_INSTALL}") from error
         try:
-            records = datasets.load_dataset(self.name, name=self.subset, split=self.split, streaming=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            records = iter(datasets.load_dataset(self.name, name=self.subset, split=self.split, streaming=True))
+        except Exception as error:  # its own, the Hub's and the network's have no class in common
             raise InfMoEError(
-                f"cannot load {self.name!r} from the Hub; check name, subset and split: {reason}"
+                f"cannot load {self.name!r} from the Hub; check name, subset and split: {_reason(error)}"
             ) from error
-        for number, record in enumerate(islice(records, self.max_documents)):
+        for number in count() if self.max_documents is None else range(self.max_documents):
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except Exception as error:  # those of every file format too
+                raise InfMoEError(
+                    f"cannot read {self.name!r} from the Hub, record {number}; try again, or take fewer documents or "
+                    f"another dataset: {_reason(error)}"
+                ) from error
             yield _field(record, self.text_field, f"{self.name} record {number}")
 
 
 def parse_source(
-    text: str | Sequence[str], *, subset: str | None = None, split: str = "train", text_field: str = "text"
+    text: str | Sequence[str],
+    *,
+    subset: str | None = None,
+    split: str | None = None,
+    text_field: str | None = None,
+    max_documents: int | None = None,
 ) -> Source:
     """The source that a command line names.
 
     Args:
         text: "stdlib", "hub:NAME", or one or more paths, folders and glob patterns.
         subset: the configuration of a Hub dataset.
-        split: the split of a Hub dataset.
-        text_field: the field that holds the text of a record, for `.jsonl`, `.parquet` and the Hub.
+        split: the split of a Hub dataset; None: "train".
+        text_field: the field that holds the text of a record, for `.jsonl`, `.parquet` and the Hub; None: "text".
+        max_documents: stop after so many records of a Hub dataset.
 
     Raises:
-        InfMoEError: `text` names no source, or matches no file.
+        InfMoEError: `text` names no source, or matches no file, or an option that does nothing for it.
     """
     names = (text,) if isinstance(text, str) else tuple(text)
+    if len(names) == 1 and names[0].startswith("hub:"):
+        return HubSource(
+            names[0].removeprefix("hub:"),
+            subset=subset,
+            split="train" if split is None else split,
+            text_field="text" if text_field is None else text_field,
+            max_documents=max_documents,
+        )
+    for option, value in (("subset", subset), ("split", split), ("max documents", max_documents)):
+        if value is not None:
+            raise InfMoEError(f"{option} {value!r} is for a dataset of the Hub, 'hub:NAME': leave it out")
+    files = [] if names == ("stdlib",) else [path for name in names for path in _match(name)]
+    if text_field is not None and not any(path.suffix in _RECORDS for path in files):
+        raise InfMoEError(f"text field {text_field!r} is for {', '.join(_RECORDS)} and the Hub: leave it out")
     if names == ("stdlib",):
         return StdlibSource()
-    if len(names) == 1 and names[0].startswith("hub:"):
-        return HubSource(names[0].removeprefix("hub:"), subset=subset, split=split, text_field=text_field)
-    for name in names:
-        _match(name)
-    return FileSource(names, text_field=text_field)
+    return FileSource(names, text_field="text" if text_field is None else text_field)
 
 
 def _match(pattern: str) -> list[Path]:
@@ -193,9 +219,16 @@ def _match(pattern: str) -> list[Path]:
     else:
         files = [path] if path.is_file() else []
         hint = "unknown source: give 'stdlib', 'hub:NAME', or a file, folder or pattern that is there"
+        if pattern == "stdlib" or pattern.startswith("hub:"):
+            hint = "stands alone: name no other source beside it"
     if not files:
         raise InfMoEError(f"{pattern!r}: {hint}")
     return files
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _digest(files: Sequence[Path]) -> dict[str, Any]:

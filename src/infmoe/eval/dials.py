@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,9 +13,11 @@ from infmoe.layers import ffn_class
 from infmoe.layers.point import Point
 from infmoe.layers.routing import MODES, Mode
 
+V = TypeVar("V")
 
-def parse_ints(text: str | None, option: str) -> tuple[int, ...] | None:
-    """Integers from "1,2,4".
+
+def parse_ints(text: str | None, option: str) -> tuple[int | tuple[int, ...], ...] | None:
+    """Integers from "1,2,4"; with bars, one for each layer: "4|2" is one value.
 
     Raises:
         InfMoEError: not a list of integers.
@@ -23,13 +25,15 @@ def parse_ints(text: str | None, option: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        return _values(text, int)
     except ValueError:
-        raise InfMoEError(f"{option} takes integers separated by commas, e.g. 1,2,4, got {text!r}") from None
+        raise InfMoEError(
+            f"{option} takes integers separated by commas, e.g. 1,2,4, with bars between layers (4|2), got {text!r}"
+        ) from None
 
 
-def parse_ratios(text: str | None, option: str) -> tuple[float, ...] | None:
-    """Numbers from "0.125,1/4".
+def parse_ratios(text: str | None, option: str) -> tuple[float | tuple[float, ...], ...] | None:
+    """Numbers from "0.125,1/4"; with bars, one for each layer: "1/4|1/8" is one value.
 
     Raises:
         InfMoEError: not a list of numbers.
@@ -37,13 +41,22 @@ def parse_ratios(text: str | None, option: str) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(Fraction(part.strip())) for part in text.split(","))
+        return _values(text, lambda word: float(Fraction(word.strip())))
     except (ValueError, ArithmeticError):  # 1/0, 1e999
-        raise InfMoEError(f"{option} takes numbers separated by commas, e.g. 1/16,0.25, got {text!r}") from None
+        raise InfMoEError(
+            f"{option} takes numbers separated by commas, e.g. 1/16,0.25, with bars between layers (1/4|1/8), "
+            f"got {text!r}"
+        ) from None
+
+
+def _values(text: str, number: Callable[[str], V]) -> tuple[V | tuple[V, ...], ...]:
+    """What stands between commas; a tuple where there are bars, as tables print it."""
+    by_layer = [tuple(number(word) for word in part.split("|")) for part in text.split(",")]
+    return tuple(values[0] if len(values) == 1 else values for values in by_layer)
 
 
 def parse_setting(text: str | None, option: str, parse: Callable[[str | None, str], tuple | None]) -> tuple | None:
-    """One value for all layers, or one for each with bars between, as tables print it: "1/4", "1/4|1/8".
+    """One value for all layers, or one for each with bars between: "1/4", "1/4|1/8".
 
     Args:
         text: the words.
@@ -56,13 +69,15 @@ def parse_setting(text: str | None, option: str, parse: Callable[[str | None, st
     Raises:
         InfMoEError: no such values, or several settings.
     """
-    if text is None:
-        return None
-    values = [parse(part, option) or () for part in text.split("|")]
-    if any(len(of_layer) > 1 for of_layer in values):
+    values = parse(text, option)
+    if values is not None and len(values) > 1:
         raise InfMoEError(f"{option} takes one value here, or one for each layer with bars between, got {text!r}")
-    by_layer = tuple(value for (value,) in values)
-    return by_layer if len(by_layer) == 1 else (by_layer,)
+    return values
+
+
+def alike(values: Sequence[Any] | None) -> Sequence[Any] | None:
+    """The values of a dial that are one for all layers; None where the dial was left out."""
+    return None if values is None else [value for value in values if not isinstance(value, tuple)]
 
 
 def parse_mode(text: str | None) -> Mode | None:
@@ -73,10 +88,21 @@ def parse_mode(text: str | None) -> Mode | None:
     """
     if text is None:
         return None
+    if "," in text:
+        raise InfMoEError(f"--mode takes one mode here, got {text!r}")
     for mode in MODES:
         if text == mode:
             return mode
     raise unknown_name("mode", text, MODES)
+
+
+def parse_modes(text: str | None) -> list[Mode | None]:
+    """Modes from "sample,mu", each once; None alone where nothing is said.
+
+    Raises:
+        InfMoEError: one that there is not; suggests the nearest.
+    """
+    return [None] if text is None else [parse_mode(name) for name in dict.fromkeys(n.strip() for n in text.split(","))]
 
 
 def grid(

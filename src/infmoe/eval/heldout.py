@@ -40,8 +40,11 @@ class HeldOut:
             InfMoEError: the split is empty, or holds fewer than two windows of this length.
         """
         if not data.info(split).tokens:
-            raise InfMoEError(f"{data.folder} has no {split} split: prepare the data with a --val-fraction above 0")
-        available = data.num_windows(split, length, at_least=2)
+            raise InfMoEError(
+                f"{data.folder} has no {split} split: give other --data, prepared with a --val-fraction above 0"
+            )
+        remedy = "give other --data with more text" + (" or a larger --val-fraction" if split == "val" else "")
+        available = data.num_windows(split, length, at_least=2, remedy=remedy)
         indices = spread_windows(available, min(num_windows, available))
         tokens = torch.from_numpy(data.windows(split, indices, length))
         return HeldOut(tokens, torch.from_numpy(indices))

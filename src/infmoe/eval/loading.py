@@ -125,6 +125,8 @@ def open_model(
             f"e.g. {strange[0]}): restore the folder"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] == "meta":
+        raise InfMoEError("device 'meta' holds shapes without numbers: use --device cpu")
     try:
         model = model.eval().to(device, None if dtype is None else getattr(torch, dtype))
     except torch.OutOfMemoryError as error:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, from dark to light enough to tell apart in grey.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_BY_LAYER = "per layer"
 
 
 def look(i: int) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def save(fig: "Figure", path: Path) -> Path:
 
 
 def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
-    """Held-out loss against ideal and executed FLOPs and, where measured, decode latency; one line per K or k.
+    """Held-out loss against ideal and executed FLOPs and, where measured, decode latency; one line per K and mode.
 
     Error bars are those of the difference to the reference point (a star), paired over windows: the level
     itself, common to all points, is less certain, and the axis says by how much.
@@ -59,13 +60,14 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Pat
     fig, axes = figure(len(shown), width=4.6)
     dial = "num_experts_per_tok" if rows[0]["num_experts_per_tok"] is not None else "num_samples"
     # points that differ in a keep ratio share a line; a dial without keep ratios is one line of its own
-    by_line: dict[Any, list[dict[str, Any]]] = {}
+    by_line: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_line.setdefault(row[dial] if row["keep_ratio"] is not None else None, []).append(row)
+        by_line.setdefault(_line_of(row), []).append(row)
+    alike = [name for name in by_line if name != _BY_LAYER]
     reference = next(row for row in rows if row["is_reference"])
     for ax, (key, (axis, unit)) in zip(axes, shown.items(), strict=True):
-        for i, (value, line) in enumerate(by_line.items()):
-            style = look(i)
+        for i, (name, line) in enumerate(by_line.items()):
+            style = look(i) | ({"ls": "none"} if name == _BY_LAYER else {})
             if key == "decode_ms":
                 low, high = [r[key] - r["decode_ms_low"] for r in line], [r["decode_ms_high"] - r[key] for r in line]
                 style["xerr"] = [low, high]
@@ -73,7 +75,7 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Pat
                 [r[key] / unit for r in line],
                 [r["loss"] for r in line],
                 [r["delta_se"] for r in line],
-                label=f"{'K' if dial == 'num_samples' else 'k'} = {value}",
+                label=name,
                 capsize=2,
                 **style,
             )
@@ -83,7 +85,7 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Pat
     labels = "keep ratio" if rows[0]["keep_ratio"] is not None else "k" if rows[0][dial] is not None else None
     if labels is not None:
         axes[0].set_title(f"labels: {labels}; star: reference", fontsize=9)
-        for row in line:  # the last line has the most room at its right
+        for row in by_line[alike[-1]] if alike else ():  # the last line has the most room at its right
             axes[0].annotate(
                 ratio_text(row["keep_ratio"]) if labels == "keep ratio" else f"{row[dial]}",
                 (row["flops_ideal"] / 1e6, row["loss"]),
@@ -91,7 +93,7 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Pat
                 xytext=(6, 4),
                 fontsize=8,
             )
-    if list(by_line) != [None]:
+    if len(by_line) > 1 or rows[0]["num_samples"] is not None:
         axes[0].legend(frameon=False)
     fig.suptitle(title)
     return save(fig, path)
@@ -103,7 +105,7 @@ def plot_frontier(result: dict[str, Any], path: Path, *, title: str) -> Path:
     rows = result["points"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(_frontier_group(row), []).append(row)
+        groups.setdefault(_line_of(row), []).append(row)
     for i, (name, members) in enumerate(groups.items()):
         ax.errorbar(
             [r["token_ms"] for r in members],
@@ -144,10 +146,11 @@ def plot_frontier(result: dict[str, Any], path: Path, *, title: str) -> Path:
     return save(fig, path)
 
 
-def _frontier_group(row: dict[str, Any]) -> str:
+def _line_of(row: dict[str, Any]) -> str:
+    """What the points of one line have in common."""
     point = Point.of(row)
-    if any(isinstance(value, tuple) for value in (point.num_samples, point.keep_ratio, point.num_experts_per_tok)):
-        return "per layer"
+    if point.by_layer():
+        return _BY_LAYER
     if point.mode is not None:
         return "z = μ" if point.mode == "mu" else f"{point.mode}, K = {point.num_samples}"
     if point.num_samples is not None:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
+from infmoe.eval.dials import grid, parse_ints, parse_modes, parse_ratios
 from infmoe.eval.heldout import HeldOut, evaluate_loss
 from infmoe.eval.latency import decode_latency, forward_latency
 from infmoe.eval.loading import open_model
@@ -39,8 +39,9 @@ def evaluate_points(
     for point in points:
         results.append(evaluate_loss(model, held_out, point.routing(), seed=seed, batch_size=batch_size))
         progress(point)
-    (own,) = grid(model.config, mode=points[0].mode)
-    reference = points.index(own) if own in points else 0
+    modes = dict.fromkeys((None, model.config.routing_mode, points[0].mode))
+    own_points = [own for mode in modes for own in grid(model.config, mode=mode)]
+    reference = next((points.index(own) for own in own_points if own in points), 0)
     rows: list[dict[str, Any]] = []
     for i, (point, result) in enumerate(zip(points, results, strict=True)):
         paired = result.window_losses - results[reference].window_losses
@@ -110,19 +111,7 @@ def sweep_checkpoint(
     """
     opened = open_model(model_dir, device, dtype, overrides)
     config = opened.model.config
-    samples: Sequence[int] | None = parse_ints(num_samples, "--num-samples")
-    ratios: Sequence[float] | None = parse_ratios(keep_ratio, "--keep-ratio")
-    experts: Sequence[int] | None = parse_ints(num_experts_per_tok, "--num-experts-per-tok")
-    routing_mode = parse_mode(mode)
-    if full_grid:
-        samples, ratios, experts = default_grid(config, samples, ratios, experts, routing_mode)
-    points = grid(
-        config,
-        num_samples=samples,
-        keep_ratios=ratios,
-        num_experts_per_tok=experts,
-        mode=routing_mode,
-    )
+    points = points_of(config, num_samples, keep_ratio, num_experts_per_tok, mode, full_grid=full_grid)
     data = opened.data(data_dir)
     if out is not None:
         require_writable(out)
@@ -147,13 +136,46 @@ def sweep_checkpoint(
     }
 
 
+def points_of(
+    config: Any,
+    num_samples: str | None,
+    keep_ratio: str | None,
+    num_experts_per_tok: str | None,
+    mode: str | None,
+    *,
+    full_grid: bool = False,
+) -> list[Point]:
+    """The points of a command line; beside modes that draw, z = mu is one point a keep ratio, whatever K.
+
+    Args:
+        config: the model's.
+        num_samples, keep_ratio, num_experts_per_tok, mode: comma-separated values; None: the model's own.
+        full_grid: dials that are left out take values that show them at work (see `default_grid`).
+
+    Raises:
+        InfMoEError: no such values, or a dial that the model does not have.
+    """
+    samples = parse_ints(num_samples, "--num-samples")
+    ratios = parse_ratios(keep_ratio, "--keep-ratio")
+    experts = parse_ints(num_experts_per_tok, "--num-experts-per-tok")
+    modes = parse_modes(mode)
+    points: list[Point] = []
+    for one in modes:
+        dials = (None if one == "mu" and len(modes) > 1 else samples, ratios, experts)
+        own_samples, own_ratios, own_experts = default_grid(config, *dials, one) if full_grid else dials
+        points += grid(
+            config, num_samples=own_samples, keep_ratios=own_ratios, num_experts_per_tok=own_experts, mode=one
+        )
+    return list(dict.fromkeys(points))
+
+
 def default_grid(
     config: Any,
-    num_samples: Sequence[int] | None,
-    keep_ratios: Sequence[float] | None,
-    num_experts_per_tok: Sequence[int] | None,
+    num_samples: Sequence[Any] | None,
+    keep_ratios: Sequence[Any] | None,
+    num_experts_per_tok: Sequence[Any] | None,
     mode: str | None,
-) -> tuple[Sequence[int] | None, Sequence[float] | None, Sequence[int] | None]:
+) -> tuple[Sequence[Any] | None, Sequence[Any] | None, Sequence[Any] | None]:
     """Fill in the dials that were left out with values that show them at work."""
     if config.ffn == "infinity":
         draws = (mode or config.routing_mode) != "mu" and config.sigma_activation != "none"

@@ -1,6 +1,6 @@
 """GPT-2's block around any of the feed-forward layers.
 
-B batch rows, T new tokens, D model width.
+B batch rows, T new tokens, S tokens that they may look at (cached ones and themselves), D model width.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,21 @@ from infmoe.layers.linear import Linear
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(q k^T * scaling + mask) v, the plain form; returns output (B, T, heads, dim) and weights."""
+    """softmax(q k^T * scaling + mask) v, the plain form.
+
+    Args:
+        module: the attention; only its `training` is looked at.
+        query: (B, heads, T, dim).
+        key, value: (B, heads, S, dim).
+        attention_mask: added to the scores, so 0 where a token may look and a large negative number elsewhere;
+            broadcasts to (B, heads, T, S). None: every token may look everywhere.
+        scaling: factor on the scores.
+        dropout: probability that a weight is dropped, in train mode.
+        **kwargs: what other forms of attention take; not looked at.
+
+    Returns:
+        The output, (B, T, heads, dim), and the weights, (B, heads, T, S).
+    """
     weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -54,6 +68,17 @@ class InfMoEAttention(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: (B, T, D).
+            past_key_values: the cache, which the new keys and values are added to.
+            attention_mask: as the configured form of attention takes it; see `eager_attention_forward`.
+            **kwargs: passed to it.
+
+        Returns:
+            The output, (B, T, D), and the attention weights, (B, heads, T, S); None where the form has none.
+        """
         B, T, D = hidden_states.shape
         heads = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
@@ -95,6 +120,16 @@ class InfMoEBlock(GradientCheckpointingLayer):
         routing: Routing,
         **kwargs,
     ) -> tuple[Tensor, Tensor, RoutingStats]:
+        """Run attention and feed-forward layer.
+
+        Args:
+            hidden_states: (B, T, D).
+            past_key_values, attention_mask, **kwargs: see `InfMoEAttention.forward`.
+            routing: of the feed-forward layer.
+
+        Returns:
+            The hidden states, (B, T, D), the layer's auxiliary loss, 0-d float32, and its routing statistics.
+        """
         attended, _ = self.attn(self.ln_1(hidden_states), past_key_values, attention_mask, **kwargs)
         hidden_states = hidden_states + attended
         ffn: FFNOutput = self.mlp(self.ln_2(hidden_states), routing)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,8 @@ from infmoe.layers.point import Point
 
 _VERSION = 5
 _FIGURES = ("loss", "increase", "increase_at_most", "token_ms", "token_ms_p95")
-_LEAST_TURNS = 59  # of fewer, no token but the latest bounds the quantile
 _ENOUGH = 16  # tokens, from which on it is said that they missed the budget
-_REACH = 2  # times the longest cache that was timed: a request that goes further is refused
+REACH = 2  # times the longest cache that was timed: a request that goes further is refused
 # How a model runs, where the caller may choose it: what makes it run as the profile did.
 _MATCH = {
     "device": "open it on {0!r} (--device {0})",
@@ -38,9 +36,9 @@ class Measured:
         loss: held out, in nats per token.
         increase: of the loss over that at the checkpoint's own dials, paired over windows.
         increase_at_most: what the increase lies below, 19 times in 20; of this point by itself: see
-            `upper_increase`.
+            `bounds.upper_increase`.
         token_ms: median time of a generated token, in ms.
-        token_ms_p95: an upper bound of what 95 of 100 tokens take at most: see `upper_p95s`.
+        token_ms_p95: an upper bound of what 95 of 100 tokens take at most: see `bounds.upper_p95s`.
     """
 
     point: Point
@@ -243,7 +241,7 @@ class Profile:
         """
         first, last = self.cached_tokens
         positions = min(positions, model.config.max_position_embeddings)
-        if positions > _REACH * last:
+        if positions > REACH * last:
             longer = f"--prompt-length {max(1, positions - (last - first))}"
             command = measure_command(model, self.rows, place=self.path.parent, more=longer)
             raise InfMoEError(
@@ -340,63 +338,29 @@ class Profile:
 _WITHOUT_DIALS = ("dense", "switch")
 
 
+def require_dials(model: Any) -> None:
+    """Raise where a budget has nothing to choose.
+
+    Raises:
+        InfMoEError: the model has no dials.
+    """
+    if model.config.ffn in _WITHOUT_DIALS:
+        raise InfMoEError(f"a budget turns dials, and ffn={model.config.ffn!r} has none: leave it out")
+
+
 def profile_name(rows: int) -> str:
     """The profile's file name: one for each number of sequences at once."""
     return "frontier.json" if rows == 1 else f"frontier-rows{rows}.json"
 
 
-def upper_quantile(values: Sequence[float], share: float, draws: int | None = None) -> float:
-    """An upper bound of a quantile that holds 19 times in 20; where there are too few values for one, the largest.
-
-    Args:
-        values: measured.
-        share: below the quantile.
-        draws: so many of the values count as independent; None: all.
-    """
-    ordered = sorted(values)
-    share += 1.645 * math.sqrt(share * (1 - share) / (draws or len(ordered)))
-    return ordered[min(math.ceil(share * len(ordered)), len(ordered)) - 1]
-
-
-def upper_p95s(milliseconds: Sequence[Sequence[float]], per_turn: int = 1) -> list[float]:
-    """What 95 of 100 tokens of each of several settings stay below, timed in turns: an upper bound.
-
-    A token is late because of the machine more than of its setting, and those of a turn are late together. A bound
-    from a setting's own few turns is too low as often as not for the setting whose bound came out lowest, which a
-    tight budget picks. So the ratio of the quantile to the median is bounded over all settings, their turns as the
-    draws (which leaves out that the machine may be slow for several turns), and multiplied by a bound of the setting's
-    median; what its own tokens say counts where that is more, or where there are too few turns to say anything else.
-
-    Args:
-        milliseconds: of each token of each setting.
-        per_turn: tokens in a row of one setting.
-
-    Returns:
-        Milliseconds; each factor holds 19 times in 20 by itself.
-    """
-    own = [upper_quantile(spent, 0.95) for spent in milliseconds]
-    turns = sum(len(spent) for spent in milliseconds) // per_turn
-    if turns < _LEAST_TURNS:
-        return own
-    medians = [statistics.median(spent) for spent in milliseconds]
-    ratios = [time / median for spent, median in zip(milliseconds, medians, strict=True) for time in spent]
-    late = upper_quantile(ratios, 0.95, turns)
-    middles = [upper_quantile(spent, 0.5, max(1, len(spent) // per_turn)) for spent in milliseconds]
-    return [max(alone, late * middle) for alone, middle in zip(own, middles, strict=True)]
-
-
-def upper_increase(increase: float, standard_error: float, windows: int) -> float:
-    """What an increase that was measured over so many windows lies below, 19 times in 20 (Student's t)."""
-    z, degrees = 1.6449, max(windows - 1, 1)
-    # Cornish and Fisher's expansion of t's quantile; within a hundredth from 6 windows on
-    t = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-    return increase + t * standard_error
-
-
 def _unusable(path: Path, error: OSError | ValueError) -> str:
     if isinstance(error, InfMoEError):
         return str(error)
-    return f"no profile at {path}" if isinstance(error, OSError) else f"{path} is damaged (no JSON)"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return f"no profile at {path}"
+    if isinstance(error, OSError):
+        return f"cannot read {path} ({error.strerror})"
+    return f"{path} is damaged (no JSON)"
 
 
 def _measured(row: dict[str, Any]) -> Measured:
@@ -449,8 +413,7 @@ def pick(
     Raises:
         InfMoEError: no profile, one that does not fit, a budget that can't be met, or a model in train mode.
     """
-    if model.config.ffn in _WITHOUT_DIALS:
-        raise InfMoEError(f"a budget turns dials, and ffn={model.config.ffn!r} has none: leave it out")
+    require_dials(model)
     if model.training:
         raise InfMoEError("a profile is of the model in eval mode, this one is in train mode: call model.eval() first")
     timed = budget.get("latency_budget_ms") is not None

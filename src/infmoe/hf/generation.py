@@ -50,6 +50,10 @@ class InfMoEGenerationMixin(GenerationMixin):
         The choice and its reason stay in `self.picked`, and are logged when they change (logger "infmoe", at a level
         that shows); so is a latency budget that clearly fewer than 95 of 100 tokens met.
 
+        Returns:
+            As in transformers: token ids, int64, prompt and continuation, one row a sequence; or, if the call asks for
+            `return_dict_in_generate`, an object that holds them in `sequences`.
+
         Raises:
             InfMoEError: a budget that can't be met, a profile of other weights or another machine, a budget
                 beside dials, dials beside an assistant model, guidance or token healing, dials in a generation

@@ -200,9 +200,13 @@ class InfMoEModel(InfMoEPreTrainedModel):
                 `routing`'s.
             **kwargs: passed to the attention.
 
+        Returns:
+            Hidden states, cache, auxiliary loss and routing statistics.
+
         Raises:
             InfMoEError: a dial that the variant does not have, an option that was changed in the config of a finished
                 model, a sequence longer than the context.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`.
         """
         _refuse_misnamed_dials(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -341,6 +345,12 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):
                 num_samples, keep_ratio, score_cut, score_mass, min_sigma_to_mu, num_experts_per_tok, routing_mode: see
                     `InfMoEModel.forward`.
             **kwargs: passed to the attention and the loss (`num_items_in_batch` among them).
+
+        Returns:
+            Logits, loss, and what the backbone gives; a tuple of those that are there where `return_dict=False`.
+
+        Raises:
+            InfMoEError, ValueError: see `InfMoEModel.forward`.
         """
         outputs: InfMoEModelOutput = self.transformer(
             input_ids,
@@ -381,6 +391,12 @@ class InfMoEForCausalLM(InfMoEPreTrainedModel, InfMoEGenerationMixin):
     @classmethod
     def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> "InfMoEForCausalLM":
         """The dense variant with the weights of a GPT-2; gives the same logits.
+
+        Args:
+            gpt2: transformers' model; it is left as it is.
+
+        Returns:
+            A model with copies of the weights, in train mode, in torch's default dtype.
 
         Raises:
             InfMoEError: a GPT-2 with options that the backbone does not have.

@@ -188,10 +188,6 @@ class ConditionalFFN(nn.Module, ABC):
         """Every parameter of the layer, W_z and routers included."""
         return sum(p.numel() for p in self.parameters())
 
-    def num_active_params(self, routing: Routing | None = None) -> int:
-        """Parameters used per token, in the paper's accounting."""
-        return self.cost(routing).active_params
-
     def _refuse(self, routing: Routing, *dials: str) -> None:
         """Raise if `routing` sets one of `dials`, which this variant does not have."""
         for dial in dials:

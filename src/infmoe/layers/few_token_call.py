@@ -18,7 +18,6 @@ from infmoe.layers.linear import affine, is_hooked
 from infmoe.layers.metrics import RoutingStats
 from infmoe.layers.router import GaussianRouter
 from infmoe.layers.routing import Routing
-from infmoe.ops import dispatch
 from infmoe.ops.coordinates import NoiseCoordinates
 from infmoe.ops.masked_ffn import few_tokens, fused
 from infmoe.ops.tracing import ENVIRONMENT
@@ -113,10 +112,8 @@ class CallMemory:
         num_tokens = x_BTD.shape[0] * x_BTD.shape[1]
         if type(num_tokens) is not int or num_tokens > few_tokens.MAX_ROWS or torch.is_autocast_enabled("cpu"):
             return None
-        setting = (
-            *(x_BTD.shape, x_BTD.dtype, _SAID(routing)),
-            *(os.environ.get(ENVIRONMENT), torch.get_num_threads(), dispatch.generation()),
-        )
+        surroundings = os.environ.get(ENVIRONMENT), torch.get_num_threads()
+        setting = (x_BTD.shape, x_BTD.dtype, _SAID(routing), *surroundings)
         known = self._calls.get(setting)
         if known is not None:
             call = known.call

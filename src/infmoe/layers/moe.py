@@ -80,13 +80,16 @@ class MoEFFN(ConditionalFFN):
             z_loss_weight: weight of the mean squared logsumexp of the logits, which keeps them small.
             expert_router: "learned", "hash" (needs `Routing.token_ids`) or "random".
             gate_norm: which experts a learned router's gates are a softmax over: those "selected" (they sum to 1
-                at every k, and more experts dilute the first ones), "all" (they sum to less), or the first
+                at every k, and more experts dilute the first ones; the gate of a single expert is then 1, so the
+                text has no gradient for the router: train with k = 1 by "all", or a `SwitchFFN`), "all" (they sum
+                to less), or the first
                 `trained_experts_per_tok` ("trained": the first ones keep their weight at every k, and more come on
                 top, so that they sum to more).
             routed_scaling_factor: factor on all gates, a learned router's or not (DeepSeek's). Gates that sum to 1
                 make the layer start at 1/k of the size of a dense one of k experts' width; k makes them equal.
-            rank_damping: factor on the weights of the experts beyond the first `trained_experts_per_tok`, before they
-                are normalised (the "α dial": no training, and 1 leaves them alone).
+            rank_damping: factor on the weights of the experts beyond the first `trained_experts_per_tok` (the "α
+                dial": no training, and 1 leaves them alone). Before they are normalised where they are normalised
+                over the selected; by the other rules of `gate_norm` what is taken away goes to no other expert.
             ideal_experts_per_tok: k_ideal of Elastic MoE (arXiv 2509.21892): in train mode a token's k experts
                 are sometimes drawn from its k_ideal best, all subsets equally likely, instead of being its k
                 best; evaluation takes the best. None: never.

@@ -90,21 +90,6 @@ def requested(argument: str | None) -> str:
     return name
 
 
-@contextlib.contextmanager
-def backend(name: Backend):
-    """Within, calls that name no backend themselves use this one."""
-    check_backend(name)
-    before = os.environ.get(ENVIRONMENT)
-    os.environ[ENVIRONMENT] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ENVIRONMENT]
-        else:
-            os.environ[ENVIRONMENT] = before
-
-
 @constant
 def use_kernels() -> bool:
     """Whether operators that have no backend of their own (the noise) run compiled."""
@@ -258,7 +243,6 @@ def _between(grid: list[float], x: float) -> tuple[int, float]:
 
 
 _calibrations: dict[str, Calibration] = {}
-_forgotten = 0  # how often
 
 
 def calibration(site: Site) -> Calibration:
@@ -332,11 +316,6 @@ def calibrate(site: Site) -> Calibration:
             hopeless = bool(ratios) and min(ratios[-1]) > 1.5  # more tokens won't mend it
             ratios.append(ratios[-1] if hopeless else tuple(ratio(N, density) for density in _DENSITIES))
     return Calibration(_TOKENS, _DENSITIES, tuple(ratios))
-
-
-def generation() -> int:
-    """Another number after `forget`: what was chosen before may be chosen otherwise."""
-    return _forgotten
 
 
 def explain() -> str:
@@ -425,13 +404,3 @@ def _write(geometry: str, known: Calibration) -> None:
     except OSError:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
-
-
-def forget() -> None:
-    """Drop every calibration of this process and in the cache folder, so that the next call measures anew."""
-    global _forgotten
-    _forgotten += 1
-    _calibrations.clear()
-    _chosen.cache_clear()
-    with contextlib.suppress(OSError):
-        (cache_dir() / "calibration.json").unlink(missing_ok=True)

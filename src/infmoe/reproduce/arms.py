@@ -15,7 +15,13 @@ RATE_FACTORS = {
     "dense-wide": 0.5,
     "dense": 2.0,
     "switch": 2.0,
+    "moe-swiglu": 2.0,
+    "moe16-fine-k8-scaled": 2.0,
 }
+# Tier 1 with larger weights at the start: GPT-2's 0.02 is for a width of 768. At 128 a layer's pre-activations start at
+# 0.23 in place of 0.55 and is nearly linear, where the Gaussian router's maps know the width.
+STARTED = ("infinity", "moe", "dense-swiglu", "infinity-glu", "dense-wide")
+LARGER_START = 0.049  # 0.02 * (768 / 128) ** 0.5
 # Rules that begin half way through a run too, after plain training, and that a trained model is tuned by
 LATE_EXPERTS = ("emoe-k4-w0.0001-scaled", "matryoshka-k4-scaled")
 # A tuning run is short, and starts from weights that a cosine has brought to rest: at the base's peak rate much of it
@@ -36,6 +42,7 @@ class Arm:
         settings: of the run, over the recipe's, as on the command line.
         lr_factor: on that learning rate.
         init: the arm whose trained model of the same seed, at the scale's standard length, it starts from.
+        rate_of: the arm that this one is at another learning rate; None: it is none's.
     """
 
     name: str
@@ -46,6 +53,7 @@ class Arm:
     settings: tuple[str, ...] = ()
     lr_factor: float = 1.0
     init: str | None = None
+    rate_of: str | None = None
 
 
 def arm_named(name: str) -> Arm:
@@ -60,6 +68,11 @@ def arm_named(name: str) -> Arm:
     if name not in ARMS:
         raise unknown_name("arm", name, ARMS)
     return ARMS[name]
+
+
+def at_other_rates(name: str) -> tuple[str, ...]:
+    """The arms that differ from this one in the learning rate alone."""
+    return tuple(other.name for other in ARMS.values() if other.rate_of == name)
 
 
 def label(line: str) -> str:
@@ -112,7 +125,7 @@ def _recipes() -> list[Arm]:
 
 
 def _controls() -> list[Arm]:
-    """W_z's ablation, and learning rates that were not chosen."""
+    """W_z's ablation, sizes at the start, and a weaker balance loss."""
     wz: dict[str, tuple[str, dict[str, Any]]] = {
         "infinity-wz-decay0": ("∞-MoE, W_z not decayed", {"wz_weight_decay": 0.0}),
         "infinity-wz-lr-half": ("∞-MoE, W_z at half the rate", {"wz_lr_factor": 0.5}),
@@ -121,10 +134,37 @@ def _controls() -> list[Arm]:
     arms = [Arm(name, text, "infinity", model, "infinity") for name, (text, model) in wz.items()]
     texts = {arm.name: arm.label for arm in _recipes()}
     arms += [
-        Arm(f"{name}-lr{factor:g}x", f"{texts[name]}, {factor:g} times the rate", name, {}, name, lr_factor=factor)
-        for name, factor in RATE_FACTORS.items()
+        Arm(
+            f"{name}-start",
+            f"{texts[name]}, weights from {LARGER_START:g}",
+            name,
+            {"initializer_range": LARGER_START},
+            name,
+        )
+        for name in STARTED
     ]
-    return [*arms, Arm("moe-scaled", "MoE, gates that sum to 2", "moe", {"routed_scaling_factor": 2.0}, "moe")]
+    moe: dict[str, tuple[str, dict[str, Any]]] = {
+        "moe-scaled": ("MoE, gates that sum to 2", {"routed_scaling_factor": 2.0}),
+        "moe-balance0.001": ("MoE, balance loss at 0.001", {"balance_loss_weight": 0.001}),
+    }
+    return [*arms, *(Arm(name, text, "moe", model, "moe") for name, (text, model) in moe.items())]
+
+
+def _other_rates(arms: list[Arm]) -> list[Arm]:
+    """Arms at learning rates that were not chosen; with larger weights at the start by the same factors."""
+    known = {arm.name: arm for arm in arms}
+    factors = RATE_FACTORS | {f"{name}-start": RATE_FACTORS[name] for name in STARTED}
+    return [
+        replace(
+            (arm := known[name]),
+            name=f"{name}-lr{factor:g}x",
+            label=f"{arm.label}, rate ×{factor:g}",
+            tuned_as=arm.tuned_as or name,
+            lr_factor=factor,
+            rate_of=name,
+        )
+        for name, factor in factors.items()
+    ]
 
 
 def _elastic() -> list[Arm]:
@@ -235,4 +275,5 @@ def _tuned() -> list[Arm]:
     ]
 
 
-ARMS = {arm.name: arm for arm in [*_recipes(), *_controls(), *_elastic(), *_experts(), *_tuned()]}
+_AT_THEIR_RATES = [*_recipes(), *_controls(), *_elastic(), *_experts()]
+ARMS = {arm.name: arm for arm in [*_AT_THEIR_RATES, *_other_rates(_AT_THEIR_RATES), *_tuned()]}

@@ -22,7 +22,9 @@ _POLL_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run_child(command: Sequence[str], folder: Path, log: Path, *, lock: int, deadline: float | None) -> Ending:
+def run_child(
+    command: Sequence[str], folder: Path, log: Path, *, lock: int, deadline: float | None
+) -> tuple[Ending, int]:
     """Run `infmoe train` to its end; SIGTERM, Ctrl-C and the deadline let it write a checkpoint first.
 
     Args:
@@ -31,6 +33,12 @@ def run_child(command: Sequence[str], folder: Path, log: Path, *, lock: int, dea
         log: takes what it prints.
         lock: a file descriptor that the command holds too, so that its lock outlives this process.
         deadline: `time.monotonic()` at which to stop; None: never.
+
+    Returns:
+        How it ended, and the signal that this process got meanwhile, or 0: the run may have been over by then.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, once the run is over.
     """
     (folder / ENDED_FILE).unlink(missing_ok=True)  # else that of the last time would be read where it fails early
     with log.open("ab") as output:
@@ -38,21 +46,26 @@ def run_child(command: Sequence[str], folder: Path, log: Path, *, lock: int, dea
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, **keep
         )
-        code, asked = _wait(child, folder, deadline)
-    return _ending(folder, log, code, asked)
+        code, got, asked = _wait(child, folder, deadline)
+    return _ending(folder, log, code, asked), got
 
 
-def _wait(child: subprocess.Popen, folder: Path, deadline: float | None) -> tuple[int, int]:
-    """The exit code, and the signal that the run was asked to stop by, or 0."""
-    asked, interrupted = 0, False
+def _wait(child: subprocess.Popen, folder: Path, deadline: float | None) -> tuple[int, int, int]:
+    """The exit code, the signal that this process got, and the one that the run was asked to stop by, or 0."""
+    got, asked = 0, 0
 
-    def stop(number: int, *_: object) -> None:
+    def stop(number: int) -> None:
         nonlocal asked
         asked = asked or number
         _signal_group(child, number)
 
+    def terminated(number: int, *_: object) -> None:
+        nonlocal got
+        got = number
+        stop(number)
+
     code: int | None = None
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
         while code is None or is_locked(folder / LOCK_FILE):
             late = deadline is not None and not asked
@@ -67,13 +80,12 @@ def _wait(child: subprocess.Popen, folder: Path, deadline: float | None) -> tupl
             except subprocess.TimeoutExpired:
                 stop(signal.SIGTERM)
             except KeyboardInterrupt:  # the run is in a session of its own, and has not got it
-                interrupted = True
-                stop(signal.SIGINT)
+                terminated(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
-    if interrupted:
+    if got == signal.SIGINT:
         raise KeyboardInterrupt
-    return code, asked
+    return code, got, asked
 
 
 def _signal_group(child: subprocess.Popen, number: int) -> None:

@@ -80,10 +80,11 @@ def run_request(request: Request) -> int:
     """Do what is asked for.
 
     Returns:
-        The exit code: 0, or that of the signal that stopped training.
+        The exit code: 0, or that of the first worker that failed.
 
     Raises:
         InfMoEError: an unknown name or scale, no data, a damaged result, or a training run that failed.
+        SystemExit: a signal stopped it (its exit code).
     """
     launch_words(request)
     if request.hours is not None and not 0 < request.hours < math.inf:
@@ -187,7 +188,9 @@ def _data(request: Request, scale: Scale) -> Path:
 
 def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> int:
     """Train and measure what is missing; the exit code."""
-    from infmoe.reproduce.work import Workshop, start_workers, work_through
+    from infmoe.reproduce.work import Workshop, work_through
+    from infmoe.reproduce.work_folder import WorkFolder
+    from infmoe.reproduce.workers import start_workers
 
     if request.jobs > 1:
         if not LOCKS:
@@ -195,7 +198,7 @@ def _work(request: Request, store: Store, wanted: list[Group], data: Path) -> in
         return start_workers(request.worker_words(data), request.jobs)
     shop = Workshop(
         store=store,
-        work=request.work / store.scale.name,
+        work=WorkFolder(request.work / store.scale.name),
         data=data,
         launch=tuple(launch_words(request)),
         label=request.label,
@@ -271,11 +274,10 @@ def describe_arms(store: Store, wanted: list[Group]) -> str:
     lines = []
     for spec in all_specs(store, wanted):
         if spec.seed == TUNING_SEED + 1:
-            settings = [word for setting in spec.overrides() for word in ("--set", setting)]
             out = f"runs/{spec.arm.name}-{tokens_text(spec.tokens)}"
             base = spec.arm.init
             start = [] if base is None else ["--init", f"runs/{base}-{tokens_text(spec.scale.tokens)}"]
-            words = ["infmoe", "train", spec.recipe, "--data", "DIR", "--out", out, *start, *settings]
+            words = ["infmoe", "train", spec.recipe, "--data", "DIR", "--out", out, *start, *spec.words()]
             lines.append(shlex.join(words))
     return "\n".join(lines)
 
@@ -320,7 +322,7 @@ def smoke(request: Request, store: Store, wanted: list[Group], data: Path) -> No
         folder = request.work / store.scale.name / f"smoke-{spec.arm.name}"
         shutil.rmtree(folder, ignore_errors=True)
         command = [*launch_words(request), "train", spec.recipe, "--out", str(folder), "--data", str(data)]
-        command += [word for setting in (*spec.overrides(), *smoke_settings(request)) for word in ("--set", setting)]
+        command += [*spec.words(), *(word for setting in smoke_settings(request) for word in ("--set", setting))]
         begin = time.monotonic()
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from infmoe.errors import unknown_name
 from infmoe.recipes import recipe
-from infmoe.reproduce.arms import LATE_EXPERTS, RATE_FACTORS, Arm
+from infmoe.reproduce.arms import LATE_EXPERTS, RATE_FACTORS, STARTED, Arm, at_other_rates
 from infmoe.train.config import RunConfig, apply_overrides
 
 TUNING_SEED = 0  # learning rates are chosen on it, so it is not reported
@@ -141,6 +141,10 @@ class RunSpec:
             *self.arm.settings,
         ]
 
+    def words(self) -> list[str]:
+        """The overrides on a command line."""
+        return [word for setting in self.overrides() for word in ("--set", setting)]
+
     def config(self) -> RunConfig:
         """The whole run, but for its data."""
         return apply_overrides(recipe(self.recipe), self.overrides())
@@ -174,7 +178,12 @@ class Group:
 
 
 TIER1 = ("infinity", "moe", "dense-swiglu", "infinity-glu", "dense-wide")
-OTHER_RATES = tuple(f"{name}-lr{factor:g}x" for name, factor in RATE_FACTORS.items())
+# At the longer runs' length ∞-MoE at the rate of those of tier 1 whose grids end there
+LONG_RATES = ("infinity-lr2x",)
+# What the tiny geometry and the defaults of a baseline may cost it
+STARTS = (*(f"{name}-start" for name in STARTED), "moe-balance0.001")
+START_RATES = tuple(arm for name in STARTED for arm in at_other_rates(f"{name}-start"))
+OTHER_RATES = tuple(arm for name in RATE_FACTORS for arm in at_other_rates(name))
 # Tier 2, the more informative half first
 _TIER2_FIRST = (
     *("infinity-sigma0", "infinity-no-topn", "infinity-frozen-wz", "infinity-keep8", "infinity-keep16"),
@@ -187,7 +196,7 @@ _TIER2_THEN = (
 )
 TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
 # What ∞-MoE is compared with at equal budgets beside these: itself with one sample, and mixtures of narrow experts
-FURTHER_RIVALS = ("infinity-keep4", "moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
+FURTHER_RIVALS = ("infinity-keep4", *(f"moe16-fine-k{k}-scaled" for k in (4, 8, 16)))
 
 
 # Elastic compute: over the keep ratio, over the number of experts, over K, and what is left
@@ -303,6 +312,9 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
         Group(TIER1, s.long_tokens, _side(s)),
         Group(("infinity", *_TIER2_THEN), s.tokens, _side(s)),
         Group((*FURTHER_RIVALS, *z_arms(s).values()), s.tokens, _side(s)),
+        Group(STARTS if s.lr_grid else (), s.tokens, _side(s)),
+        Group(LONG_RATES if s.lr_grid else (), s.long_tokens, (1, 1)),
+        Group(START_RATES if s.lr_grid else (), s.tokens, (1, 1)),
     ],
     "elastic": _elastic,
 }
@@ -312,10 +324,11 @@ _TABLES = ("table3", "figure3", "table6", "table1", "figure2", "figure4")
 def _all(scale: Scale) -> list[Group]:
     """Everything, the most informative first.
 
-    Tier 1 and what elastic compute is compared by with all their seeds, then every other comparison once, then its
-    seeds.
+    Tier 1 and what elastic compute is compared by with all their seeds; every other comparison once; the seeds of
+    tier 2's first half, of the long runs of ∞-MoE and MoE and of what the baselines may be given; the rarer elastic
+    rules once; all other seeds.
     """
-    first, rates, tier2, longer, tier2_then, further = EXPERIMENTS["controls"](scale)
+    first, rates, tier2, longer, tier2_then, further, starts, *other_rates = EXPERIMENTS["controls"](scale)
     keep, unscaled, *elastic, late, draws, between, between_fewer, more, more_fewer, beside = EXPERIMENTS["elastic"](
         scale
     )
@@ -324,9 +337,11 @@ def _all(scale: Scale) -> list[Group]:
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
     tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
-    once = [rates_once, tier2, draws, *sizes, *long, *tables, tier2_then, longer, *rest]
-    then = [tier2, *sizes, tier2_then, *long, *tables, longer, rates, late, draws, *rest, further, beside]
-    return [few, keep, unscaled, *_seeds([late], 1), *elastic, *_seeds(once, 1), *then, first]
+    once = [rates_once, starts, *other_rates, tier2, draws, *sizes, *long, *tables, tier2_then, longer]
+    rare_once = _seeds(rest, 1)
+    seeds = [tier2, *long, starts, *sizes, *rare_once, tier2_then, *tables, longer]
+    last = [rates, late, draws, *rest, further, beside, first]
+    return [few, keep, unscaled, *_seeds([late], 1), *elastic, *_seeds(once, 1), *seeds, *last]
 
 
 def _seeds(wanted: list[Group], seeds: int) -> list[Group]:

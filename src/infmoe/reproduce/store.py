@@ -1,4 +1,4 @@
-"""Finished runs on disk: one JSON file each, never overwritten, never mixed up."""
+"""Finished runs on disk: one JSON file each, which later measures are added to, never mixed up."""
 
 import json
 import math

@@ -45,6 +45,9 @@ class OptimConfig(_Strict):
         eps: AdamW's epsilon.
         weight_decay: on every matrix, embeddings included (as nanoGPT).
         clip_norm: the gradient's norm is cut to this; None: never.
+        zero_stage: 1: of several processes each keeps AdamW's state of its share of the parameters alone, updates
+            those, and sends them to the others (ZeRO-1, which the paper trains with); 0: each keeps all of it. The
+            weights are the same, and a run may go on with the other.
     """
 
     lr: float = Field(gt=0)
@@ -52,6 +55,7 @@ class OptimConfig(_Strict):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
+    zero_stage: Literal[0, 1] = 0
 
 
 class ScheduleConfig(_Strict):
@@ -277,7 +281,7 @@ _FRACTION = re.compile(r"(?<![\w./])(\d+)\s*/\s*(\d+)(?![\w./])")
 
 # What may differ between a run and its resumption: it leaves the weights as they are. The data folder may
 # have moved; its contents are compared by hash.
-REPORTING_KEYS = ("name", "data.dir", "eval", "log", "checkpoint")
+FREE_KEYS = ("name", "data.dir", "eval", "log", "checkpoint", "optim.zero_stage")
 
 
 def load_config(values: Mapping[str, Any]) -> RunConfig:
@@ -348,7 +352,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         key
         for key in flat_old.keys() | flat_new.keys()
         if flat_old.get(key) != flat_new.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in REPORTING_KEYS)
+        and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
     )
 
 

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from infmoe.train.config import RunConfig, hf_config
+
+if TYPE_CHECKING:
+    from infmoe.hf import InfMoEConfig
 
 
 def describe(config: RunConfig) -> str:
@@ -50,8 +54,25 @@ def describe(config: RunConfig) -> str:
             "",
             *(f"{name:<24}{value:>20}   {note}" for name, value, note in rows),
             *start,
+            *remarks(config, model_config),
         ]
     )
+
+
+def remarks(config: RunConfig, model_config: "InfMoEConfig") -> list[str]:
+    """What may be trained, but is hardly meant: a line for each."""
+    dials = (model_config.num_experts_per_tok, model_config.trained_experts_per_tok)
+    norm, layers = model_config.gate_norm, model_config.num_hidden_layers
+    of_layers = zip(*(value if isinstance(value, list | tuple) else [value] * layers for value in dials), strict=True)
+    constant = any(k == 1 and (norm == "selected" or (norm == "trained" and own == 1)) for k, own in of_layers)
+    draws_more = max(config.elastic.num_experts_per_tok or (1,)) > 1
+    routes = model_config.expert_router == "learned" and (model_config.num_experts or 0) > 1
+    if routes and constant and not draws_more:
+        return [
+            "note: the gate of a single expert is 1 whatever the router says, so the text does not train such a "
+            "layer's router; with --set model.gate_norm=all it does"
+        ]
+    return []
 
 
 def _elastic_from(config: RunConfig) -> str:

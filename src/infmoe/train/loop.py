@@ -8,7 +8,8 @@ B rows, T tokens.
 
 import math
 import signal
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,8 @@ class TrainResult:
 def train(config: RunConfig, out: Path, resume: bool = False) -> TrainResult:
     """Train a model; see `infmoe.train.run`."""
     with Hold(out) as hold:
-        session = Session.start(config, out, resume, hold)
+        with _failure_said(config, hold):
+            session = Session.start(config, out, resume, hold)
         reporter = Reporter(
             out,
             first_step=session.first_step,
@@ -57,16 +59,33 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> TrainResult:
             active=session.accelerator.is_main_process,
         )
         with session, reporter, StopSignal() as stop:
-            try:
+            with _failure_said(config, hold):
                 result = _steps(session, reporter, stop)
-            except InfMoEError as error:
-                with suppress(OSError):  # the disk is full, perhaps
-                    hold.end(Ending("diverged" if isinstance(error, DivergedError) else "failed", message=str(error)))
-                raise
             # before a launcher's next signal may end this process
             stopped_by = result.exit_code - 128 if result.exit_code else 0
             hold.end(Ending("stopped", stopped_by) if stopped_by else Ending("finished"))
     return result
+
+
+@contextmanager
+def _failure_said(config: RunConfig, hold: Hold) -> Iterator[None]:
+    """Within, what the user can mend is written down as the run's ending; a device that is too small is that too."""
+    try:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            smaller = (
+                [f"a smaller micro_batch_size than {config.micro_batch_size}"] if config.micro_batch_size > 1 else []
+            )
+            smaller += [] if config.gradient_checkpointing else ["gradient_checkpointing=true"]
+            raise InfMoEError(
+                f"the device's memory is full: free some and continue with --resume, or start in another --out with "
+                f"{' or '.join([*smaller, 'a smaller model'])}"
+            ) from error
+    except InfMoEError as error:
+        with suppress(OSError):  # the disk is full, perhaps
+            hold.end(Ending("diverged" if isinstance(error, DivergedError) else "failed", message=str(error)))
+        raise
 
 
 def _steps(session: Session, reporter: Reporter, stop: StopSignal) -> TrainResult:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from infmoe.errors import InfMoEError
@@ -46,10 +47,20 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[di
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `param_groups`; `set_lr` moves their learning rates."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over `param_groups`, sharded over the processes at `zero_stage=1`; `set_lr` moves the learning rates."""
     groups = param_groups(model, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+    if config.zero_stage == 0 or not (dist.is_available() and dist.is_initialized()):
+        return torch.optim.AdamW(groups, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # not of every build of torch
+
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+
+
+def own_share(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer of this process's share of the parameters; of all of them where it is not sharded."""
+    return getattr(optimizer, "optim", optimizer)
 
 
 def lr_ratio(step: int, num_steps: int, config: ScheduleConfig) -> float:
@@ -71,12 +82,29 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors named `parameter/entry`: what a safetensors file can hold."""
-    return {
-        f"{name}/{entry}": value.detach().cpu().contiguous()
+    """The optimizer's state as flat tensors named `parameter/entry`: what a safetensors file can hold.
+
+    Of a sharded optimizer every process calls this, and the main process alone gets the state, all of it. One tensor
+    travels at a time: torch's `consolidate_state_dict` pickles a whole share, byte by byte, and keeps it.
+    """
+    own = own_share(optimizer)
+    held = {
+        f"{name}/{entry}": value.detach()
         for name, param in model.named_parameters()
-        for entry, value in optimizer.state.get(param, {}).items()
+        for entry, value in own.state.get(param, {}).items()
     }
+    if own is optimizer:
+        return {name: value.cpu().contiguous() for name, value in held.items()}
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, {name: (value.shape, value.dtype) for name, value in held.items()})
+    device, found = next(model.parameters()).device, {}
+    for rank, share in enumerate(shares):
+        for name, (shape, dtype) in share.items():
+            mine = held[name].to(device) if name in held else torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(mine.contiguous(), src=rank)
+            if dist.get_rank() == 0:
+                found[name] = mine.cpu()
+    return found
 
 
 def load_optimizer_tensors(
@@ -87,12 +115,18 @@ def load_optimizer_tensors(
     Raises:
         InfMoEError: a parameter that was trained and is now frozen.
     """
+    own = own_share(optimizer)  # the wrapper's `load_state_dict` would keep a second copy of it
     state: dict[int, dict[str, Any]] = {}
-    positions = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    all_positions, positions = _positions(optimizer), _positions(own)
     for name, param in model.named_parameters():
         entries = {k.partition("/")[2]: v for k, v in tensors.items() if k.partition("/")[0] == name}
-        if entries and id(param) not in positions:
+        if entries and id(param) not in all_positions:
             raise InfMoEError(f"the checkpoint has trained {name}, which the configuration freezes: start a new run")
-        if entries:
+        if entries and id(param) in positions:
             state[positions[id(param)]] = entries
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    own.load_state_dict({"state": state, "param_groups": own.state_dict()["param_groups"]})
+
+
+def _positions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """The place of each parameter in the optimizer's state, by its id."""
+    return {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}

@@ -150,8 +150,11 @@ def _unwritable(out: Path, error: OSError) -> InfMoEError:
 
 def run_record(config: RunConfig, data_sha256: str) -> dict[str, Any]:
     """What the run is: configuration, data, and the versions and the machine that ran it."""
+    values = config.to_dict()
+    if config.data.dir is not None:
+        values["data"]["dir"] = str(Path(config.data.dir).absolute())  # to be the same folder from wherever it is read
     return {
-        "config": config.to_dict(),
+        "config": values,
         "data_sha256": data_sha256,
         "versions": versions(),
         "machine": machine(),

@@ -31,9 +31,10 @@ from infmoe.hf import InfMoEConfig, InfMoEForCausalLM
 from infmoe.hf.identity import fingerprint
 from infmoe.layers.routing import NoiseKey, Routing
 from infmoe.train.config import RunConfig, hf_config
+from infmoe.train.description import remarks
 from infmoe.train.elastic import check_elastic
 from infmoe.train.initial import describe_start, open_initial
-from infmoe.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from infmoe.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, own_share
 from infmoe.train.run_dir import Hold, Start, open_run, run_record
 
 R = TypeVar("R")
@@ -90,6 +91,8 @@ class Session:
                 opened = open_initial(config.init, model_config, data)
                 initial.append(opened)
                 record["init"] = {"checkpoint": str(opened.checkpoint), "fingerprint": fingerprint(opened.model)}
+            for remark in remarks(config, model_config):
+                ckpt.to_stderr(remark)
             return open_run(out, record, resume=resume, say=ckpt.to_stderr, hold=hold)
 
         begin = on_main(accelerator, claim)
@@ -166,9 +169,13 @@ class Session:
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of `step`, from the main process, and drop those no longer kept."""
+        shared = own_share(self.optimizer) is not self.optimizer
+        state: dict[str, Tensor] = {}
+        if shared or self.accelerator.is_main_process:
+            state = optimizer_tensors(self.accelerator.unwrap_model(self.model), self.optimizer)
 
         def write() -> Path:
-            path = ckpt.write_checkpoint(self.out, step, lambda folder: self._fill(folder, step))
+            path = ckpt.write_checkpoint(self.out, step, lambda folder: self._fill(folder, step, state))
             ckpt.prune(self.out, step, self.config.checkpoint.keep_last)
             return path
 
@@ -186,12 +193,12 @@ class Session:
             self.accelerator.free_memory()
             self.accelerator.end_training()
 
-    def _fill(self, folder: Path, step: int) -> None:
+    def _fill(self, folder: Path, step: int, optimizer_state: dict[str, Tensor]) -> None:
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(folder)
         for file in sorted((self.data.folder / "tokenizer").glob("*.json")):
             shutil.copyfile(file, folder / file.name)
-        save_file(optimizer_tensors(model, self.optimizer), folder / ckpt.OPTIMIZER)
+        save_file(optimizer_state, folder / ckpt.OPTIMIZER)
         state = {"step": step, "tokens": step * self.config.batch_tokens, **self.record}
         (folder / ckpt.TRAINER_STATE).write_text(json.dumps(state, indent=2) + "\n")
 
@@ -230,7 +237,8 @@ def _start_accelerator(config: RunConfig, model_config: InfMoEConfig) -> Acceler
     ):
         if os.environ.get(variable, "false").lower() == "true":
             raise InfMoEError(
-                f"training does not support {name}: launch with plain DDP (accelerate launch --multi_gpu)"
+                f"training does not support {name}: launch with plain DDP (accelerate launch --multi_gpu), and "
+                "--set optim.zero_stage=1 to share the optimizer's state"
             )
     # routing by z = mu leaves the map to sigma without a gradient, for which DDP would wait forever
     idle = model_config.routing_mode == "mu" and model_config.sigma_activation != "none"
@@ -269,4 +277,7 @@ def _num_val_windows(config: RunConfig, data: TokenData) -> int:
     """Windows that an evaluation looks at: as many as asked for, or all there are."""
     if config.eval.every is None:
         return 0
-    return min(config.eval.windows, data.num_windows("val", config.window))
+    remedy = "train without evaluation (--set eval.every=null), or on data prepared with a larger --val-fraction"
+    if not data.info("val").tokens:
+        raise InfMoEError(f"{data.folder} has no val split: {remedy}")
+    return min(config.eval.windows, data.num_windows("val", config.window, remedy=remedy))

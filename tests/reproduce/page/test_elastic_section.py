@@ -109,9 +109,9 @@ def test_the_smallest_ratio_that_is_no_worse_than_moe(store, mini, loss, seeds, 
 def test_moe_is_held_against_at_both_counts_of_parameters(store, mini):
     fill(store, {"infinity-keep4": 3.5, "moe": 3.6, "moe-plus": 3.4}, mini.tokens)
     body = elastic(store, Gallery(store.folder)).body
-    first, second = (part.splitlines() for part in body.split("**Against MoE, 4 experts, top-2** (`")[1:])
-    assert first[0].startswith("moe`, equal total parameters without W_z")
-    assert second[0].startswith("moe-plus`, its experts wider")
+    first, second = (part.splitlines() for part in body.split("**Against MoE, ")[1:])
+    assert first[0].startswith("4 experts, top-2** (`moe`, equal total parameters without W_z")
+    assert second[0].startswith("wider by W_z and router** (`moe-plus`, its experts wider")
     rows = [next(line for line in part if line.startswith("| infinity-keep4, K = 1 |")) for part in (first, second)]
     assert "| none |" not in rows[0]
     assert "| none |" in rows[1]

@@ -24,6 +24,7 @@ from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
 from infmoe.eval.loading import Opened, open_model
 from infmoe.eval.zero_shot.local import LocalTask
 from infmoe.eval.zero_shot.scoring import Request, Score, score
+from infmoe.hf.configuration_infmoe import variant_options
 from infmoe.layers import NoiseKey, Routing
 from infmoe.layers.point import Point
 
@@ -50,7 +51,8 @@ class InfMoELM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
-        **unknown: Any,
+        dtype: str | None = None,
+        **options: Any,
     ):
         """Open a checkpoint.
 
@@ -62,17 +64,25 @@ class InfMoELM(TemplateLM):
             max_batch_size: taken and not needed.
             device: "cpu", "cuda" (which lm-eval asks for unless told otherwise); None, or a GPU that is not there:
                 the GPU where there is one.
-            **unknown: refused by name.
+            dtype: "float32" or "bfloat16"; None: the checkpoint's.
+            **options: of the variant, in place of the checkpoint's, as `capacity_factor="null"`; for what is opened
+                here. Any other is refused by name.
 
         Raises:
-            InfMoEError: nothing to open, or a dial that the model does not have.
+            InfMoEError: nothing to open, or a dial or an option that the model does not have.
         """
         super().__init__()
-        for name in unknown:
-            raise unknown_name("model argument", name, ("pretrained", *_DIALS, "mode", "seed", "batch_size", "device"))
+        to_open = () if isinstance(pretrained, Opened) else variant_options()
+        for name in options.keys() - to_open:
+            known = ("pretrained", *_DIALS, "mode", "seed", "batch_size", "device", "dtype", *to_open)
+            raise unknown_name("model argument", name, known)
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = None
-        opened = pretrained if isinstance(pretrained, Opened) else open_model(pretrained, device)
+        if isinstance(pretrained, Opened):
+            opened = pretrained
+        else:
+            overrides = [f"{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
+            opened = open_model(pretrained, device, dtype, overrides)
         self.model, self.tokenizer = opened.model, opened.tokenizer()
         points = grid(
             self.model.config,
@@ -91,7 +101,8 @@ class InfMoELM(TemplateLM):
         if self.model.config.ffn == "switch" and self.model.config.capacity_factor is not None:
             raise InfMoEError(
                 "a Switch layer with a capacity drops tokens by what stands beside them in the batch, so its scores "
-                "would depend on it: evaluate with --set capacity_factor=null"
+                "would depend on it: open it with --set capacity_factor=null (of lm-eval's own command: --model_args "
+                "pretrained=DIR,capacity_factor=null)"
             )
         self.progress: Callable[[int], None] = lambda _: None
 

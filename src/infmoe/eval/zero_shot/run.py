@@ -10,8 +10,9 @@ from typing import Any
 
 from infmoe.data.shards import sha256
 from infmoe.errors import InfMoEError
-from infmoe.eval.dials import grid, parse_ints, parse_mode, parse_ratios
+from infmoe.eval.dials import grid
 from infmoe.eval.loading import open_model
+from infmoe.eval.sweep import points_of
 from infmoe.eval.zero_shot.local import read_local
 from infmoe.eval.zero_shot.show import finished, with_error
 from infmoe.eval.zero_shot.tasks import Column, columns_named
@@ -85,7 +86,7 @@ def evaluate_tasks(
     columns = columns_named(settings.tasks, local=settings.data_dir is not None)
     files = {c.task: read_local(c, settings.data_dir) for c in columns} if settings.data_dir is not None else {}
     opened = open_model(model_dir, device, dtype, overrides)
-    points = _points(opened.model.config, num_samples, keep_ratio, num_experts_per_tok, mode)
+    points = points_of(opened.model.config, num_samples, keep_ratio, num_experts_per_tok, mode)
     result: dict[str, Any] = {
         "checkpoint": f"{model_dir.resolve().name}/{opened.checkpoint.name}",
         "device": opened.model.device.type,
@@ -172,24 +173,6 @@ def _note(notes: dict[str, dict[str, float]], column: Column, scored: Scored, *,
         )
     if found:
         notes[column.task] = found
-
-
-def _points(
-    config: Any, num_samples: str | None, keep_ratio: str | None, num_experts_per_tok: str | None, mode: str | None
-) -> list[Point]:
-    """The points of a command line; beside sampled ones, z = mu is one point a keep ratio, whatever K."""
-    modes = [parse_mode(name.strip()) for name in dict.fromkeys(mode.split(","))] if mode is not None else [None]
-    samples = parse_ints(num_samples, "--num-samples")
-    points = []
-    for one in modes:
-        points += grid(
-            config,
-            num_samples=None if one == "mu" and len(modes) > 1 else samples,
-            keep_ratios=parse_ratios(keep_ratio, "--keep-ratio"),
-            num_experts_per_tok=parse_ints(num_experts_per_tok, "--num-experts-per-tok"),
-            mode=one,
-        )
-    return list(dict.fromkeys(points))
 
 
 def draws(config: Any, point: Point) -> bool:

@@ -45,15 +45,16 @@ def table(result: dict[str, Any]) -> str:
     names = list(known)
     several = len(result["seeds"]) > 1
     widths = [max(18 if several else 16, len(name)) for name in names]
+    first = max(23, *(len(row["label"]) + 1 for row in rows))  # a schedule's label is long
     lines = ["accuracy in %, ± standard error; below, the right answer's margin in nats, ± 95 %"]
     if several:
         lines.append(f"of seed {result['seeds'][0]}; below, the lowest and the highest of {len(result['seeds'])} seeds")
-    lines.append(_line("", names, widths, "mean"))
+    lines.append(_line("", names, widths, "mean", first))
 
     def add(label: str, row: dict[str, Any], cell: Callable[[dict[str, Any]], str], last: str = "") -> None:
         cells = [cell(row["tasks"][name]) if name in row["tasks"] else "–" for name in names]
         if set(cells) != {"–"}:
-            lines.append(_line(label, cells, widths, last))
+            lines.append(_line(label, cells, widths, last, first))
 
     for row in rows:
         average = f"{100 * row['average']:.1f}" if "average" in row else "–"
@@ -70,13 +71,13 @@ def table(result: dict[str, Any]) -> str:
             )
         if row is not rows[0]:
             add("  change (acc / margin)", row, _change)
-    lines.append(_line("chance", [f"{100 * known[name]['chance']:.0f}" for name in names], widths, ""))
+    lines.append(_line("chance", [f"{100 * known[name]['chance']:.0f}" for name in names], widths, "", first))
     for arm in ("dense", "moe", "infinity"):
         printed = dict(zip(paper.TABLE1_TASKS, paper.TABLE1["small"][arm][1], strict=True))
         cells = [f"{printed[name]:.1f}" if name in printed else "–" for name in names]
         shared = [printed[name] for name in names if name in printed]
         mean = f"{statistics.fmean(shared):.1f}" if len(shared) == len(names) else "–"
-        lines.append(_line(f"paper, small {arm}", cells, widths, mean))
+        lines.append(_line(f"paper, small {arm}", cells, widths, mean, first))
     lines += [f"note: {note}" for note in _notes(result, known)]
     return "\n".join(lines)
 
@@ -134,8 +135,8 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{min(values):{form}} to {max(values):{form}}"
 
 
-def _line(label: str, cells: Sequence[str], widths: Sequence[int], last: str) -> str:
-    return f"{label:<23}" + "".join(f"{c:>{w + 2}}" for c, w in zip(cells, widths, strict=True)) + f"{last:>14}"
+def _line(label: str, cells: Sequence[str], widths: Sequence[int], last: str, first: int) -> str:
+    return f"{label:<{first}}" + "".join(f"{c:>{w + 2}}" for c, w in zip(cells, widths, strict=True)) + f"{last:>14}"
 
 
 def plot(result: dict[str, Any], path: Path) -> Path:
@@ -148,6 +149,8 @@ def plot(result: dict[str, Any], path: Path) -> Path:
 
     names, rows = finished(result), result["points"]
     varied = [dial for dial in _DIALS if len({row[dial] for row in rows} - {None}) > 1]
+    if any(isinstance(row[dial], tuple | list) for dial in varied for row in rows):
+        varied = []  # no axis has a place for one value a layer
     values = ["acc", "margin", *(["margin_change"] if len(rows) > 1 else [])]
     fig, axes = figure(max(1, len(varied)), rows=len(values), width=5.6 if len(varied) > 1 else 8.4, height=3.4)
     columns = len(axes) // len(values)

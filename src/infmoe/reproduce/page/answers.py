@@ -69,7 +69,7 @@ _PARTS = (
     _Part("the three together, at equal learning rates", OURS, _GATE_AT_OURS, claimed=True),
     _Part("the sparsity, with the noise: ∞-MoE against keeping every neuron", OURS, "infinity-no-topn"),
     _Part("learning W_z: ∞-MoE against W_z as drawn", OURS, "infinity-frozen-wz", claimed=True),
-    _Part("a MoE that starts as large as a dense layer: gates that sum to 2 against 1", "moe-scaled", "moe"),
+    _Part("a MoE that starts as large as a dense layer of its active width: gates that sum to 2", "moe-scaled", "moe"),
     _Part("∞-MoE against that MoE", OURS, "moe-scaled"),
     _Part("learning a discrete router: MoE against hashing token ids", "moe", "moe-hash"),
     _Part("∞-MoE over SwiGLU neurons against plain SwiGLU", "infinity-swiglu", "dense-swiglu"),
@@ -149,7 +149,20 @@ def _chain(store: Store) -> str:
     head = ("step", "change of the loss, nats", "share of the gain")
     return (
         f"\n\n**The gain, step by step** (all at learning rate {rates_of(store, *arms)}, over the seeds that every "
-        f"step has: {len(seeds)})\n\n{markdown_table(head, rows)}"
+        f"step has: {len(seeds)})\n\n{markdown_table(head, rows)}{_at_the_bases_rate(store)}"
+    )
+
+
+def _at_the_bases_rate(store: Store) -> str:
+    """What is left of the gain where the plain layer is trained at its own rate, where that is another."""
+    base = _CHAIN[0].split("-lr")[0]
+    lost = store.difference(_CHAIN[0], base, store.scale.tokens)
+    whole = store.difference(OURS, base, store.scale.tokens)
+    if lost is None or whole is None or not store.scale.lr_grid:
+        return ""
+    return (
+        f"\n\nThe plain layer loses {text_of(lost, 4, sign=True)} nats at that rate against its own, "
+        f"{rates_of(store, base)}; ∞-MoE at its own against it at its own: {nats(whole, 4)}."
     )
 
 

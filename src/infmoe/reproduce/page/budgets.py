@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from infmoe.reproduce.arms import at_other_rates
 from infmoe.reproduce.page.section import (
     MISSING,
     NOT_RUN,
@@ -17,7 +18,7 @@ from infmoe.reproduce.page.section import (
     text_of,
 )
 from infmoe.reproduce.page.speeds import speeds
-from infmoe.reproduce.plan import OTHER_RATES, TIER1, TIER2, Scale, z_arms
+from infmoe.reproduce.plan import TIER1, TIER2, Scale, z_arms
 from infmoe.reproduce.statistics import Interval, paired
 from infmoe.reproduce.store import Finished, Store
 
@@ -45,16 +46,16 @@ def measured(run: Finished, name: str) -> float:
 _SMALLER = {"infinity-keep4": "K = 1, 1/4", "infinity-keep8": "K = 1, 1/8", "infinity-keep16": "K = 1, 1/16"}
 _BLOCKS = {f"infinity-blocks{size}": f"K = 2, 1/4, blocks of {size}" for size in (16, 32, 64)}
 _RIVALS = ("dense", "switch", "moe", "infinity-glu")  # what an arm's name begins with
-_FINE = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled")
+_FINE = ("moe16-fine-k4-scaled", "moe16-fine-k8-scaled", "moe16-fine-k16-scaled")
 _CLAIMED_RIVALS = {
     "moe": "MoE (4 experts, top-2)",
-    "moe16-fine-k8-scaled": "MoE of 16 narrow experts, its output as large at the start",
+    "moe16-fine-k8-scaled": "MoE of 16 narrow experts, gates that sum to k",
     "dense-swiglu": "dense SwiGLU",
     "infinity-glu": "the dense GLU with a gate of rank d_z",
 }
 # of one kind, the first where several are as near
 _KIN = {
-    "moe16-fine-k8-scaled": ("moe16-fine-k8-scaled", "moe16-fine-k4-scaled"),
+    "moe16-fine-k8-scaled": ("moe16-fine-k8-scaled", "moe16-fine-k4-scaled", "moe16-fine-k16-scaled"),
     "moe": ("moe", "moe-scaled", "moe-plus"),
     "dense-swiglu": ("dense-swiglu", "dense-swiglu-active", "dense-swiglu-plus"),
     "infinity-glu": ("infinity-glu",),
@@ -118,14 +119,20 @@ def rates_of(store: Store, *arms: str) -> str:
     return " and ".join(dict.fromkeys(f"{run.spec.lr:g}" for run in runs))
 
 
-def equal_rates_note(store: Store, ours: str, rival: str) -> str:
-    """What is left of a difference at each other learning rate at which both arms were run."""
-    names = ([arm, *(name for name in OTHER_RATES if name.startswith(f"{arm}-lr"))] for arm in (ours, rival))
+def equal_rates_note(store: Store, ours: str, rival: str, but: tuple[str, str] | None = None) -> str:
+    """What is left of a difference at each other learning rate at which both arms were run.
+
+    Args:
+        store: of the runs.
+        ours, rival: arms.
+        but: the pair, at whatever rates, whose difference is told already; None: the arms themselves.
+    """
+    names = ((arm, *at_other_rates(arm)) for arm in (ours, rival))
     notes = []
     for mine, its in itertools.product(*names):
         gap = store.difference(mine, its, store.scale.tokens)
         rate = rates_of(store, mine, its)
-        if gap is not None and (mine, its) != (ours, rival) and " and " not in rate:
+        if gap is not None and (mine, its) != (but or (ours, rival)) and " and " not in rate:
             notes.append(f"at learning rate {rate}: {nats(gap)}")
     return "; ".join(notes)
 
@@ -170,7 +177,7 @@ def _budget_claim(store: Store, first: Mapping[str, Finished], rival: str, title
 
 
 def equal_training(store: Store, section: Section) -> str:
-    """Rivals trained for as long as ∞-MoE, in FLOPs or seconds: on more tokens, between two lengths that were run."""
+    """Rivals trained for as long as ∞-MoE, in FLOPs or seconds: on more tokens, between lengths that were run."""
     scale = store.scale
     times = speeds(store)
     rows = []
@@ -192,14 +199,15 @@ def equal_training(store: Store, section: Section) -> str:
             rows.append([budget, name, over, shown, count])
             if name in _CLAIMED_RIVALS:
                 text = f"∞-MoE against {_CLAIMED_RIVALS[name]} at equal {budget}"
-                note = f"the rival on {over} times the tokens, between two lengths that were run"
+                note = f"the rival on {over} times the tokens, between lengths that were run"
                 seeds = f" nats ({of_seeds(known[0])})" if known else ""
                 section.claims.append(Claim(text, shown + seeds, _verdict_of_ends(found), note, ours=True))
     if not rows:
         return ""
     head = ("budget", "rival", "its tokens over ∞-MoE's", "loss of ∞-MoE minus it, nats", "seeds")
     return (
-        "**At equal training cost** (the rival's loss between its two lengths, linear in the logarithm of the tokens; "
+        "**At equal training cost** (the rival's loss between the two nearest of its lengths, linear in the logarithm "
+        "of the tokens, which is more than a curve that flattens has there: a rival does a little better than this; "
         "of a measured time, from the most that its quartiles give the one to the most that they give the other)\n\n"
         + markdown_table(head, rows)
     )
@@ -226,11 +234,19 @@ def _at_ratio(store: Store, name: str, ratio: float) -> Interval | None:
     scale = store.scale
     if not 1.0 <= ratio <= scale.long_tokens / scale.tokens:
         return None
-    return paired(store.losses(OURS, scale.tokens), _at_tokens(store, name, scale.tokens * ratio))
+    return paired(store.losses(OURS, scale.tokens), at_tokens(store, name, scale.tokens * ratio))
 
 
-def _at_tokens(store: Store, name: str, tokens: float) -> dict[int, float]:
+def at_tokens(store: Store, name: str, tokens: float) -> dict[int, float]:
+    """Seed -> loss at a number of tokens, between the nearest lengths that the seed was run at."""
     scale = store.scale
-    short, long = store.losses(name, scale.tokens), store.losses(name, scale.long_tokens)
-    share = math.log(tokens / scale.tokens) / math.log(scale.long_tokens / scale.tokens)
-    return {seed: (1 - share) * short[seed] + share * long[seed] for seed in short.keys() & long.keys()}
+    lengths = sorted({scale.tokens, scale.long_tokens, *scale.data_sizes})
+    runs = {length: store.losses(name, length) for length in lengths}
+    found = {}
+    for seed in runs[scale.tokens].keys() & runs[scale.long_tokens].keys():
+        there = [length for length in lengths if seed in runs[length]]
+        short = max(length for length in there if length <= tokens)
+        long = min(length for length in there if length >= tokens)
+        share = math.log(tokens / short) / math.log(long / short) if long > short else 0.0
+        found[seed] = (1 - share) * runs[short][seed] + share * runs[long][seed]
+    return found

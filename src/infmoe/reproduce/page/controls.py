@@ -4,25 +4,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infmoe.layers.point import ratio_text
-from infmoe.reproduce.arms import RATE_FACTORS, arm_named, label, titled
+from infmoe.reproduce.arms import LARGER_START, RATE_FACTORS, arm_named, at_other_rates, label, titled
 from infmoe.reproduce.page.answers import answers
-from infmoe.reproduce.page.budgets import OURS, equal_budgets, equal_training, measured
+from infmoe.reproduce.page.budgets import OURS, equal_budgets, equal_rates_note, equal_training, measured, rates_of
 from infmoe.reproduce.page.figures import Gallery
 from infmoe.reproduce.page.section import (
     MISSING,
     Claim,
     Section,
     at_dials,
+    better,
     in_brackets,
     markdown_table,
     mean_loss,
+    nats,
     relative,
     seeds_text,
     text_of,
     verdict_all_below,
 )
 from infmoe.reproduce.page.speeds import Time, speeds
-from infmoe.reproduce.plan import FURTHER_RIVALS, OTHER_RATES, TIER1, TIER2, tokens_text
+from infmoe.reproduce.plan import FURTHER_RIVALS, LONG_RATES, STARTS, TIER1, TIER2, RunSpec, tokens_text
 from infmoe.reproduce.statistics import Interval, interval, paired
 from infmoe.reproduce.store import Store
 
@@ -39,6 +41,7 @@ def controls(store: Store, gallery: Gallery) -> Section:
         _all_arms(store),
         _seeds_line(store),
         _rates(store),
+        _starts(store, section),
         _longer(store),
         equal_budgets(store, section),
         equal_training(store, section),
@@ -144,9 +147,9 @@ def _rates(store: Store) -> str:
     scale = store.scale
     found: dict[str, dict[float, tuple[str, Interval]]] = {}
     for name in RATE_FACTORS:
-        for arm in (name, *(other for other in OTHER_RATES if other.startswith(f"{name}-lr"))):
-            loss, lr = mean_loss(store, arm, scale.tokens), store.lr(arm_named(arm))
-            if loss is not None and lr is not None:
+        for lr, arm in _by_rate(store, name).items():
+            loss = mean_loss(store, arm, scale.tokens)
+            if loss is not None:
                 found.setdefault(name, {})[lr] = arm, loss
     rates = sorted({lr for at in found.values() for lr in at})
     if not any(len(at) > 1 for at in found.values()):
@@ -167,7 +170,7 @@ def _rates(store: Store) -> str:
 def _missed_rates(store: Store) -> str:
     """The arms that do better at a rate that their grid did not choose."""
     scale = store.scale
-    pairs = {name: f"{name}-lr{factor:g}x" for name, factor in RATE_FACTORS.items()}
+    pairs = {name: arm for name in RATE_FACTORS for arm in at_other_rates(name)}
     gaps = {name: gap for name, arm in pairs.items() if (gap := store.difference(arm, name, scale.tokens)) is not None}
     missed = [
         f"{name} {text_of(gap, sign=True)} ({store.lr(arm_named(pairs[name])):g})"
@@ -177,12 +180,98 @@ def _missed_rates(store: Store) -> str:
     if not gaps:
         return ""
     return (
-        f"\n\nThe grids are of {tokens_text(scale.tune_tokens)} tokens. At {tokens_text(scale.tokens)}, {len(missed)} "
+        f"\n\nThe grids are of {tokens_text(scale.tune_tokens)} tokens{_warmups(store)}. At "
+        f"{tokens_text(scale.tokens)}, {len(missed)} "
         f"of {len(gaps)} arms do better at the other rate than at the grid's choice{_decided(list(gaps.values()))}"
         + (f" (by, at the rate in brackets: {'; '.join(missed)})" if missed else "")
-        + f"; arms that were run at the choice alone may too, and every run of {tokens_text(scale.long_tokens)} tokens "
-        "takes the same choice."
+        + f"; arms that were run at the choice alone may too, and runs of {tokens_text(scale.long_tokens)} tokens take "
+        f"the same choice, but for {', '.join(f'`{name}`' for name in LONG_RATES)}."
     )
+
+
+def _warmups(store: Store) -> str:
+    """How many steps the learning rate rises for in a tuning run, and in what is reported."""
+    scale = store.scale
+    arm = arm_named(OURS)
+    grid, ours = (
+        RunSpec(scale, arm, tokens, 1.0, 0).config().schedule.warmup_steps
+        for tokens in (scale.tune_tokens, scale.tokens)
+    )
+    if grid == ours:
+        return ""
+    return f" with a warm-up of {grid} steps ({ours} at {tokens_text(scale.tokens)})"
+
+
+def _starts(store: Store, section: Section) -> str:
+    """Tier 1 with larger weights at the start, at every learning rate that was run, and a weaker balance loss."""
+    scale = store.scale
+    rows = []
+    for name in STARTS:
+        started = "initializer_range" in arm_named(name).model
+        base = arm_named(name).tuned_as or name
+        ours = f"{OURS}-start" if started else OURS
+        for rate, arm in sorted(_by_rate(store, name).items()):
+            loss = mean_loss(store, arm, scale.tokens)
+            before, rival, first = (_by_rate(store, other).get(rate) for other in (base, ours, OURS))
+            rows.append(
+                [
+                    titled(name),
+                    f"{rate:g}",
+                    text_of(loss),
+                    text_of(_gap(store, arm, before), sign=True),
+                    "" if name == ours else text_of(_gap(store, rival, arm), sign=True),
+                    "" if base == OURS else text_of(_gap(store, first, before), sign=True),
+                    seeds_text(store.runs(arm, scale.tokens)),
+                ]
+            )
+        if started and base != OURS and _by_rate(store, name):
+            section.claims.append(_start_claim(store, base, name))
+    if not rows:
+        return ""
+    head = (
+        *("arm", "learning rate", "loss, nats", "minus the same arm as it was"),
+        *("∞-MoE, so changed too, minus it", "as they were", "seeds"),
+    )
+    return (
+        f"**Larger weights at the start** (standard deviation {LARGER_START:g} in place of GPT-2's 0.02, which is for "
+        "its width of 768. At 0.02 and a width of 128 layers are nearly linear at first, and gated ones start small "
+        "([deviations](deviations.md)); the Gaussian router's maps know the width. Differences are at equal learning "
+        "rates; the grids are of 0.02), **and a weaker balance loss** (0.001 in place of 0.01)\n\n"
+        + markdown_table(head, rows)
+    )
+
+
+def _start_claim(store: Store, base: str, name: str) -> Claim:
+    """∞-MoE against an arm, both from larger weights: each at the better of the learning rates that it was run at."""
+    ours, its = (_best_rate(store, arm) for arm in (f"{OURS}-start", name))
+    gap = _gap(store, ours, its)
+    notes = [f"at GPT-2's 0.02: {nats(store.difference(OURS, base, store.scale.tokens))}"]
+    if gap is not None:
+        tried = [len(_by_rate(store, arm)) for arm in (f"{OURS}-start", name)]
+        each = "each at the better of two learning rates" if tried == [2, 2] else "at learning rates tuned at 0.02"
+        notes.append(f"{each}: {rates_of(store, str(ours), str(its))}")
+        equal = equal_rates_note(store, f"{OURS}-start", name, but=(str(ours), str(its)))
+        notes += [equal] if equal else []
+    text = f"∞-MoE against {label(base)}, the weights of both larger at the start"
+    return Claim(text, nats(gap), better(gap), "; ".join(notes), ours=True)
+
+
+def _by_rate(store: Store, name: str) -> dict[float, str]:
+    """Learning rate -> this arm, or the one that it is at another rate, of those that were run at standard length."""
+    arms = (name, *at_other_rates(name))
+    return {lr: arm for arm in arms if (lr := _rate(store, arm, store.scale.tokens)) is not None}
+
+
+def _best_rate(store: Store, name: str) -> str | None:
+    """The one of `_by_rate` with the lowest loss."""
+    arms = _by_rate(store, name).values()
+    losses = {arm: loss.mean for arm in arms if (loss := mean_loss(store, arm, store.scale.tokens)) is not None}
+    return min(losses, key=lambda arm: losses[arm], default=None)
+
+
+def _gap(store: Store, first: str | None, second: str | None) -> Interval | None:
+    """The paired difference of two arms at standard length; None where one of them was not run."""
+    return None if first is None or second is None else store.difference(first, second, store.scale.tokens)
 
 
 def _decided(gaps: Sequence[Interval]) -> str:
@@ -195,18 +284,37 @@ def _decided(gaps: Sequence[Interval]) -> str:
 
 
 def _longer(store: Store) -> str:
+    """Tier 1 after the longer training, ∞-MoE at the rates of both kinds of rivals."""
     tokens = store.scale.long_tokens
-    rows = [
-        [
-            name,
-            text_of(mean_loss(store, name, tokens)),
-            "" if name == OURS else text_of(store.difference(OURS, name, tokens), sign=True),
-            seeds_text(store.runs(name, tokens)),
-        ]
-        for name in TIER1
-    ]
-    head = ("arm", f"loss at {tokens_text(tokens)} tokens, nats", "∞-MoE minus it", "seeds")
+    ours = {lr: name for name in (OURS, *LONG_RATES) if (lr := _rate(store, name, tokens)) is not None}
+    rows = []
+    for name in (*TIER1, *LONG_RATES):
+        lr = _rate(store, name, tokens)
+        if lr is None and name in LONG_RATES:
+            continue
+        mine = name in ours.values()
+        equal = ours.get(lr) if lr is not None else None
+        rows.append(
+            [
+                name,
+                "–" if lr is None else f"{lr:g}",
+                text_of(mean_loss(store, name, tokens)),
+                "" if mine else text_of(store.difference(OURS, name, tokens), sign=True),
+                "" if mine else text_of(store.difference(equal, name, tokens) if equal else None, sign=True),
+                seeds_text(store.runs(name, tokens)),
+            ]
+        )
+    head = (
+        *("arm", "learning rate", f"loss at {tokens_text(tokens)} tokens, nats", "∞-MoE minus it"),
+        *("∞-MoE at the same rate minus it", "seeds"),
+    )
     return f"**At {tokens_text(tokens)} tokens**\n\n" + markdown_table(head, rows)
+
+
+def _rate(store: Store, name: str, tokens: int) -> float | None:
+    """The learning rate of an arm's runs at a length."""
+    runs = store.runs(name, tokens)
+    return runs[0].spec.lr if runs else None
 
 
 def _keep_ratios(store: Store, gallery: Gallery, section: Section) -> str:

@@ -140,8 +140,8 @@ def _over_experts(store: Store) -> dict[str, dict[float, Interval]]:
 
 def _sample_claims(store: Store, line: Mapping[float, Interval]) -> list[Claim]:
     """What the paper says of ∞-MoE's K."""
-    ours = _losses_at(store, "infinity", keep_ratio=_KEEP, num_samples=1)
-    few, gain = paired(ours, _losses_at(store, "moe", num_experts_per_tok=1)), line.get(8.0)
+    ours = _at(store, "infinity", keep_ratio=_KEEP, num_samples=1)
+    few, gain = paired(ours, _at(store, "moe", num_experts_per_tok=1)), line.get(8.0)
     void = _overlap(store, store.scale.tokens) > SHARED and verdict_below(gain) == HOLDS
     return [
         accuracy_claim(
@@ -150,7 +150,9 @@ def _sample_claims(store: Store, line: Mapping[float, Interval]) -> list[Claim]:
             points_text(few_samples(store)),
             [few_samples(store)],
         ),
-        Claim("∞-MoE is better than MoE at few samples, in held-out loss", nats(few), verdict_below(few)),
+        Claim(
+            "∞-MoE is better than MoE at few samples, in held-out loss", nats(few), verdict_below(few), _few_cost(store)
+        ),
         Claim(
             "∞-MoE gains from more samples at inference (§5.1, Figure 2), in held-out loss",
             f"K = 8 against 2: {nats(gain, 4)}",
@@ -182,10 +184,23 @@ def _expert_claims(four: Mapping[float, Interval], sixteen: Mapping[float, Inter
     ]
 
 
-def _losses_at(store: Store, arm: str, **dials: Any) -> dict[int, float]:
-    """Seed -> loss at a point of the dials."""
+def _few_cost(store: Store) -> str:
+    """What one sample costs beside one expert."""
+    shares = []
+    for what in ("ideal", "executed"):
+        figure = f"flops_{what}"
+        ours = _at(store, "infinity", figure, keep_ratio=_KEEP, num_samples=1)
+        theirs = _at(store, "moe", figure, num_experts_per_tok=1)
+        if not ours or not theirs:
+            return ""
+        shares.append(f"{statistics.fmean(ours.values()) / statistics.fmean(theirs.values()):.2f} ({what})")
+    return f"K = 1 takes, of the FLOPs per token of k = 1: {', '.join(shares)}"
+
+
+def _at(store: Store, arm: str, figure: str = "loss", **dials: Any) -> dict[int, float]:
+    """Seed -> a figure at a point of the dials."""
     return {
-        run.spec.seed: row["loss"]
+        run.spec.seed: row[figure]
         for run in store.runs(arm, store.scale.tokens)
         for row in run.measure("dials") or ()
         if at_dials(row, **dials)

@@ -26,17 +26,19 @@ _EQUAL = 0.03  # means this close to the wanted one count as equal
 
 
 class _Judged(NamedTuple):
-    """What a claim rests on.
+    """What a claim rests on: the first of the arms that have most seeds.
 
     Attributes:
         name: the arm, and what of it.
         gaps: differences, one for each column.
         off: how far the mean is from the wanted one, relatively, at most.
+        seeds: behind them, at most.
     """
 
     name: str
     gaps: list[Interval | None]
     off: float
+    seeds: int
 
 
 def adaptive(store: Store, section: Section) -> str:
@@ -100,8 +102,8 @@ def _units(
             gaps = [paired(found.get(rule, {}).get(s, {}), found["ratio"].get(s, {})) for s in CUT_SHARES]
             cells = [text_of(g, 4, sign=True) + (in_brackets(g) if g and g.count < seeds else "") for g in gaps]
             rows.append([f"{arm}; {text}", *cells, str(seeds)])
-            if rule == "cut" and judged is None:
-                judged = _Judged(f"`{arm}`", gaps, max(off["ratio"], off[rule]))
+            if rule == "cut" and (judged is None or seeds > judged.seeds):
+                judged = _Judged(f"`{arm}`", gaps, max(off["ratio"], off[rule]), seeds)
     text = f"{claim} beat a fixed share at the same mean share"
     if not _claimed(section, text, judged, CUT_SHARES, "shares"):
         return ""
@@ -128,7 +130,8 @@ def _samples(store: Store, section: Section) -> str:
             share = f"1/{(k - 1) / (MEAN_SAMPLES - 1):g} of the tokens"
             cells = [text_of(g, 4, sign=True) for g in gaps]
             rows.append([f"{arm}; {k} samples for the least sure {share}, one for the others", *cells, str(seeds)])
-            judged = judged or _Judged(f"`{arm}`, {k} or 1", gaps, 0.0)
+            if judged is None or seeds > judged.seeds:
+                judged = _Judged(f"`{arm}`, {k} or 1", gaps, 0.0, seeds)
     text = f"samples where the router's σ asks for them beat {MEAN_SAMPLES} for every token, at the same mean number"
     if not _claimed(section, text, judged, UNSURE_RATIOS, "mean samples"):
         return ""

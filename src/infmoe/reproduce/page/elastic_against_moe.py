@@ -3,15 +3,19 @@
 from collections.abc import Mapping, Sequence
 
 from infmoe.layers.point import ratio_text
+from infmoe.reproduce.arms import label
 from infmoe.reproduce.page.dial_curves import curve, over_k, ratio_of
 from infmoe.reproduce.page.section import ONE_SEED, markdown_table, text_of
 from infmoe.reproduce.page.speeds import decode_over_dials, speeds
 from infmoe.reproduce.statistics import interval, paired
 from infmoe.reproduce.store import Store
 
+# rival -> the number of experts it is trained with, and what is equal
 RIVALS = {
-    "moe": "equal total parameters without W_z and the routers",
-    "moe-plus": "its experts wider, so equal total parameters with W_z and the routers",
+    "moe": (2, "equal total parameters without W_z and the routers"),
+    "moe-plus": (2, "its experts wider, so equal total parameters with W_z and the routers"),
+    "moe16-fine-k8-scaled": (8, "equal total and active parameters without W_z and the routers"),
+    "moe16-fine-k4-scaled": (4, "equal total parameters without W_z and the routers, half the active ones"),
 }
 
 
@@ -22,7 +26,8 @@ def against_moe(store: Store, arms: Sequence[tuple[str, int]]) -> str:
 
 def _table(store: Store, rival: str, arms: Sequence[tuple[str, int]]) -> str:
     runs = store.runs(rival, store.scale.tokens)
-    theirs = over_k(store, rival).get(2, {})
+    k, equal = RIVALS[rival]
+    theirs = over_k(store, rival).get(k, {})
     times = decode_over_dials(store)
     rows = [row for arm, samples in arms if (row := _row(store, theirs, arm, samples, times))]
     if not rows or not runs:
@@ -37,7 +42,7 @@ def _table(store: Store, rival: str, arms: Sequence[tuple[str, int]]) -> str:
     if ms is not None and dense is not None:
         decoding += f", without a compiled path for single tokens; `dense` {dense.median:.2f}"
     return (
-        f"**Against MoE, 4 experts, top-2** (`{rival}`, {RIVALS[rival]}: {ideal:.2f} MFLOPs per token, {decoding}; "
+        f"**Against {label(rival)}** (`{rival}`, {equal}: {ideal:.2f} MFLOPs per token, {decoding}; "
         "no worse: the 95 % interval lies at or below 0; where no ratio's does, the difference is the best one's)\n\n"
         + markdown_table(head, rows)
     )

@@ -182,7 +182,10 @@ def _gate_rules(store: Store) -> str:
     if not rows:
         return ""
     head = ("loss, nats", "gates at another k", *(f"k′ = {k}" for k in _GATE_COUNTS), "seeds")
-    return f"**Other rules for the gates**\n\n{markdown_table(head, rows)}"
+    return (
+        "**Other rules for the gates** (in use alone, of models trained with gates renormalised over the selected; "
+        "what a model would do that was trained with another rule is not measured)\n\n" + markdown_table(head, rows)
+    )
 
 
 def _best_beyond(line: Curve, plain: Curve, k: int) -> tuple[int, Interval] | None:
@@ -206,7 +209,8 @@ def _output_sizes(store: Store) -> str:
     head = ("model", "k", "gates sum to 1", "gates sum to k", "the latter minus the former, nats", "seeds")
     parts = [
         "**The size of the output** (gates that sum to 1 make a MoE start at 1/k of the size of a dense layer of the "
-        "active width; `routed_scaling_factor` = k starts it at that size, as ∞-MoE starts by its W_z)",
+        "active width; `routed_scaling_factor` = k starts it at that size, and scales what is learned too; ∞-MoE's W_z "
+        "starts it at the size of a dense layer of the total width, larger by the root of total over active)",
         markdown_table(head, rows),
         _unscaled(store),
     ]
@@ -342,7 +346,8 @@ def _size_claim(store: Store) -> Claim:
     gap = store.difference("moe-scaled", "moe", store.scale.tokens)
     ours = store.difference("infinity", "moe-scaled", store.scale.tokens)
     return Claim(
-        "MoE (4 experts, top-2) gains from gates that sum to 2, which start it as large as ∞-MoE",
+        "MoE (4 experts, top-2) gains from gates that sum to 2, which start it as large as a dense layer of its active "
+        "width",
         "–" if gap is None else f"{nats(gap)}; ∞-MoE minus it: {nats(ours)}",
         better(gap),
     )

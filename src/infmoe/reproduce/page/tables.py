@@ -378,7 +378,8 @@ def table6(store: Store, gallery: Gallery) -> Section:
     notes = [
         "`moe16`: 16 experts as wide as the 4 of Table 1, top-2, so four times the parameters. `moe16-fine`: 16 "
         "experts of the same total width as ∞-MoE, top-8; `moe16-fine-k8-scaled`: the same with gates that sum to 8, "
-        "which starts its output at the size of a dense layer's, as ∞-MoE's does, and not at an eighth of it. The "
+        "which starts its output at the size of a dense layer of its active width, and not at an eighth of it; ∞-MoE's "
+        "starts at that of its total width, so larger by the root of 2. The "
         "paper ran 16 experts, top-2, at equal active parameters: `moe16`; the others are ours.",
         f"Its {paper.TABLE6['moe16']:.3f} is no strong rival: a plain dense GPT-2 small reaches "
         f"{paper.DENSE_ON_FINEWEB:.3f} on as much of FineWeb with the same batch, learning rate and warm-up elsewhere "
