@@ -109,7 +109,9 @@ def test_the_controls_get_their_seeds_before_the_rarer_elastic_rules_are_run(tmp
     assert order.index(("infinity-start", scale.tokens, 1)) < order.index(("infinity-start-lr2x", scale.tokens, 1))
     assert order.index(("dense-wide-start-lr0.5x", scale.tokens, 1)) < order.index(("moe16", scale.tokens, 2))
     assert order.index(("infinity-start", scale.tokens, 1)) < order.index(("moe16", scale.tokens, 2))
-    assert third < order.index(("infinity-consistency", scale.tokens, 1)) < order.index(("moe-hash", scale.tokens, 2))
+    assert third < order.index(("infinity", scale.tokens, 5)) < order.index(("moe-hash", scale.tokens, 2))
+    assert order.index(("moe-hash", scale.tokens, 3)) < order.index(("dense-wide", scale.long_tokens, 3))
+    assert order.index(("infinity-start", scale.tokens, 3)) < order.index(("infinity-consistency", scale.tokens, 1))
 
 
 def test_a_tuned_arm_is_its_namesake_at_half_the_rate_of_its_base():

@@ -324,23 +324,25 @@ _TABLES = ("table3", "figure3", "table6", "table1", "figure2", "figure4")
 def _all(scale: Scale) -> list[Group]:
     """Everything, the most informative first.
 
-    Tier 1 and what elastic compute is compared by with all their seeds; every other comparison once; the seeds of
-    tier 2's first half, of the long runs of ∞-MoE and MoE and of what the baselines may be given; the rarer elastic
-    rules once; all other seeds.
+    Tier 1 with its least seeds and what elastic compute is compared by with all of them; every other comparison once;
+    the seeds of tier 2, between its halves some more of tier 1's; those of the long runs; tier 1's last; those of what
+    the baselines may be given and of Table 2; the rarer elastic rules once; all other seeds.
     """
     first, rates, tier2, longer, tier2_then, further, starts, *other_rates = EXPERIMENTS["controls"](scale)
     keep, unscaled, *elastic, late, draws, between, between_fewer, more, more_fewer, beside = EXPERIMENTS["elastic"](
         scale
     )
     rest = [more, more_fewer, between, between_fewer]
-    few = Group(first.arms, first.tokens, (first.seeds[0], first.seeds[0]))  # further seeds come last
+    least, most = first.seeds
+    # Of three seeds an interval is 2.5 standard deviations wide to each side, of five 1.2, of eight 0.8
+    few, more_seeds = (replace(first, seeds=(n, n)) for n in (least, min(least + 2, most)))
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
     tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
     once = [rates_once, starts, *other_rates, tier2, draws, *sizes, *long, *tables, tier2_then, longer]
     rare_once = _seeds(rest, 1)
-    seeds = [tier2, *long, starts, *sizes, *rare_once, tier2_then, *tables, longer]
-    last = [rates, late, draws, *rest, further, beside, first]
+    seeds = [tier2, more_seeds, tier2_then, *long, longer, first, starts, *sizes, *rare_once, *tables]
+    last = [rates, late, draws, *rest, further, beside]
     return [few, keep, unscaled, *_seeds([late], 1), *elastic, *_seeds(once, 1), *seeds, *last]
 
 
