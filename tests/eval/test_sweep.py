@@ -82,6 +82,13 @@ def test_other_variants(ffn, tmp_path):
     assert is_png(plot_sweep(rows, tmp_path / "sweep.png", title=ffn))
 
 
+def test_a_router_without_sigma_has_one_point_of_its_own():
+    model = tiny_model("infinity", sigma_activation="none", keep_ratio=1.0)
+    assert model.config.routing_mode == "sample"  # which such a router does not have
+    rows = evaluate_points(model, windows(model), grid(model.config, keep_ratios=(0.5, 1.0)))
+    assert [row["is_reference"] for row in rows] == [False, True]
+
+
 def test_every_mode_can_be_swept(opened, held_out, tmp_path):
     for mode in ("mu", "antithetic"):
         rows = evaluate_points(opened.model, held_out, grid(opened.model.config, keep_ratios=RATIOS, mode=mode))

@@ -39,7 +39,8 @@ def evaluate_points(
     for point in points:
         results.append(evaluate_loss(model, held_out, point.routing(), seed=seed, batch_size=batch_size))
         progress(point)
-    modes = dict.fromkeys((None, model.config.routing_mode, points[0].mode))
+    draws = model.config.ffn == "infinity" and model.config.sigma_activation != "none"
+    modes = dict.fromkeys((None, *([model.config.routing_mode] if draws else []), points[0].mode))
     own_points = [own for mode in modes for own in grid(model.config, mode=mode)]
     reference = next((points.index(own) for own in own_points if own in points), 0)
     rows: list[dict[str, Any]] = []
