@@ -134,9 +134,7 @@ def grid(
     ):
         if values is not None and {"mode": "routing_mode"}.get(name, name) not in options:
             raise InfMoEError(f"a model with ffn='{config.ffn}' has no dial {name!r}: leave it out")
-    effective_mode = mode or config.routing_mode
-    draws = "num_samples" in options and effective_mode != "mu" and config.sigma_activation != "none"
-    samples: Sequence[Any] = num_samples or ((config.num_samples,) if draws else (None,))
+    samples: Sequence[Any] = num_samples or ((config.num_samples,) if config.draws(mode) else (None,))
     ratios: Sequence[Any] = keep_ratios or (config.keep_ratio,)
     experts: Sequence[Any] = num_experts_per_tok or (config.num_experts_per_tok,)
     points = [Point(k, r, e, mode) for k, r, e in product(samples, ratios, experts)]

@@ -39,8 +39,8 @@ def evaluate_points(
     for point in points:
         results.append(evaluate_loss(model, held_out, point.routing(), seed=seed, batch_size=batch_size))
         progress(point)
-    draws = model.config.ffn == "infinity" and model.config.sigma_activation != "none"
-    modes = dict.fromkeys((None, *([model.config.routing_mode] if draws else []), points[0].mode))
+    own_mode = model.config.routing_mode if model.config.has_sigma else None
+    modes = dict.fromkeys((None, own_mode, points[0].mode))
     own_points = [own for mode in modes for own in grid(model.config, mode=mode)]
     reference = next((points.index(own) for own in own_points if own in points), 0)
     rows: list[dict[str, Any]] = []
@@ -179,9 +179,8 @@ def default_grid(
 ) -> tuple[Sequence[Any] | None, Sequence[Any] | None, Sequence[Any] | None]:
     """Fill in the dials that were left out with values that show them at work."""
     if config.ffn == "infinity":
-        draws = (mode or config.routing_mode) != "mu" and config.sigma_activation != "none"
         return (
-            num_samples or ((1, 2, 4, 8) if draws else None),
+            num_samples or ((1, 2, 4, 8) if config.draws(mode) else None),
             keep_ratios or (1 / 16, 1 / 8, 1 / 4, 1 / 2),
             num_experts_per_tok,
         )

@@ -152,6 +152,15 @@ class InfMoEConfig(PreTrainedConfig):
                 setattr(self, name, getattr(self, dial))
         super().__post_init__(**kwargs)
 
+    @property
+    def has_sigma(self) -> bool:
+        """Whether the layers have a router with noise, so that its samples are a dial."""
+        return self.ffn == "infinity" and self.sigma_activation != "none"
+
+    def draws(self, mode: str | None = None) -> bool:
+        """Whether the layers draw samples in a routing mode; None: the model's own."""
+        return self.has_sigma and (mode or self.routing_mode) != "mu"
+
     def check_options(self) -> None:
         """Raise if an option is set that the chosen variant does not have; lists of layers become tuples.
 

@@ -137,7 +137,7 @@ def adaptive_mass(context: Context) -> Points:
 def _by_need(context: Context, dial: str, calibrate: Callable[..., Any], to_find: int, to_judge: int) -> Points:
     model, length = context.model, context.model.config.max_position_embeddings
     batch_size = max(1, _BATCH_TOKENS // length)
-    one: dict[str, Any] = {"num_samples": 1} if places.draws(model.config) else {}
+    one: dict[str, Any] = {"num_samples": 1} if model.config.draws() else {}
     found_on = HeldOut.from_data(context.data, length, to_find, "train")
     judged_on = HeldOut.from_data(context.data, length, to_judge)
     rows: Points = []

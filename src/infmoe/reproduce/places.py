@@ -60,11 +60,6 @@ def place_of(row: dict[str, Any]) -> Place:
     return {name: row[name] for name in _NAMES if row.get(name) is not None}
 
 
-def draws(config: Any) -> bool:
-    """Whether a model draws samples."""
-    return config.sigma_activation != "none" and config.routing_mode != "mu"
-
-
 def held_out(config: Any, spec: RunSpec) -> list[Point]:
     """The run's own dials."""
     return grid(config)
@@ -75,7 +70,7 @@ def dials(config: Any, spec: RunSpec) -> list[Point]:
     if config.ffn == "moe":
         return grid(config, num_experts_per_tok=expert_counts(spec, config.num_experts))
     points = grid(config, keep_ratios=KEEP_RATIOS)
-    if draws(config) and spec.arm.name in SAMPLE_ARMS:
+    if config.draws() and spec.arm.name in SAMPLE_ARMS:
         points += grid(config, num_samples=SAMPLES) + grid(config, mode="mu")
     return list(dict.fromkeys(points))
 

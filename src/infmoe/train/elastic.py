@@ -145,6 +145,5 @@ def check_elastic(config: ElasticConfig, model_config: InfMoEConfig) -> None:
         raise InfMoEError("elastic.start puts nothing off: set what is to begin then, e.g. elastic.keep_ratio")
     if config.num_samples is not None and model_config.routing_mode == "mu":
         raise InfMoEError("elastic.num_samples needs a router that draws: this model's routing_mode is 'mu'")
-    draws = model_config.ffn == "infinity" and model_config.sigma_activation != "none"
-    if config.consistency_weight and not (draws and model_config.routing_mode != "mu"):
+    if config.consistency_weight and not model_config.draws():
         raise InfMoEError("elastic.consistency_weight compares draws of the router's noise: this model draws none")

@@ -241,7 +241,7 @@ def _start_accelerator(config: RunConfig, model_config: InfMoEConfig) -> Acceler
                 "--set optim.zero_stage=1 to share the optimizer's state"
             )
     # routing by z = mu leaves the map to sigma without a gradient, for which DDP would wait forever
-    idle = model_config.routing_mode == "mu" and model_config.sigma_activation != "none"
+    idle = model_config.has_sigma and not model_config.draws()
     ddp = DistributedDataParallelKwargs(find_unused_parameters=idle, gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp])
     if accelerator.distributed_type not in (

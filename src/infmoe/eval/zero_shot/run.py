@@ -178,8 +178,7 @@ def _note(notes: dict[str, dict[str, float]], column: Column, scored: Scored, *,
 def draws(config: Any, point: Point) -> bool:
     """Whether a point draws anything, so that its scores hang on the seed."""
     random_experts = getattr(config, "expert_router", None) == "random"
-    samples = config.ffn == "infinity" and config.sigma_activation != "none"
-    return random_experts or (samples and (point.mode or config.routing_mode) != "mu")
+    return random_experts or config.draws(point.mode)
 
 
 def _append(path: Path, items: Sequence[Item], task: str, point: Point, seed: int) -> None:
