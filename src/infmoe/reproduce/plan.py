@@ -192,9 +192,10 @@ _TIER2_FIRST = (
 _TIER2_THEN = (
     *("moe16-fine", "moe-swiglu", "infinity-swiglu", "moe-hash"),
     *("infinity-blocks16", "infinity-blocks32", "infinity-blocks64"),
-    *("infinity-wz-decay0", "infinity-wz-lr-half", "infinity-wz-lr-double"),
 )
-TIER2 = (*_TIER2_FIRST, *_TIER2_THEN)
+# W_z's weight decay and learning rate
+_WZ = ("infinity-wz-decay0", "infinity-wz-lr-half", "infinity-wz-lr-double")
+TIER2 = (*_TIER2_FIRST, *_TIER2_THEN, *_WZ)
 # What ∞-MoE is compared with at equal budgets beside these: itself with one sample, and mixtures of narrow experts
 FURTHER_RIVALS = ("infinity-keep4", *(f"moe16-fine-k{k}-scaled" for k in (4, 8, 16)))
 
@@ -311,6 +312,7 @@ EXPERIMENTS: dict[str, Callable[[Scale], list[Group]]] = {
         Group(("infinity", *_TIER2_FIRST), s.tokens, _side(s)),
         Group(TIER1, s.long_tokens, _side(s)),
         Group(("infinity", *_TIER2_THEN), s.tokens, _side(s)),
+        Group(("infinity", *_WZ), s.tokens, _side(s)),
         Group((*FURTHER_RIVALS, *z_arms(s).values()), s.tokens, _side(s)),
         Group(STARTS if s.lr_grid else (), s.tokens, _side(s)),
         Group(LONG_RATES if s.lr_grid else (), s.long_tokens, (1, 1)),
@@ -326,9 +328,9 @@ def _all(scale: Scale) -> list[Group]:
 
     Tier 1 with its least seeds and what elastic compute is compared by with all of them; every other comparison once;
     the seeds of tier 2, between its halves some more of tier 1's; those of the long runs; tier 1's last; those of what
-    the baselines may be given and of Table 2; the rarer elastic rules once; all other seeds.
+    the baselines may be given, of W_z's settings and of Table 2; the rarer elastic rules once; all other seeds.
     """
-    first, rates, tier2, longer, tier2_then, further, starts, *other_rates = EXPERIMENTS["controls"](scale)
+    first, rates, tier2, longer, tier2_then, wz, further, starts, *other_rates = EXPERIMENTS["controls"](scale)
     keep, unscaled, *elastic, late, draws, between, between_fewer, more, more_fewer, beside = EXPERIMENTS["elastic"](
         scale
     )
@@ -339,9 +341,9 @@ def _all(scale: Scale) -> list[Group]:
     rates_once = Group(("moe-scaled", *rates.arms), rates.tokens, (1, 1))
     long, sizes = EXPERIMENTS["table5"](scale), EXPERIMENTS["table2"](scale)
     tables = [group for name in _TABLES for group in EXPERIMENTS[name](scale)]
-    once = [rates_once, starts, *other_rates, tier2, draws, *sizes, *long, *tables, tier2_then, longer]
+    once = [rates_once, starts, *other_rates, tier2, draws, *sizes, *long, *tables, tier2_then, wz, longer]
     rare_once = _seeds(rest, 1)
-    seeds = [tier2, more_seeds, tier2_then, *long, longer, first, starts, *sizes, *rare_once, *tables]
+    seeds = [tier2, more_seeds, tier2_then, *long, longer, first, starts, wz, *sizes, *rare_once, *tables]
     last = [rates, late, draws, *rest, further, beside]
     return [few, keep, unscaled, *_seeds([late], 1), *elastic, *_seeds(once, 1), *seeds, *last]
 
